@@ -1,0 +1,245 @@
+"""The CPU backend: vectorised torch, one function per op. It serves CPU tensors of every shape that the contract allows.
+
+It also checks values, which no other backend can do without waiting for the device: lengths beyond the table, pages
+outside the cache and bad slots raise here, before anything is written.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..plan import CPU_PARTS, FIRST_ROW, FIRST_TILE, LAST_ROW, LAST_TILE, MAX_PARTS, TILE, make_plan
+
+BLOCK_BYTES = 128 << 20  # working set of one block of rows and queries
+STEP_KEYS = 4096  # keys gathered in one step, over all rows: 9 MB of 576 fp32, which stays in a last-level cache
+MIN_CHUNK = 512  # keys of one row in one step; fewer would rescale the accumulators too often
+
+
+def status() -> str:
+    return "ready"
+
+
+def refusal(op: str, tensor: Tensor, **facts) -> str | None:
+    if tensor.device.type == "cpu":
+        return None
+    return f"it serves CPU tensors only, this one is on {tensor.device}"
+
+
+# ------------------------------------------------------------------------------------------------- get_mla_metadata
+
+
+def get_mla_metadata(
+    tile_scheduler_metadata: Tensor,
+    num_splits: Tensor,
+    cache_seqlens: Tensor,
+    num_heads_per_head_k: int,
+    num_heads_k: int,
+) -> None:
+    if cache_seqlens.numel() and (shortest := int(cache_seqlens.min())) < 0:
+        raise RuntimeError(f"cache_seqlens: expected lengths of at least 0, got {shortest}")
+    plan, splits = make_plan(cache_seqlens, CPU_PARTS)
+    tile_scheduler_metadata.copy_(plan)
+    num_splits.copy_(splits)
+
+
+# -------------------------------------------------------------------------------------------------- fwd_kvcache_mla
+
+
+class Chunks(NamedTuple):
+    """Each row's keys cut into consecutive ranges: row r has the ranges first[r] .. first[r] + count[r] - 1."""
+
+    first: Tensor  # [b]
+    count: Tensor  # [b]
+    begin: Tensor  # [number of ranges], in keys
+    end: Tensor
+
+
+def fwd_kvcache_mla(
+    out: Tensor,  # [b, s_q, h_q, d_v]
+    lse: Tensor,  # [b, h_q, s_q]
+    q: Tensor,
+    kv_cache: Tensor,
+    block_table: Tensor,
+    cache_seqlens: Tensor,
+    softmax_scale: float,
+    causal: bool,
+    plan: tuple[Tensor, Tensor] | None,
+) -> None:
+    """Blocks of rows x queries, as many as fit in BLOCK_BYTES, each with an online softmax over its rows' chunks."""
+    _check_lengths_and_pages(kv_cache, block_table, cache_seqlens)
+    if out.numel() == 0:
+        return
+    b, s_q, _, d_v = out.shape
+    lengths = cache_seqlens.long()
+    chunk = min(max(STEP_KEYS // b, MIN_CHUNK), max(int(lengths.max()), 1))
+    chunks = _cut(*(_segments(plan[0], lengths) if plan else (torch.arange(b), 0 * lengths, lengths)), b, chunk)
+    # rows with many chunks first: those still at work in a step are then the first ones of their block
+    order = (chunks.count * (1 << 32) + lengths).argsort(descending=True)
+    num_rows, num_queries = _block_shape(q, kv_cache, d_v, chunk)
+    for rows in order.split(num_rows):
+        for first in range(0, s_q, num_queries):
+            queries = torch.arange(first, min(first + num_queries, s_q))
+            # how many of its row's keys a query sees
+            visible = lengths[rows, None] - (s_q - 1 - queries if causal else 0 * queries)
+            keys = (kv_cache, block_table, rows, chunks)
+            block_out, block_lse = _attend(q[rows, first : first + num_queries], keys, visible, softmax_scale, d_v)
+            out[rows, first : first + num_queries] = block_out.to(out.dtype)
+            lse[rows, :, first : first + num_queries] = block_lse
+
+
+def _check_lengths_and_pages(kv_cache: Tensor, block_table: Tensor, cache_seqlens: Tensor) -> None:
+    num_pages, page_size = kv_cache.shape[:2]
+    b, max_pages = block_table.shape
+    if b == 0:
+        return
+    shortest, longest = (int(v) for v in cache_seqlens.aminmax())
+    if shortest < 0 or longest > max_pages * page_size:
+        row = int((cache_seqlens.argmin() if shortest < 0 else cache_seqlens.argmax()))
+        raise RuntimeError(
+            f"cache_seqlens: expected lengths from 0 to {max_pages * page_size} ({max_pages} pages of {page_size} in "
+            f"block_table), got {int(cache_seqlens[row])} in row {row}"
+        )
+    pages_used = (cache_seqlens + (page_size - 1)) // page_size
+    table = block_table[:, : -(-longest // page_size)]
+    bad = ((table < 0) | (table >= num_pages)) & (torch.arange(table.shape[1]) < pages_used[:, None])
+    if bad.any():
+        row, column = bad.nonzero()[0].tolist()
+        raise RuntimeError(
+            f"block_table: expected page numbers from 0 to {num_pages - 1}, got {int(table[row, column])} in row {row}, "
+            f"column {column}, which row {row}'s {int(cache_seqlens[row])} keys reach"
+        )
+
+
+def _segments(metadata: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The plan as (row, first key, last key exclusive) of each part's share of each row, in row order."""
+    b = lengths.shape[0]
+    part = metadata.long()
+    first_row, last_row = part[:, FIRST_ROW].clamp(0, b), part[:, LAST_ROW].clamp(-1, b - 1)
+    num_rows = (last_row - first_row + 1).clamp_min(0)
+    if int(num_rows.sum()) > b + MAX_PARTS:
+        raise RuntimeError("tile_scheduler_metadata: expected a plan of get_mla_metadata, got overlapping parts")
+    owner = torch.repeat_interleave(num_rows)
+    row = first_row[owner] + torch.arange(owner.shape[0]) - (num_rows.cumsum(0) - num_rows)[owner]
+    begin = torch.where(row == part[owner, FIRST_ROW], part[owner, FIRST_TILE] * TILE, 0)
+    end = torch.where(row == part[owner, LAST_ROW], part[owner, LAST_TILE] * TILE, lengths[row])
+    return row, begin.clamp_min(0), torch.minimum(end, lengths[row])
+
+
+def _cut(row: Tensor, begin: Tensor, end: Tensor, b: int, chunk: int) -> Chunks:
+    """Cuts segments into chunks of at most `chunk` keys."""
+    in_order = row.argsort(stable=True)
+    row, begin, end = row[in_order], begin[in_order], end[in_order]
+    pieces = (end - begin + chunk - 1).clamp_min(0) // chunk
+    owner = torch.repeat_interleave(pieces)
+    begin = begin[owner] + chunk * (torch.arange(owner.shape[0]) - (pieces.cumsum(0) - pieces)[owner])
+    count = torch.bincount(row[owner], minlength=b)
+    return Chunks(count.cumsum(0) - count, count, begin, torch.minimum(begin + chunk, end[owner]))
+
+
+def _block_shape(q: Tensor, kv_cache: Tensor, d_v: int, chunk: int) -> tuple[int, int]:
+    """Rows and queries of a block whose queries, accumulators, scores and keys take about BLOCK_BYTES."""
+    b, s_q, h_q, d_qk = q.shape
+    query_bytes = h_q * (2 * d_qk + 2 * d_v + 2 * chunk) * 4
+    keys_bytes = chunk * kv_cache.shape[2] * d_qk * (4 + kv_cache.itemsize)
+    num_queries = min(s_q, max(1, (BLOCK_BYTES - keys_bytes) // query_bytes))
+    num_rows = min(b, max(1, BLOCK_BYTES // (num_queries * query_bytes + keys_bytes)))
+    return num_rows, num_queries
+
+
+def _attend(q: Tensor, keys: tuple, visible: Tensor, softmax_scale: float, d_v: int) -> tuple[Tensor, Tensor]:
+    """One block: q [n, i, h_q, d_qk], visible [n, i] -> out [n, i, h_q, d_v] fp32, lse [n, h_q, i].
+
+    In fp32: m the running maximum of the scores, l the sum of exp(score - m), acc that of exp(score - m) * v.
+    """
+    kv_cache, block_table, rows, chunks = keys
+    n, i, h_q, d_qk = q.shape
+    h_k = kv_cache.shape[2]
+    m_rows = i * h_q // h_k  # query rows of one key head, in the order (i, h_q / h_k)
+    q = q.view(n, i, h_k, -1, d_qk).transpose(1, 2).reshape(n * h_k, m_rows, d_qk).float() * softmax_scale
+    acc = q.new_zeros(n * h_k, m_rows, d_v)
+    m = q.new_full((n * h_k, m_rows), float("-inf"))
+    l = q.new_zeros(n * h_k, m_rows)  # noqa: E741
+    count, furthest = chunks.count[rows], visible.amax(1)
+    for step in range(int(count.max())):
+        a = int((count > step).sum())  # rows still at work
+        chunk = chunks.first[rows[:a]] + step
+        begin, end = chunks.begin[chunk, None], chunks.end[chunk, None]
+        if (begin[:, 0] >= furthest[:a]).all():
+            continue
+        position = begin + torch.arange(int((end - begin).max()))  # [a, w]
+        kv = _gather(kv_cache, block_table, rows[:a], position.clamp_max(end - 1))  # [a * h_k, w, d_qk]
+        scores = torch.bmm(q[: a * h_k], kv.transpose(1, 2))
+        limit = torch.minimum(visible[:a], end)  # [a, i]
+        if (limit <= position[:, -1:]).any():
+            hidden = position[:, None] >= limit[:, :, None]  # [a, i, w]
+            scores.view(a, h_k, i, -1, scores.shape[-1]).masked_fill_(hidden[:, None, :, None], float("-inf"))
+        _accumulate(scores, kv[..., :d_v], m[: a * h_k], l[: a * h_k], acc[: a * h_k])
+
+    sees_none = (visible <= 0)[:, None, :, None].expand(n, h_k, i, h_q // h_k).reshape(n * h_k, m_rows)
+    out = acc.div_(l[..., None]).masked_fill_(sees_none[..., None], 0)
+    lse = (m + l.log()).masked_fill_(sees_none, float("inf"))
+    out = out.view(n, h_k, i, -1, d_v).transpose(1, 2).reshape(n, i, h_q, d_v)
+    return out, lse.view(n, h_k, i, -1).permute(0, 1, 3, 2).reshape(n, h_q, i)
+
+
+def _gather(kv_cache: Tensor, block_table: Tensor, rows: Tensor, position: Tensor) -> Tensor:
+    """Keys at `position` [a, w] of the rows, as fp32 [a * h_k, w, d_qk]."""
+    num_pages, page_size, h_k, d_qk = kv_cache.shape
+    page = block_table[rows[:, None], position // page_size].long()
+    slot = position % page_size
+    if kv_cache.stride(0) == page_size * kv_cache.stride(1):  # one index runs faster than two
+        flat = kv_cache.flatten(0, 1)
+        kv = flat.index_select(0, (page * page_size + slot).flatten()).view(*page.shape, h_k, d_qk)
+    else:
+        kv = kv_cache[page, slot]
+    return kv.float().transpose(1, 2).reshape(-1, position.shape[1], d_qk)
+
+
+def _accumulate(scores: Tensor, v: Tensor, m: Tensor, l: Tensor, acc: Tensor) -> None:  # noqa: E741
+    """Folds the scores [.., rows, w] of one chunk into the running m, l and acc, in place."""
+    m_new = torch.maximum(m, scores.amax(-1))
+    m_finite = m_new.masked_fill(m_new == float("-inf"), 0)  # no key seen so far: exp(-inf - 0) = 0, not NaN
+    p = scores.sub_(m_finite[..., None]).exp_()
+    rescale = (m - m_finite).exp_()
+    l.mul_(rescale).add_(p.sum(-1))
+    acc.mul_(rescale[..., None]).baddbmm_(p, v)
+    m.copy_(m_new)
+
+
+# ---------------------------------------------------------------------------------------------- concat_and_cache_mla
+
+
+def concat_and_cache_mla(kv_cache: Tensor, kv_c: Tensor, k_pe: Tensor, slot_mapping: Tensor) -> None:
+    num_pages, page_size = kv_cache.shape[:2]
+    num_slots = num_pages * page_size
+    bad = (slot_mapping < -1) | (slot_mapping >= num_slots)
+    if bad.any():
+        token = int(bad.nonzero()[0])
+        raise RuntimeError(
+            f"slot_mapping: expected slots from -1 (skip) to {num_slots - 1}, got {int(slot_mapping[token])} at {token}"
+        )
+    token = (slot_mapping >= 0).nonzero()[:, 0]
+    slot = slot_mapping[token]
+    ordered = slot.sort().values
+    repeated = ordered[1:] == ordered[:-1]
+    if repeated.any():
+        raise RuntimeError(f"slot_mapping: expected each slot once, got {int(ordered[1:][repeated][0])} more than once")
+    page, offset = slot // page_size, slot % page_size
+    kv_cache[page, offset, 0] = torch.cat([kv_c[token], k_pe[token]], dim=1)
+
+
+# ------------------------------------------------------------------------------------------------ merge_attn_states
+
+
+def merge_attn_states(out: Tensor, lse: Tensor, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> None:
+    inf = float("inf")
+    lse_a, lse_b = (t.masked_fill(t == inf, -inf) for t in (lse_a, lse_b))  # +inf and -inf: nothing here
+    lse_ab = torch.logaddexp(lse_a, lse_b)
+    nothing = lse_ab == -inf
+    merged = torch.zeros(out.shape, dtype=torch.float32)
+    for part, part_lse in ((out_a, lse_a), (out_b, lse_b)):
+        weight = (part_lse - lse_ab).exp_().masked_fill_(part_lse == -inf, 0).transpose(1, 2)[..., None]
+        merged += torch.where(weight == 0, 0, part.float() * weight)  # what nobody saw may hold anything, NaN too
+    out.copy_(merged)
+    lse.copy_(lse_ab.masked_fill_(nothing, inf))

@@ -1,0 +1,204 @@
+"""The public functions: what each op computes, with shapes, dtypes and defaults. They only call torch.ops.flashmla.*.
+
+Shapes: b rows (sequences), s_q queries a row, h_q query heads, h_k key heads (1 in MLA), d_qk key width (kv_lora_rank +
+qk_rope_head_dim, 576 for DeepSeek V2/V3), d_v value width (kv_lora_rank, 512). Bad input raises RuntimeError, which names
+the tensor, what was expected and what came, before anything is written.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "FlashMLASchedMeta",
+    "concat_and_cache_mla",
+    "flash_mla_with_kvcache",
+    "fwd_kvcache_mla",
+    "get_mla_metadata",
+    "merge_attn_states",
+]
+
+
+@dataclass(frozen=True)
+class FlashMLASchedMeta:
+    """Stands where a plan is expected, and makes each call plan for itself.
+
+    FlashMLA's 2026 interface caches a plan in this object at the first call. This one holds nothing, so that a call means
+    the same in eager, compiled and captured code. To plan once a step, pass tensors: see `get_mla_metadata`.
+    """
+
+
+def get_mla_metadata(
+    cache_seqlens: Tensor | None = None,
+    num_heads_per_head_k: int | None = None,
+    num_heads_k: int | None = None,
+    num_heads_q: int | None = None,
+    is_fp8_kvcache: bool = False,
+    topk: int | None = None,
+    *,
+    num_q_tokens_per_head_k: int | None = None,
+) -> tuple[Tensor, Tensor] | tuple[FlashMLASchedMeta, None]:
+    """Plans a decode step: which worker attends to which keys. Make it once a step and share it between layers.
+
+    The plan depends on values on the device only, so it can be made inside a captured CUDA graph; its format is in plan.py.
+
+    Args:
+        cache_seqlens: [b] int32, keys in each row, those of this step included.
+        num_heads_per_head_k: s_q * h_q / h_k (num_q_tokens_per_head_k is another name of it).
+        num_heads_k: h_k.
+        num_heads_q, topk, is_fp8_kvcache: accepted for FlashMLA's 2025-09 form; sparse attention is not served.
+    Returns:
+        tile_scheduler_metadata [256, 8] int32, num_splits [b + 1] int32.
+        Called with nothing (FlashMLA's 2026 form): (FlashMLASchedMeta(), None), and each call plans for itself.
+    Raises:
+        RuntimeError: bad shape, dtype or head count. NotImplementedError: topk or an fp8 cache is asked for.
+    """
+    _not_served(topk=topk, is_fp8_kvcache=is_fp8_kvcache or None)
+    if num_q_tokens_per_head_k is not None:
+        if num_heads_per_head_k not in (None, num_q_tokens_per_head_k):
+            raise RuntimeError(
+                "num_q_tokens_per_head_k: expected num_heads_per_head_k's value, of which it is another name "
+                f"({num_heads_per_head_k}), got {num_q_tokens_per_head_k}"
+            )
+        num_heads_per_head_k = num_q_tokens_per_head_k
+    if cache_seqlens is None and num_heads_per_head_k is None and num_heads_k is None:
+        return FlashMLASchedMeta(), None
+    given = {"cache_seqlens": cache_seqlens, "num_heads_per_head_k": num_heads_per_head_k, "num_heads_k": num_heads_k}
+    for name, value in given.items():
+        if value is None:
+            raise RuntimeError(f"{name}: expected a value (give {', '.join(given)}, or nothing), got None")
+    return torch.ops.flashmla.get_mla_metadata(cache_seqlens, num_heads_per_head_k, num_heads_k)
+
+
+def fwd_kvcache_mla(
+    q: Tensor,
+    kv_cache: Tensor,
+    block_table: Tensor,
+    cache_seqlens: Tensor,
+    head_dim_v: int,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    tile_scheduler_metadata: Tensor | None = None,
+    num_splits: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of s_q queries a row over that row's keys in a paged cache; values are the keys' first head_dim_v elements.
+
+    For row r, query i and head h, with k_j the r-th row's j-th key of head h / (h_q / h_k), and v_j = k_j[:head_dim_v]:
+
+        s_j = softmax_scale * q[r, i, h] . k_j                       for the keys j that the query sees
+        out[r, i, h] = sum_j exp(s_j) v_j / sum_j exp(s_j),          lse[r, h, i] = log sum_j exp(s_j)
+
+    Without `causal` a query sees keys 0 .. cache_seqlens[r] - 1; with it, query i sees those with
+    j <= cache_seqlens[r] - s_q + i. A query that sees no key (length 0, or before the start) gets out = 0, lse = +inf.
+    Key j of row r lies in page block_table[r, j // page_size], at j % page_size. Absorbed MLA: arXiv 2405.04434, 2.1.2.
+
+    Args:
+        q: [b, s_q, h_q, d_qk] bf16, fp16 (CPU: also fp32). May be strided: innermost stride 1, others multiples of 16 bytes.
+        kv_cache: [num_pages, page_size, h_k, d_qk], q's dtype, strides as q's; page_size a multiple of 16.
+        block_table: [b, max_pages] int32; entries past a row's last page are never read.
+        cache_seqlens: [b] int32, keys of each row, this call's own included: append first, then attend.
+        head_dim_v: d_v, a multiple of 16, at most d_qk.
+        softmax_scale: d_qk ** -0.5 if None (absorbed DeepSeek layers need (d_nope + d_rope) ** -0.5 instead).
+        tile_scheduler_metadata, num_splits: the plan of `get_mla_metadata`; without it the call plans for itself.
+    Returns:
+        out [b, s_q, h_q, d_v] in q's dtype and lse [b, h_q, s_q] fp32 (natural logarithm), both contiguous.
+    Raises:
+        RuntimeError: what is wrong with which tensor; on the CPU also lengths beyond the table and pages outside the cache.
+        NotImplementedError: no backend serves this call; the message says why not.
+    """
+    if softmax_scale is None:
+        softmax_scale = q.shape[-1] ** -0.5
+    return torch.ops.flashmla.fwd_kvcache_mla(
+        q, kv_cache, block_table, cache_seqlens, head_dim_v, softmax_scale, causal, tile_scheduler_metadata, num_splits
+    )
+
+
+def flash_mla_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    block_table: Tensor,
+    cache_seqlens: Tensor,
+    head_dim_v: int,
+    tile_scheduler_metadata: Tensor | FlashMLASchedMeta | None = None,
+    num_splits: Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    is_fp8_kvcache: bool = False,
+    indices: Tensor | None = None,
+    attn_sink: Tensor | None = None,
+    extra_k_cache: Tensor | None = None,
+    extra_indices_in_kvcache: Tensor | None = None,
+    topk_length: Tensor | None = None,
+    extra_topk_length: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """FlashMLA's name and signature for `fwd_kvcache_mla`, which documents everything else.
+
+    Args:
+        tile_scheduler_metadata: a plan's tensor (with num_splits), or a FlashMLASchedMeta or None (each call plans itself).
+        is_fp8_kvcache, indices, attn_sink, extra_*, topk_length: FlashMLA's fp8 and sparse arguments.
+    Raises:
+        NotImplementedError: an fp8 or sparse argument is given; names it.
+    """
+    _not_served(
+        is_fp8_kvcache=is_fp8_kvcache or None,
+        indices=indices,
+        attn_sink=attn_sink,
+        extra_k_cache=extra_k_cache,
+        extra_indices_in_kvcache=extra_indices_in_kvcache,
+        topk_length=topk_length,
+        extra_topk_length=extra_topk_length,
+    )
+    if isinstance(tile_scheduler_metadata, FlashMLASchedMeta):
+        tile_scheduler_metadata = None
+    return fwd_kvcache_mla(
+        q,
+        k_cache,
+        block_table,
+        cache_seqlens,
+        head_dim_v,
+        softmax_scale,
+        causal,
+        tile_scheduler_metadata,
+        num_splits,
+    )
+
+
+def _not_served(**given) -> None:
+    for name, value in given.items():
+        if value is not None:
+            what = "an fp8 cache" if name == "is_fp8_kvcache" else "sparse attention"
+            raise NotImplementedError(f"{name}: {what} is not served by flashmla_ops; leave it out for dense decoding")
+
+
+def concat_and_cache_mla(kv_cache: Tensor, kv_c: Tensor, k_pe: Tensor, slot_mapping: Tensor) -> None:
+    """Appends tokens to a paged cache, in place: kv_cache[slot // page_size, slot % page_size, 0] = [kv_c | k_pe].
+
+    Args:
+        kv_cache: [num_pages, page_size, 1, d_v + d_rope], written. Under torch.compile pass each layer's cache as a tensor of
+            its own: a slice taken inside the graph, or a static slice of a view that already has a storage offset, would
+            be written to the wrong place (pytorch#198068). The first is refused; `mark_kv_cache` refuses the second.
+        kv_c: [n, d_v], the compressed latents (after their norm), kv_cache's dtype.
+        k_pe: [n, d_rope], the rotated shared key part; d_rope may be 0.
+        slot_mapping: [n] int64, page * page_size + position in the page; -1 skips the token.
+    Raises:
+        RuntimeError: what is wrong with which tensor; on the CPU also a slot out of range or given twice.
+    """
+    torch.ops.flashmla.concat_and_cache_mla(kv_cache, kv_c, k_pe, slot_mapping)
+
+
+def merge_attn_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Merges attention over two disjoint sets of keys into attention over both.
+
+        lse = log(exp(lse_a) + exp(lse_b)),    out = exp(lse_a - lse) out_a + exp(lse_b - lse) out_b
+
+    in fp32, rounded once. An lse of +inf or -inf means that nothing was seen: that part's out is ignored, whatever it
+    holds; where both saw nothing, out = 0 and lse = +inf. Log-sum-exp merging: arXiv 2501.01005, 2.2.
+
+    Args:
+        out_a, out_b: [b, s_q, h_q, d_v], one dtype; strides as `fwd_kvcache_mla`'s q.
+        lse_a, lse_b: [b, h_q, s_q] fp32, natural logarithm.
+    Returns:
+        out [b, s_q, h_q, d_v] in out_a's dtype, lse [b, h_q, s_q] fp32, contiguous.
+    """
+    return torch.ops.flashmla.merge_attn_states(out_a, lse_a, out_b, lse_b)

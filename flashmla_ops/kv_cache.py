@@ -1,0 +1,221 @@
+"""The paged latent cache: token formats as data, slot arithmetic, and PagedKVCache, which deals pages to sequences."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class CacheFormat:
+    """How one token lies in a cache: a row of `last_dim` elements of `dtype`, the latent first, the rotated key part after."""
+
+    name: str
+    dtype: torch.dtype
+
+    def last_dim(self, d_v: int, d_rope: int) -> int:
+        """The cache's last dimension for tokens of d_v latent and d_rope rotated values."""
+        return d_v + d_rope
+
+    def token_bytes(self, d_v: int, d_rope: int) -> int:
+        return self.last_dim(d_v, d_rope) * self.dtype.itemsize
+
+
+FORMATS = {
+    torch.bfloat16: CacheFormat("bf16", torch.bfloat16),
+    torch.float16: CacheFormat("fp16", torch.float16),
+    torch.float32: CacheFormat("fp32", torch.float32),
+}
+
+
+def mark_kv_cache(kv_cache: Tensor) -> Tensor:
+    """Promises torch.compile that this very tensor stays at its address, and returns it.
+
+    Without the promise, Inductor's CUDA graphs skip every graph that writes the cache and copy a cache that is only read. Module
+    buffers have it by nature; a cache passed as an argument needs it, once, before the first compiled call.
+
+    Raises:
+        RuntimeError: the cache is a view with a storage offset, which compiled code would lose (pytorch#198068).
+    """
+    if kv_cache.storage_offset() != 0:
+        raise RuntimeError(
+            f"kv_cache: expected a tensor of its own, got a view with storage offset {kv_cache.storage_offset()}, which "
+            "torch.compile may write to the wrong place: allocate each layer's cache separately"
+        )
+    torch._dynamo.mark_static_address(kv_cache, guard=False)
+    return kv_cache
+
+
+def slots_of(block_table: Tensor, positions: Tensor, page_size: int) -> Tensor:
+    """The slots in which tokens of given positions lie: page * page_size + offset, and -1 where a position is negative.
+
+    Args:
+        block_table: [b, max_pages] int32.
+        positions: [b, s] integers, in tokens from the row's start; below max_pages * page_size.
+    Returns:
+        [b, s] int64, what `concat_and_cache_mla` takes (flattened) as slot_mapping.
+    """
+    known = positions.clamp_min(0).long()
+    page = block_table.gather(1, known // page_size).long()
+    return torch.where(positions < 0, -1, page * page_size + known % page_size)
+
+
+class PagedKVCache:
+    """Caches for every layer of a model, and the pages of the sequences that share them.
+
+    Layers are separate tensors of the same pages, so that one block table serves all. `block_table`, `cache_seqlens` and
+    `slot_mapping` are updated in place and never move: captured CUDA graphs and compiled code see every change. Rows
+    without a sequence have length 0 and slots -1, which the ops treat as padding.
+
+    Args:
+        num_layers, num_pages, page_size: sizes of `layers`, a list of [num_pages, page_size, 1, head_dim] tensors.
+        max_batch_size: rows of the tables, that is sequences at once.
+        max_pages_per_sequence: columns of block_table.
+        head_dim: kv_lora_rank + qk_rope_head_dim.
+        max_new_tokens: the most tokens that one `extend` adds to a row; width of slot_mapping.
+        dtype: one of FORMATS.
+    Attributes:
+        layers: the caches, each marked with `mark_kv_cache`.
+        block_table: [max_batch_size, max_pages_per_sequence] int32.
+        cache_seqlens: [max_batch_size] int32.
+        slot_mapping: [max_batch_size * max_new_tokens] int64: the tokens of the last `extend`, right-aligned in their row's
+            max_new_tokens places, -1 elsewhere.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_pages: int,
+        max_batch_size: int,
+        max_pages_per_sequence: int,
+        *,
+        head_dim: int = 576,
+        page_size: int = 64,
+        max_new_tokens: int = 1,
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str | None = None,
+    ):
+        if dtype not in FORMATS:
+            raise RuntimeError(f"dtype: expected one of {', '.join(map(str, FORMATS))}, got {dtype}")
+        sizes = {"num_pages": num_pages, "max_batch_size": max_batch_size, "max_new_tokens": max_new_tokens}
+        for name, value in (*sizes.items(), ("max_pages_per_sequence", max_pages_per_sequence)):
+            if value < 1:
+                raise RuntimeError(f"{name}: expected at least 1, got {value}")
+        shape = (num_pages, page_size, 1, head_dim)
+        self.layers = [mark_kv_cache(torch.zeros(shape, dtype=dtype, device=device)) for _ in range(num_layers)]
+        self.page_size = page_size
+        self.max_new_tokens = max_new_tokens
+        # the host's copies, from which the device's are updated
+        self._table = torch.zeros(max_batch_size, max_pages_per_sequence, dtype=torch.int32)
+        self._seqlens = torch.zeros(max_batch_size, dtype=torch.int32)
+        self._live = [False] * max_batch_size
+        self._pages: list[list[int]] = [[] for _ in range(max_batch_size)]
+        self._free_pages = list(range(num_pages - 1, -1, -1))  # a stack: page 0 is dealt first
+        self.block_table = self._table.to(device, copy=True)
+        self.cache_seqlens = self._seqlens.to(device, copy=True)
+        self.slot_mapping = torch.full((max_batch_size * max_new_tokens,), -1, dtype=torch.int64, device=device)
+
+    @property
+    def num_free_pages(self) -> int:
+        return len(self._free_pages)
+
+    @property
+    def rows(self) -> list[int]:
+        """The rows that hold a sequence, in order."""
+        return [row for row, live in enumerate(self._live) if live]
+
+    def pages_of(self, row: int) -> list[int]:
+        """The pages of a row's sequence, in the order of its tokens."""
+        return list(self._pages[self._check_row(row)])
+
+    def allocate(self, num_tokens: int = 0) -> int:
+        """Starts a sequence of num_tokens tokens in the lowest free row and returns the row.
+
+        slot_mapping is left alone: a prompt's slots are slots_of(block_table[row : row + 1], positions, page_size).
+
+        Raises:
+            RuntimeError: no free row or too few free pages; nothing has changed then.
+        """
+        if all(self._live):
+            raise RuntimeError(f"allocate: expected a free row, got all {len(self._live)} in use: free() one")
+        row = self._live.index(False)
+        self._deal({row: num_tokens})
+        self._live[row] = True
+        self._publish()
+        return row
+
+    def extend(self, num_tokens: int | Mapping[int, int] | Sequence[int]) -> None:
+        """Adds tokens at the end of sequences, and points slot_mapping at them.
+
+        Args:
+            num_tokens: for every sequence (an int), for some rows ({row: n}), or for all rows in order (0 for free rows).
+        Raises:
+            RuntimeError: unknown row, more than max_new_tokens, a sequence too long for block_table, or too few free pages,
+                naming how many are needed and free; nothing has changed then.
+        """
+        if isinstance(num_tokens, int):
+            added = dict.fromkeys(self.rows, num_tokens)
+        elif isinstance(num_tokens, Mapping):
+            added = dict(num_tokens)
+        else:
+            if len(num_tokens) != len(self._live):
+                raise RuntimeError(
+                    f"num_tokens: expected one for each of {len(self._live)} rows, got {len(num_tokens)}"
+                )
+            added = {row: n for row, n in enumerate(num_tokens) if n}
+        for row, n in added.items():
+            self._check_row(row)
+            if n > self.max_new_tokens:
+                raise RuntimeError(f"num_tokens: expected at most max_new_tokens = {self.max_new_tokens}, got {n}")
+        self._deal(added)
+        self._publish(added)
+
+    def free(self, row: int) -> None:
+        """Ends a row's sequence: its pages go back, its length becomes 0."""
+        self._free_pages.extend(reversed(self._pages[self._check_row(row)]))
+        self._pages[row] = []
+        self._live[row] = False
+        self._seqlens[row] = 0
+        self._table[row] = 0
+        self.slot_mapping.view(-1, self.max_new_tokens)[row] = -1
+        self._publish()
+
+    def _check_row(self, row: int) -> int:
+        if not (0 <= row < len(self._live) and self._live[row]):
+            raise RuntimeError(f"row: expected one that holds a sequence ({self.rows}), got {row}")
+        return row
+
+    def _deal(self, added: dict[int, int]) -> None:
+        """Lengthens rows on the host: all of them, or none."""
+        max_pages = self._table.shape[1]
+        length = {}
+        for row, n in added.items():
+            if n < 0:
+                raise RuntimeError(f"num_tokens: expected at least 0, got {n} for row {row}")
+            length[row] = int(self._seqlens[row]) + n
+            if length[row] > max_pages * self.page_size:
+                raise RuntimeError(
+                    f"row {row}: expected at most {max_pages * self.page_size} tokens ({max_pages} pages of "
+                    f"{self.page_size}), got {length[row]}: raise max_pages_per_sequence"
+                )
+        needed = {row: -(-total // self.page_size) - len(self._pages[row]) for row, total in length.items()}
+        if sum(needed.values()) > len(self._free_pages):
+            raise RuntimeError(f"out of pages: {sum(needed.values())} needed, {len(self._free_pages)} free")
+        for row, count in needed.items():
+            for _ in range(count):
+                self._table[row, len(self._pages[row])] = self._free_pages[-1]
+                self._pages[row].append(self._free_pages.pop())
+            self._seqlens[row] = length[row]
+
+    def _publish(self, added: dict[int, int] | None = None) -> None:
+        """Writes the host's tables to the device's, in place."""
+        self.block_table.copy_(self._table)
+        self.cache_seqlens.copy_(self._seqlens)
+        if added is not None:
+            from_end = torch.arange(self.max_new_tokens, 0, -1)  # [max_new_tokens]: tokens from the row's end
+            count = torch.zeros(len(self._live), dtype=torch.int64)
+            for row, n in added.items():
+                count[row] = n
+            position = torch.where(from_end <= count[:, None], self._seqlens[:, None] - from_end, -1)
+            self.slot_mapping.copy_(slots_of(self._table, position, self.page_size).flatten())

@@ -1,0 +1,369 @@
+"""The contract of torch.ops.flashmla.*: one block per op = schema, checks, allocation, backend call, fake.
+
+Checks are plain `if`s in a function that returns the first thing wrong as a sentence. Kernel and fake share it: sizes are
+compared through `_known` and `_differ`, which also take symbols, whose values nobody may know yet.
+
+What each op computes is documented in functional.py.
+"""
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import guard_or_false
+
+from . import backends
+from .kv_cache import FORMATS
+from .plan import COLUMNS, MAX_PARTS
+
+LIB = torch.library.Library("flashmla", "DEF")
+TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+CACHE_DTYPES = tuple(FORMATS)
+ALIGNMENT = 16  # bytes: what a vector load or a TMA copy needs of a base address and of every stride
+PAGE_MULTIPLE = 16  # tokens
+DIM_MULTIPLE = 16  # elements
+
+
+def _define(schema: str, kernel, fake) -> None:
+    """Registers an op: one kernel for every device, a fake (which serves meta tensors too), and a raising autograd."""
+    name = schema[: schema.index("(")]
+    LIB.define(schema, tags=TAGS)
+    LIB.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"flashmla::{name}", fake, lib=LIB)
+    op = getattr(torch.ops.flashmla, name).default
+
+    def refuse_grad(keyset, *args, **kwargs):
+        if torch.is_grad_enabled():
+            for value in (*args, *kwargs.values()):
+                if isinstance(value, Tensor) and value.requires_grad:
+                    raise RuntimeError(
+                        f"flashmla::{name} is inference only, and an input requires grad: "
+                        "call it under torch.no_grad() or torch.inference_mode()"
+                    )
+        return op.redispatch(keyset & torch._C._after_autograd_keyset, *args, **kwargs)
+
+    LIB.impl(name, refuse_grad, "Autograd", with_keyset=True)
+
+
+# ---------------------------------------------------------------------------------------------------- shared checks
+
+
+def _known(condition) -> bool:
+    """Whether a condition on sizes holds; one on symbols that nobody can decide yet counts as False."""
+    return condition if type(condition) is bool else guard_or_false(condition)
+
+
+def _differ(a, b) -> bool:
+    """Whether two sizes differ; a pair of symbols that nobody can decide yet becomes an assertion made at run time."""
+    if _known(a != b):
+        return True
+    if type(a) is not int or type(b) is not int:
+        torch._check(a == b)
+    return False
+
+
+def _misplaced(name: str, t: Tensor, dims: str, dtype: torch.dtype, device: torch.device, like: str) -> str | None:
+    """What every tensor of every op is asked first: rank (one dimension a comma-separated name), dtype, device."""
+    if t.dim() != dims.count(",") + 1:
+        return f"{name}: expected {dims.count(',') + 1} dimensions {dims}, got shape {list(t.shape)}"
+    if t.dtype is not dtype:
+        return f"{name}: expected {dtype}, got {t.dtype}"
+    if t.device != device:
+        return f"{name}: expected device {device} ({like}'s), got {t.device}"
+    return None
+
+
+def _size(name: str, t: Tensor, dim: int, expected, meaning: str) -> str | None:
+    if _differ(t.shape[dim], expected):
+        return f"{name}: expected dimension {dim} to be {expected} ({meaning}), got shape {list(t.shape)}"
+    return None
+
+
+def _strided(name: str, t: Tensor, inner_only: bool = False) -> str | None:
+    """Innermost stride 1, other strides multiples of 16 bytes. Strides of dimensions of size 1 and of empty tensors are
+    arbitrary in PyTorch, hence ignored."""
+    shape, strides = t.shape, t.stride()
+    last = len(shape) - 1
+    for dim in range(last + 1):
+        stride = strides[dim]
+        if dim == last:
+            wrong = _known(stride != 1)
+        else:
+            wrong = not inner_only and _known(stride * t.itemsize % ALIGNMENT != 0)
+        if wrong and _known(shape[dim] != 1) and not _known(t.numel() == 0):
+            expected = "1" if dim == last else f"a multiple of {ALIGNMENT // t.itemsize} ({ALIGNMENT} bytes)"
+            return f"{name}: expected the stride of dimension {dim} to be {expected}, got {stride}"
+    return None
+
+
+def _refuse(error: str | None, *tensors: tuple[str, Tensor]) -> None:
+    """Raises what is wrong with a call; `tensors` are real ones, whose addresses must be aligned."""
+    for name, t in () if error else tensors:
+        if t.data_ptr() % ALIGNMENT:
+            error = (
+                f"{name}: expected a {ALIGNMENT}-byte aligned address, got one {t.data_ptr() % ALIGNMENT} bytes past"
+            )
+            break
+    if error:
+        raise RuntimeError(error)
+
+
+def _cache_error(kv_cache: Tensor, dtype: torch.dtype, device: torch.device, like: str) -> str | None:
+    if error := _misplaced("kv_cache", kv_cache, "[num_pages, page_size, h_k, d_qk]", dtype, device, like):
+        return error
+    page_size = kv_cache.shape[1]
+    if _known(page_size % PAGE_MULTIPLE != 0) or _known(page_size < PAGE_MULTIPLE):
+        return f"kv_cache: expected a page size (dimension 1) that is a multiple of {PAGE_MULTIPLE}, got {page_size}"
+    return _strided("kv_cache", kv_cache)
+
+
+# ------------------------------------------------------------------------------------------------- get_mla_metadata
+
+
+def _metadata_error(cache_seqlens: Tensor, num_heads_per_head_k: int, num_heads_k: int) -> str | None:
+    error = _misplaced("cache_seqlens", cache_seqlens, "[b]", torch.int32, cache_seqlens.device, "its own")
+    error = error or _strided("cache_seqlens", cache_seqlens)
+    for name, value in (("num_heads_per_head_k", num_heads_per_head_k), ("num_heads_k", num_heads_k)):
+        if not error and _known(value < 1):
+            error = f"{name}: expected at least 1, got {value}"
+    return error
+
+
+def _new_plan(cache_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    return cache_seqlens.new_empty(MAX_PARTS, COLUMNS), cache_seqlens.new_empty(cache_seqlens.shape[0] + 1)
+
+
+def _get_mla_metadata(cache_seqlens, num_heads_per_head_k, num_heads_k):
+    _refuse(_metadata_error(cache_seqlens, num_heads_per_head_k, num_heads_k))
+    backend = backends.choose("get_mla_metadata", cache_seqlens)
+    outputs = _new_plan(cache_seqlens)
+    backend.get_mla_metadata(*outputs, cache_seqlens, num_heads_per_head_k, num_heads_k)
+    return outputs
+
+
+def _get_mla_metadata_fake(cache_seqlens, num_heads_per_head_k, num_heads_k):
+    _refuse(_metadata_error(cache_seqlens, num_heads_per_head_k, num_heads_k))
+    return _new_plan(cache_seqlens)
+
+
+_define(
+    "get_mla_metadata(Tensor cache_seqlens, SymInt num_heads_per_head_k, SymInt num_heads_k) "
+    "-> (Tensor tile_scheduler_metadata, Tensor num_splits)",
+    _get_mla_metadata,
+    _get_mla_metadata_fake,
+)
+
+
+# -------------------------------------------------------------------------------------------------- fwd_kvcache_mla
+
+
+def _fwd_error(q, kv_cache, block_table, cache_seqlens, head_dim_v, tile_scheduler_metadata, num_splits) -> str | None:
+    dtype, device = q.dtype, q.device
+    if dtype not in CACHE_DTYPES:
+        return f"q: expected one of {', '.join(map(str, CACHE_DTYPES))}, got {dtype}"
+    error = (
+        _misplaced("q", q, "[b, s_q, h_q, d_qk]", dtype, device, "its own")
+        or _strided("q", q)
+        or _cache_error(kv_cache, dtype, device, "q")
+        or _misplaced("block_table", block_table, "[b, max_pages]", torch.int32, device, "q")
+        or _strided("block_table", block_table, inner_only=True)
+        or _misplaced("cache_seqlens", cache_seqlens, "[b]", torch.int32, device, "q")
+        or _strided("cache_seqlens", cache_seqlens)
+    )
+    if error:
+        return error
+    b, _, h_q, d_qk = q.shape
+    h_k = kv_cache.shape[2]
+    error = (
+        _size("block_table", block_table, 0, b, "q's batch")
+        or _size("cache_seqlens", cache_seqlens, 0, b, "q's batch")
+        or _size("kv_cache", kv_cache, 3, d_qk, "q's d_qk")
+    )
+    if error:
+        return error
+    if _known(d_qk % DIM_MULTIPLE != 0) or _known(d_qk < DIM_MULTIPLE):
+        return f"q: expected d_qk (dimension 3) to be a multiple of {DIM_MULTIPLE}, got {d_qk}"
+    if _known(h_k < 1) or _known(h_q < 1) or _known(h_q % h_k != 0):
+        return f"kv_cache: expected h_k (dimension 2) to divide q's {h_q} heads, got {h_k}"
+    if _known(head_dim_v < DIM_MULTIPLE) or _known(head_dim_v > d_qk) or _known(head_dim_v % DIM_MULTIPLE != 0):
+        return f"head_dim_v: expected a multiple of {DIM_MULTIPLE} up to d_qk = {d_qk}, got {head_dim_v}"
+    if tile_scheduler_metadata is not None or num_splits is not None:
+        return _plan_error(tile_scheduler_metadata, num_splits, b, device)
+    return None
+
+
+def _plan_error(tile_scheduler_metadata, num_splits, b, device) -> str | None:
+    if tile_scheduler_metadata is None or num_splits is None:
+        missing = "tile_scheduler_metadata" if tile_scheduler_metadata is None else "num_splits"
+        return f"{missing}: expected the other half of get_mla_metadata's plan (give both or neither), got None"
+    name, dims = "tile_scheduler_metadata", "[MAX_PARTS, COLUMNS]"
+    return (
+        _misplaced(name, tile_scheduler_metadata, dims, torch.int32, device, "q")
+        or _size(name, tile_scheduler_metadata, 0, MAX_PARTS, "as get_mla_metadata makes it")
+        or _size(name, tile_scheduler_metadata, 1, COLUMNS, "as get_mla_metadata makes it")
+        or _strided(name, tile_scheduler_metadata)
+        or _misplaced("num_splits", num_splits, "[b + 1]", torch.int32, device, "q")
+        or _size("num_splits", num_splits, 0, b + 1, "q's batch + 1")
+        or _strided("num_splits", num_splits)
+    )
+
+
+def _new_out_lse(q: Tensor, head_dim_v: int) -> tuple[Tensor, Tensor]:
+    b, s_q, h_q, _ = q.shape
+    return q.new_empty(b, s_q, h_q, head_dim_v), q.new_empty(b, h_q, s_q, dtype=torch.float32)
+
+
+def _fwd_kvcache_mla(
+    q,
+    kv_cache,
+    block_table,
+    cache_seqlens,
+    head_dim_v,
+    softmax_scale,
+    causal,
+    tile_scheduler_metadata=None,
+    num_splits=None,
+):
+    _refuse(
+        _fwd_error(q, kv_cache, block_table, cache_seqlens, head_dim_v, tile_scheduler_metadata, num_splits),
+        ("q", q),
+        ("kv_cache", kv_cache),
+    )
+    backend = backends.choose("fwd_kvcache_mla", q, kv_cache=kv_cache, head_dim_v=head_dim_v)
+    out, lse = _new_out_lse(q, head_dim_v)
+    plan = None if num_splits is None else (tile_scheduler_metadata, num_splits)
+    backend.fwd_kvcache_mla(out, lse, q, kv_cache, block_table, cache_seqlens, softmax_scale, causal, plan)
+    return out, lse
+
+
+def _fwd_kvcache_mla_fake(
+    q,
+    kv_cache,
+    block_table,
+    cache_seqlens,
+    head_dim_v,
+    softmax_scale,
+    causal,
+    tile_scheduler_metadata=None,
+    num_splits=None,
+):
+    _refuse(_fwd_error(q, kv_cache, block_table, cache_seqlens, head_dim_v, tile_scheduler_metadata, num_splits))
+    return _new_out_lse(q, head_dim_v)
+
+
+_define(
+    "fwd_kvcache_mla(Tensor q, Tensor kv_cache, Tensor block_table, Tensor cache_seqlens, SymInt head_dim_v, "
+    "float softmax_scale, bool causal, Tensor? tile_scheduler_metadata=None, Tensor? num_splits=None) "
+    "-> (Tensor out, Tensor lse)",
+    _fwd_kvcache_mla,
+    _fwd_kvcache_mla_fake,
+)
+
+
+# ---------------------------------------------------------------------------------------------- concat_and_cache_mla
+
+
+def _append_error(kv_cache, kv_c, k_pe, slot_mapping) -> str | None:
+    dtype, device = kv_cache.dtype, kv_cache.device
+    if dtype not in CACHE_DTYPES:
+        return f"kv_cache: expected one of {', '.join(map(str, CACHE_DTYPES))}, got {dtype}"
+    error = (
+        _cache_error(kv_cache, dtype, device, "its own")
+        or _size("kv_cache", kv_cache, 2, 1, "h_k: one latent serves all heads")
+        or _misplaced("kv_c", kv_c, "[n, d_v]", dtype, device, "kv_cache")
+        or _strided("kv_c", kv_c)
+        or _misplaced("k_pe", k_pe, "[n, d_rope]", dtype, device, "kv_cache")
+        or _strided("k_pe", k_pe)
+        or _misplaced("slot_mapping", slot_mapping, "[n]", torch.int64, device, "kv_cache")
+        or _strided("slot_mapping", slot_mapping)
+        or _size("k_pe", k_pe, 0, kv_c.shape[0], "kv_c's tokens")
+        or _size("slot_mapping", slot_mapping, 0, kv_c.shape[0], "kv_c's tokens")
+    )
+    if error:
+        return error
+    for name, t in (("kv_c", kv_c), ("k_pe", k_pe)):
+        if _known(t.shape[1] % DIM_MULTIPLE != 0):
+            return f"{name}: expected dimension 1 to be a multiple of {DIM_MULTIPLE}, got {t.shape[1]}"
+    if _differ(kv_c.shape[1] + k_pe.shape[1], kv_cache.shape[3]):
+        parts = f"{kv_c.shape[1]} + {k_pe.shape[1]} (kv_c's and k_pe's)"
+        return f"kv_cache: expected last dimension {parts}, got {kv_cache.shape[3]}"
+    return None
+
+
+def _concat_and_cache_mla(kv_cache, kv_c, k_pe, slot_mapping):
+    _refuse(_append_error(kv_cache, kv_c, k_pe, slot_mapping), ("kv_cache", kv_cache), ("kv_c", kv_c), ("k_pe", k_pe))
+    backends.choose("concat_and_cache_mla", kv_cache).concat_and_cache_mla(kv_cache, kv_c, k_pe, slot_mapping)
+
+
+def _concat_and_cache_mla_fake(kv_cache, kv_c, k_pe, slot_mapping):
+    _refuse(_append_error(kv_cache, kv_c, k_pe, slot_mapping) or _view_error(kv_cache))
+
+
+def _view_error(kv_cache: Tensor) -> str | None:
+    """Refuses a cache that was sliced inside a graph: Inductor loses its storage offset and writes elsewhere, silently
+    (pytorch#198068). It is recognised by an offset that is an expression of symbols."""
+    offset = kv_cache.storage_offset()
+    if isinstance(offset, torch.SymInt) and not (offset.node.expr.is_number or offset.node.expr.is_symbol):
+        return (
+            f"kv_cache: expected a tensor of its own, got a view inside a compiled graph (storage offset {offset}), which "
+            "torch.compile would write to the wrong place: pass each layer's cache as a separate tensor"
+        )
+    return None
+
+
+_define(
+    "concat_and_cache_mla(Tensor(a!) kv_cache, Tensor kv_c, Tensor k_pe, Tensor slot_mapping) -> ()",
+    _concat_and_cache_mla,
+    _concat_and_cache_mla_fake,
+)
+
+
+# ------------------------------------------------------------------------------------------------ merge_attn_states
+
+
+def _merge_error(out_a, lse_a, out_b, lse_b) -> str | None:
+    dtype, device = out_a.dtype, out_a.device
+    if dtype not in CACHE_DTYPES:
+        return f"out_a: expected one of {', '.join(map(str, CACHE_DTYPES))}, got {dtype}"
+    for name, t in (("out_a", out_a), ("out_b", out_b)):
+        if error := _misplaced(name, t, "[b, s_q, h_q, d_v]", dtype, device, "out_a") or _strided(name, t):
+            return error
+    for name, t in (("lse_a", lse_a), ("lse_b", lse_b)):
+        if error := _misplaced(name, t, "[b, h_q, s_q]", torch.float32, device, "out_a") or _strided(
+            name, t, inner_only=True
+        ):
+            return error
+    b, s_q, h_q, d_v = out_a.shape
+    if _known(d_v % DIM_MULTIPLE != 0):
+        return f"out_a: expected d_v (dimension 3) to be a multiple of {DIM_MULTIPLE}, got {d_v}"
+    for dim in range(4):
+        if error := _size("out_b", out_b, dim, out_a.shape[dim], "out_a's"):
+            return error
+    for name, t in (("lse_a", lse_a), ("lse_b", lse_b)):
+        for dim, size in enumerate((b, h_q, s_q)):
+            if error := _size(name, t, dim, size, "out_a's [b, s_q, h_q, d_v] as [b, h_q, s_q]"):
+                return error
+    return None
+
+
+def _new_merged(out_a: Tensor) -> tuple[Tensor, Tensor]:
+    b, s_q, h_q, d_v = out_a.shape
+    return out_a.new_empty(b, s_q, h_q, d_v), out_a.new_empty(b, h_q, s_q, dtype=torch.float32)
+
+
+def _merge_attn_states(out_a, lse_a, out_b, lse_b):
+    _refuse(_merge_error(out_a, lse_a, out_b, lse_b), ("out_a", out_a), ("out_b", out_b))
+    backend = backends.choose("merge_attn_states", out_a)
+    outputs = _new_merged(out_a)
+    backend.merge_attn_states(*outputs, out_a, lse_a, out_b, lse_b)
+    return outputs
+
+
+def _merge_attn_states_fake(out_a, lse_a, out_b, lse_b):
+    _refuse(_merge_error(out_a, lse_a, out_b, lse_b))
+    return _new_merged(out_a)
+
+
+_define(
+    "merge_attn_states(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> (Tensor out, Tensor lse)",
+    _merge_attn_states,
+    _merge_attn_states_fake,
+)

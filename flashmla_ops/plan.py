@@ -1,0 +1,94 @@
+"""The split-KV plan: who works on which keys. One format, read by every backend.
+
+A decode step is b rows of different lengths and a machine of many workers. The plan deals the rows' keys, in tiles of
+`TILE`, to at most `MAX_PARTS` parts. A part is one worker's contiguous share: it may begin and end inside a row (that row
+is then split, and its partial results are merged by their log-sum-exp), and the rows in between are whole.
+
+`tile_scheduler_metadata` [MAX_PARTS, 8] int32 has one part a row, with the columns named below. Part p covers the rows
+FIRST_ROW..LAST_ROW (inclusive); of row r the tiles
+
+    [FIRST_TILE if r == FIRST_ROW else 0,  LAST_TILE if r == LAST_ROW else ceil(cache_seqlens[r] / TILE)).
+
+FIRST_SPLIT is the index of the part's share of FIRST_ROW among that row's splits. FLAGS and the row-tile columns are 0
+in a plan for even queries. Unused parts have LAST_ROW = -1, so that a loop over their rows runs zero times.
+
+`num_splits` [b + 1] int32 is the exclusive prefix sum of the number of parts that touch each row. A row of length 0 lies
+in exactly one part, with no tiles: somebody must write its (empty) output.
+
+Properties, which tests/test_get_mla_metadata.py states over drawn lengths:
+  - every tile of every row lies in exactly one part;
+  - a part's load, its tiles + ROW_COST for each row it touches, is at most ceil(total load / parts used) + ROW_COST + 1;
+  - a part's share is worth at least MIN_TILES tiles and one row, so a short batch uses few parts;
+  - everything is computed from the lengths by tensor operations: no value ever reaches the host.
+"""
+
+import torch
+from torch import Tensor
+
+TILE = 64  # keys; whatever the page size
+MAX_PARTS = 256  # rows of the plan, whatever machine traces or runs: an exported model must run elsewhere
+COLUMNS = 8
+FIRST_ROW, FIRST_TILE, LAST_ROW, LAST_TILE, FIRST_SPLIT, FLAGS, FIRST_ROW_TILE, LAST_ROW_TILE = range(COLUMNS)
+
+MIN_TILES = 2  # below this a part's start and its merge cost more than its keys
+ROW_COST = 2  # what starting a row (its queries) and writing its result cost, in tiles
+ROW_TILE = 64  # query rows that one worker holds: s_q * h_q / h_k of them are dealt to row tiles of this size
+
+CPU_PARTS = 16  # a fixed number: the CPU's plan must not depend on the machine's cores
+
+
+def row_tiles(num_heads_per_head_k: int, num_heads_k: int) -> int:
+    """Tiles of 64 query rows: num_heads_k * ceil(num_heads_per_head_k / 64), num_heads_per_head_k = s_q * h_q / h_k."""
+    return num_heads_k * -(-num_heads_per_head_k // ROW_TILE)
+
+
+def max_parts(num_workers: int, num_row_tiles: int) -> int:
+    """How many parts a machine of `num_workers` SMs uses: every part is worked on once for each row tile."""
+    return min(MAX_PARTS, max(1, num_workers // num_row_tiles))
+
+
+def make_plan(cache_seqlens: Tensor, num_parts: int) -> tuple[Tensor, Tensor]:
+    """Deals rows of the given lengths to at most `num_parts` parts of equal load.
+
+    The rows are laid end to end on a line of cost, row r taking ROW_COST + ceil(cache_seqlens[r] / TILE) of it, and the line
+    is cut at equal distances. A cut inside a row's ROW_COST moves to the row's start.
+
+    Args:
+        cache_seqlens: [b] int32, keys in each row; negative counts as 0.
+        num_parts: 1 to MAX_PARTS.
+    Returns:
+        tile_scheduler_metadata [MAX_PARTS, 8] int32, num_splits [b + 1] int32.
+    """
+    b = cache_seqlens.shape[0]
+    device = cache_seqlens.device
+    tiles = (cache_seqlens.clamp_min(0).long() + (TILE - 1)) // TILE
+    row_end = (tiles + ROW_COST).cumsum(0)
+    row_begin = row_end - tiles - ROW_COST
+    total = row_end[-1:] if b else torch.zeros(1, dtype=torch.long, device=device)
+
+    # cut p is where part p begins and part p - 1 ends, as (row, tile); the last one is (b, 0)
+    parts_used = (total // (MIN_TILES + ROW_COST)).clamp(1, num_parts)
+    part = torch.arange(MAX_PARTS + 1, device=device)
+    position = torch.minimum(part, parts_used) * total // parts_used
+    row = torch.searchsorted(row_end, position, right=True)
+    known = row.clamp_max(max(b - 1, 0))
+    tile = (position - row_begin[known] - ROW_COST).clamp_min(0) * (row < b) if b else torch.zeros_like(row)
+
+    # a part ends before its next cut: at the end of the row above when that cut stands at a row's start
+    whole = tile[1:] == 0
+    last_row = row[1:] - whole.long()
+    last_tile = torch.where(whole, tiles[last_row.clamp_min(0)], tile[1:]) if b else tile[1:]
+    inside = tile > 0  # cuts that split a row
+    cuts_up_to = inside.long().cumsum(0)
+    cuts_before_row = torch.zeros(b + 2, dtype=torch.long, device=device)
+    cuts_before_row.scatter_add_(0, row + 1, inside.long())
+    cuts_before_row = cuts_before_row.cumsum(0)
+    first_split = cuts_up_to[:-1] - cuts_before_row[row[:-1]]
+
+    used = (row[:-1] < b) & (part[:-1] < parts_used)
+    zero = torch.zeros_like(first_split)
+    columns = torch.stack([row[:-1], tile[:-1], last_row + 1, last_tile, first_split, zero, zero, zero], 1)
+    plan = columns * used[:, None]
+    plan[:, LAST_ROW] -= 1
+    num_splits = torch.arange(b + 1, device=device) + cuts_before_row[: b + 1]
+    return plan.int(), num_splits.int()
