@@ -1,8 +1,8 @@
 """The public functions: what each op computes, with shapes, dtypes and defaults. They only call torch.ops.flashmla.*.
 
 Shapes: b rows (sequences), s_q queries a row, h_q query heads, h_k key heads (1 in MLA), d_qk key width (kv_lora_rank +
-qk_rope_head_dim, 576 for DeepSeek V2/V3), d_v value width (kv_lora_rank, 512). Bad input raises RuntimeError, which names
-the tensor, what was expected and what came, before anything is written.
+qk_rope_head_dim, 576 for DeepSeek V2/V3), d_v value width (kv_lora_rank, 512). Bad input raises RuntimeError, which
+names the tensor, what was expected and what came, before anything is written.
 """
 
 from dataclasses import dataclass
@@ -24,8 +24,8 @@ __all__ = [
 class FlashMLASchedMeta:
     """Stands where a plan is expected, and makes each call plan for itself.
 
-    FlashMLA's 2026 interface caches a plan in this object at the first call. This one holds nothing, so that a call means
-    the same in eager, compiled and captured code. To plan once a step, pass tensors: see `get_mla_metadata`.
+    FlashMLA's 2026 interface caches a plan in this object at the first call. This one holds nothing, so that a call
+    means the same in eager, compiled and captured code. To plan once a step, pass tensors: see `get_mla_metadata`.
     """
 
 
@@ -41,7 +41,7 @@ def get_mla_metadata(
 ) -> tuple[Tensor, Tensor] | tuple[FlashMLASchedMeta, None]:
     """Plans a decode step: which worker attends to which keys. Make it once a step and share it between layers.
 
-    The plan depends on values on the device only, so it can be made inside a captured CUDA graph; its format is in plan.py.
+    It depends on values on the device only, so it can be made inside a captured CUDA graph. Its format is in plan.py.
 
     Args:
         cache_seqlens: [b] int32, keys in each row, those of this step included.
@@ -82,7 +82,7 @@ def fwd_kvcache_mla(
     tile_scheduler_metadata: Tensor | None = None,
     num_splits: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of s_q queries a row over that row's keys in a paged cache; values are the keys' first head_dim_v elements.
+    """Attention of s_q queries a row over that row's keys in a paged cache, whose first head_dim_v elements are values.
 
     For row r, query i and head h, with k_j the r-th row's j-th key of head h / (h_q / h_k), and v_j = k_j[:head_dim_v]:
 
@@ -94,7 +94,7 @@ def fwd_kvcache_mla(
     Key j of row r lies in page block_table[r, j // page_size], at j % page_size. Absorbed MLA: arXiv 2405.04434, 2.1.2.
 
     Args:
-        q: [b, s_q, h_q, d_qk] bf16, fp16 (CPU: also fp32). May be strided: innermost stride 1, others multiples of 16 bytes.
+        q: [b, s_q, h_q, d_qk] bf16, fp16 (CPU: also fp32); strides: innermost 1, others multiples of 16 bytes.
         kv_cache: [num_pages, page_size, h_k, d_qk], q's dtype, strides as q's; page_size a multiple of 16.
         block_table: [b, max_pages] int32; entries past a row's last page are never read.
         cache_seqlens: [b] int32, keys of each row, this call's own included: append first, then attend.
@@ -104,7 +104,7 @@ def fwd_kvcache_mla(
     Returns:
         out [b, s_q, h_q, d_v] in q's dtype and lse [b, h_q, s_q] fp32 (natural logarithm), both contiguous.
     Raises:
-        RuntimeError: what is wrong with which tensor; on the CPU also lengths beyond the table and pages outside the cache.
+        RuntimeError: what is wrong with which tensor; on the CPU also a length or a page number out of range.
         NotImplementedError: no backend serves this call; the message says why not.
     """
     if softmax_scale is None:
@@ -135,7 +135,7 @@ def flash_mla_with_kvcache(
     """FlashMLA's name and signature for `fwd_kvcache_mla`, which documents everything else.
 
     Args:
-        tile_scheduler_metadata: a plan's tensor (with num_splits), or a FlashMLASchedMeta or None (each call plans itself).
+        tile_scheduler_metadata: a plan's tensor, with num_splits; or FlashMLASchedMeta or None: the call plans itself.
         is_fp8_kvcache, indices, attn_sink, extra_*, topk_length: FlashMLA's fp8 and sparse arguments.
     Raises:
         NotImplementedError: an fp8 or sparse argument is given; names it.
@@ -175,9 +175,10 @@ def concat_and_cache_mla(kv_cache: Tensor, kv_c: Tensor, k_pe: Tensor, slot_mapp
     """Appends tokens to a paged cache, in place: kv_cache[slot // page_size, slot % page_size, 0] = [kv_c | k_pe].
 
     Args:
-        kv_cache: [num_pages, page_size, 1, d_v + d_rope], written. Under torch.compile pass each layer's cache as a tensor of
-            its own: a slice taken inside the graph, or a static slice of a view that already has a storage offset, would
-            be written to the wrong place (pytorch#198068). The first is refused; `mark_kv_cache` refuses the second.
+        kv_cache: [num_pages, page_size, 1, d_v + d_rope], written. Under torch.compile pass each layer's cache as a
+            tensor of its own: a slice taken inside the graph, or a static slice of a view that already has a storage
+            offset, would be written to the wrong place (pytorch#198068). The first is refused; `mark_kv_cache` refuses
+            the second.
         kv_c: [n, d_v], the compressed latents (after their norm), kv_cache's dtype.
         k_pe: [n, d_rope], the rotated shared key part; d_rope may be 0.
         slot_mapping: [n] int64, page * page_size + position in the page; -1 skips the token.

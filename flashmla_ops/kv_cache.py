@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class CacheFormat:
-    """How one token lies in a cache: a row of `last_dim` elements of `dtype`, the latent first, the rotated key part after."""
+    """How a token lies in a cache: a row of `last_dim` elements of `dtype`, the latent first, then the rotated part."""
 
     name: str
     dtype: torch.dtype
@@ -32,15 +32,16 @@ FORMATS = {
 def mark_kv_cache(kv_cache: Tensor) -> Tensor:
     """Promises torch.compile that this very tensor stays at its address, and returns it.
 
-    Without the promise, Inductor's CUDA graphs skip every graph that writes the cache and copy a cache that is only read. Module
-    buffers have it by nature; a cache passed as an argument needs it, once, before the first compiled call.
+    Without the promise, Inductor's CUDA graphs skip every graph that writes the cache and copy a cache that is only
+    read. Module buffers have it by nature; a cache passed as an argument needs it, once, before the first compiled
+    call.
 
     Raises:
         RuntimeError: the cache is a view with a storage offset, which compiled code would lose (pytorch#198068).
     """
     if kv_cache.storage_offset() != 0:
         raise RuntimeError(
-            f"kv_cache: expected a tensor of its own, got a view with storage offset {kv_cache.storage_offset()}, which "
+            f"kv_cache: expected its own storage, got a view with storage offset {kv_cache.storage_offset()}, which "
             "torch.compile may write to the wrong place: allocate each layer's cache separately"
         )
     torch._dynamo.mark_static_address(kv_cache, guard=False)
@@ -64,9 +65,9 @@ def slots_of(block_table: Tensor, positions: Tensor, page_size: int) -> Tensor:
 class PagedKVCache:
     """Caches for every layer of a model, and the pages of the sequences that share them.
 
-    Layers are separate tensors of the same pages, so that one block table serves all. `block_table`, `cache_seqlens` and
-    `slot_mapping` are updated in place and never move: captured CUDA graphs and compiled code see every change. Rows
-    without a sequence have length 0 and slots -1, which the ops treat as padding.
+    Layers are separate tensors of the same pages, so that one block table serves all. `block_table`, `cache_seqlens`
+    and `slot_mapping` are updated in place and never move: captured CUDA graphs and compiled code see every change.
+    Rows without a sequence have length 0 and slots -1, which the ops treat as padding.
 
     Args:
         num_layers, num_pages, page_size: sizes of `layers`, a list of [num_pages, page_size, 1, head_dim] tensors.
@@ -79,8 +80,8 @@ class PagedKVCache:
         layers: the caches, each marked with `mark_kv_cache`.
         block_table: [max_batch_size, max_pages_per_sequence] int32.
         cache_seqlens: [max_batch_size] int32.
-        slot_mapping: [max_batch_size * max_new_tokens] int64: the tokens of the last `extend`, right-aligned in their row's
-            max_new_tokens places, -1 elsewhere.
+        slot_mapping: [max_batch_size * max_new_tokens] int64: the tokens of the last `extend`, right-aligned in their
+            row's max_new_tokens places, -1 elsewhere.
     """
 
     def __init__(
@@ -149,10 +150,11 @@ class PagedKVCache:
         """Adds tokens at the end of sequences, and points slot_mapping at them.
 
         Args:
-            num_tokens: for every sequence (an int), for some rows ({row: n}), or for all rows in order (0 for free rows).
+            num_tokens: for every sequence (an int), for some rows ({row: n}), or for all rows in order (0 for free
+            rows).
         Raises:
-            RuntimeError: unknown row, more than max_new_tokens, a sequence too long for block_table, or too few free pages,
-                naming how many are needed and free; nothing has changed then.
+            RuntimeError: unknown row, more than max_new_tokens, a sequence too long for block_table, or too few free
+                pages, naming how many are needed and free; nothing has changed then.
         """
         if isinstance(num_tokens, int):
             added = dict.fromkeys(self.rows, num_tokens)

@@ -1,7 +1,7 @@
 """The contract of torch.ops.flashmla.*: one block per op = schema, checks, allocation, backend call, fake.
 
-Checks are plain `if`s in a function that returns the first thing wrong as a sentence. Kernel and fake share it: sizes are
-compared through `_known` and `_differ`, which also take symbols, whose values nobody may know yet.
+Checks are plain `if`s in a function that returns the first thing wrong as a sentence. Kernel and fake share it: sizes
+are compared through `_known` and `_differ`, which also take symbols, whose values nobody may know yet.
 
 What each op computes is documented in functional.py.
 """
@@ -61,9 +61,10 @@ def _differ(a, b) -> bool:
 
 
 def _misplaced(name: str, t: Tensor, dims: str, dtype: torch.dtype, device: torch.device, like: str) -> str | None:
-    """What every tensor of every op is asked first: rank (one dimension a comma-separated name), dtype, device."""
-    if t.dim() != dims.count(",") + 1:
-        return f"{name}: expected {dims.count(',') + 1} dimensions {dims}, got shape {list(t.shape)}"
+    """What every tensor of every op is asked first: rank, dtype, device. `dims` names the dimensions: "[b, s_q]"."""
+    rank = dims.count(",") + 1
+    if t.dim() != rank:
+        return f"{name}: expected {rank} dimensions {dims}, got shape {list(t.shape)}"
     if t.dtype is not dtype:
         return f"{name}: expected {dtype}, got {t.dtype}"
     if t.device != device:
@@ -79,31 +80,47 @@ def _size(name: str, t: Tensor, dim: int, expected, meaning: str) -> str | None:
 
 def _strided(name: str, t: Tensor, inner_only: bool = False) -> str | None:
     """Innermost stride 1, other strides multiples of 16 bytes. Strides of dimensions of size 1 and of empty tensors are
-    arbitrary in PyTorch, hence ignored."""
+    arbitrary in PyTorch, hence ignored. (Contiguous tensors pass: each op asks for sizes that make them so.)"""
+    if type(t.numel()) is int and t.is_contiguous():
+        return None
     shape, strides = t.shape, t.stride()
     last = len(shape) - 1
-    for dim in range(last + 1):
-        stride = strides[dim]
-        if dim == last:
-            wrong = _known(stride != 1)
-        else:
-            wrong = not inner_only and _known(stride * t.itemsize % ALIGNMENT != 0)
-        if wrong and _known(shape[dim] != 1) and not _known(t.numel() == 0):
+    for dim, stride in enumerate(strides):
+        wrong = stride != 1 if dim == last else not inner_only and stride * t.itemsize % ALIGNMENT != 0
+        if _known(wrong) and _known(shape[dim] != 1) and not _known(t.numel() == 0):
             expected = "1" if dim == last else f"a multiple of {ALIGNMENT // t.itemsize} ({ALIGNMENT} bytes)"
             return f"{name}: expected the stride of dimension {dim} to be {expected}, got {stride}"
     return None
 
 
-def _refuse(error: str | None, *tensors: tuple[str, Tensor]) -> None:
-    """Raises what is wrong with a call; `tensors` are real ones, whose addresses must be aligned."""
-    for name, t in () if error else tensors:
-        if t.data_ptr() % ALIGNMENT:
-            error = (
-                f"{name}: expected a {ALIGNMENT}-byte aligned address, got one {t.data_ptr() % ALIGNMENT} bytes past"
-            )
-            break
+def _refuse(error: str | None) -> None:
     if error:
         raise RuntimeError(error)
+
+
+_passed: set[tuple] = set()  # calls that passed their checks
+MAX_PASSED = 4096
+
+
+def _signature(op: str, a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> tuple:
+    """All that the checks of an op of four tensors read. Looking it up in `_passed` takes 2 us, the checks 11."""
+    return (
+        *(op, a.shape, a.stride(), a.dtype, a.device, b.shape, b.stride(), b.dtype, b.device),
+        *(c.shape, c.stride(), c.dtype, c.device, d.shape, d.stride(), d.dtype, d.device),
+    )
+
+
+def _remember(signature: tuple) -> None:
+    if len(_passed) >= MAX_PASSED:
+        _passed.clear()
+    _passed.add(signature)
+
+
+def _refuse_misaligned(*named: tuple[str, Tensor]) -> None:
+    for name, t in named:
+        if t.data_ptr() % ALIGNMENT:
+            past = t.data_ptr() % ALIGNMENT
+            raise RuntimeError(f"{name}: expected a {ALIGNMENT}-byte aligned address, got one {past} bytes past")
 
 
 def _cache_error(kv_cache: Tensor, dtype: torch.dtype, device: torch.device, like: str) -> str | None:
@@ -155,7 +172,7 @@ _define(
 # -------------------------------------------------------------------------------------------------- fwd_kvcache_mla
 
 
-def _fwd_error(q, kv_cache, block_table, cache_seqlens, head_dim_v, tile_scheduler_metadata, num_splits) -> str | None:
+def _fwd_error(q, kv_cache, block_table, cache_seqlens, head_dim_v) -> str | None:
     dtype, device = q.dtype, q.device
     if dtype not in CACHE_DTYPES:
         return f"q: expected one of {', '.join(map(str, CACHE_DTYPES))}, got {dtype}"
@@ -185,23 +202,23 @@ def _fwd_error(q, kv_cache, block_table, cache_seqlens, head_dim_v, tile_schedul
         return f"kv_cache: expected h_k (dimension 2) to divide q's {h_q} heads, got {h_k}"
     if _known(head_dim_v < DIM_MULTIPLE) or _known(head_dim_v > d_qk) or _known(head_dim_v % DIM_MULTIPLE != 0):
         return f"head_dim_v: expected a multiple of {DIM_MULTIPLE} up to d_qk = {d_qk}, got {head_dim_v}"
-    if tile_scheduler_metadata is not None or num_splits is not None:
-        return _plan_error(tile_scheduler_metadata, num_splits, b, device)
     return None
 
 
-def _plan_error(tile_scheduler_metadata, num_splits, b, device) -> str | None:
+def _plan_error(tile_scheduler_metadata, num_splits, q) -> str | None:
+    if tile_scheduler_metadata is None and num_splits is None:
+        return None
     if tile_scheduler_metadata is None or num_splits is None:
         missing = "tile_scheduler_metadata" if tile_scheduler_metadata is None else "num_splits"
         return f"{missing}: expected the other half of get_mla_metadata's plan (give both or neither), got None"
-    name, dims = "tile_scheduler_metadata", "[MAX_PARTS, COLUMNS]"
+    name, dims, device = "tile_scheduler_metadata", "[MAX_PARTS, COLUMNS]", q.device
     return (
         _misplaced(name, tile_scheduler_metadata, dims, torch.int32, device, "q")
         or _size(name, tile_scheduler_metadata, 0, MAX_PARTS, "as get_mla_metadata makes it")
         or _size(name, tile_scheduler_metadata, 1, COLUMNS, "as get_mla_metadata makes it")
         or _strided(name, tile_scheduler_metadata)
         or _misplaced("num_splits", num_splits, "[b + 1]", torch.int32, device, "q")
-        or _size("num_splits", num_splits, 0, b + 1, "q's batch + 1")
+        or _size("num_splits", num_splits, 0, q.shape[0] + 1, "q's batch + 1")
         or _strided("num_splits", num_splits)
     )
 
@@ -222,11 +239,14 @@ def _fwd_kvcache_mla(
     tile_scheduler_metadata=None,
     num_splits=None,
 ):
-    _refuse(
-        _fwd_error(q, kv_cache, block_table, cache_seqlens, head_dim_v, tile_scheduler_metadata, num_splits),
-        ("q", q),
-        ("kv_cache", kv_cache),
-    )
+    signature = (_signature("fwd_kvcache_mla", q, kv_cache, block_table, cache_seqlens), head_dim_v)
+    if signature not in _passed:
+        _refuse(_fwd_error(q, kv_cache, block_table, cache_seqlens, head_dim_v))
+        _remember(signature)
+    if (q.data_ptr() | kv_cache.data_ptr()) % ALIGNMENT:
+        _refuse_misaligned(("q", q), ("kv_cache", kv_cache))
+    if tile_scheduler_metadata is not None or num_splits is not None:
+        _refuse(_plan_error(tile_scheduler_metadata, num_splits, q))
     backend = backends.choose("fwd_kvcache_mla", q, kv_cache=kv_cache, head_dim_v=head_dim_v)
     out, lse = _new_out_lse(q, head_dim_v)
     plan = None if num_splits is None else (tile_scheduler_metadata, num_splits)
@@ -245,7 +265,8 @@ def _fwd_kvcache_mla_fake(
     tile_scheduler_metadata=None,
     num_splits=None,
 ):
-    _refuse(_fwd_error(q, kv_cache, block_table, cache_seqlens, head_dim_v, tile_scheduler_metadata, num_splits))
+    _refuse(_fwd_error(q, kv_cache, block_table, cache_seqlens, head_dim_v))
+    _refuse(_plan_error(tile_scheduler_metadata, num_splits, q))
     return _new_out_lse(q, head_dim_v)
 
 
@@ -303,7 +324,7 @@ def _view_error(kv_cache: Tensor) -> str | None:
     offset = kv_cache.storage_offset()
     if isinstance(offset, torch.SymInt) and not (offset.node.expr.is_number or offset.node.expr.is_symbol):
         return (
-            f"kv_cache: expected a tensor of its own, got a view inside a compiled graph (storage offset {offset}), which "
+            f"kv_cache: expected a tensor of its own, got a view inside a graph (storage offset {offset}), which "
             "torch.compile would write to the wrong place: pass each layer's cache as a separate tensor"
         )
     return None
@@ -350,7 +371,8 @@ def _new_merged(out_a: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _merge_attn_states(out_a, lse_a, out_b, lse_b):
-    _refuse(_merge_error(out_a, lse_a, out_b, lse_b), ("out_a", out_a), ("out_b", out_b))
+    _refuse(_merge_error(out_a, lse_a, out_b, lse_b))
+    _refuse_misaligned(("out_a", out_a), ("out_b", out_b))
     backend = backends.choose("merge_attn_states", out_a)
     outputs = _new_merged(out_a)
     backend.merge_attn_states(*outputs, out_a, lse_a, out_b, lse_b)

@@ -1,8 +1,8 @@
 """The split-KV plan: who works on which keys. One format, read by every backend.
 
 A decode step is b rows of different lengths and a machine of many workers. The plan deals the rows' keys, in tiles of
-`TILE`, to at most `MAX_PARTS` parts. A part is one worker's contiguous share: it may begin and end inside a row (that row
-is then split, and its partial results are merged by their log-sum-exp), and the rows in between are whole.
+`TILE`, to at most `MAX_PARTS` parts. A part is one worker's contiguous share: it may begin and end inside a row (that
+row is then split, and its partial results are merged by their log-sum-exp), and the rows in between are whole.
 
 `tile_scheduler_metadata` [MAX_PARTS, 8] int32 has one part a row, with the columns named below. Part p covers the rows
 FIRST_ROW..LAST_ROW (inclusive); of row r the tiles
@@ -12,12 +12,14 @@ FIRST_ROW..LAST_ROW (inclusive); of row r the tiles
 FIRST_SPLIT is the index of the part's share of FIRST_ROW among that row's splits. FLAGS and the row-tile columns are 0
 in a plan for even queries. Unused parts have LAST_ROW = -1, so that a loop over their rows runs zero times.
 
-`num_splits` [b + 1] int32 is the exclusive prefix sum of the number of parts that touch each row. A row of length 0 lies
+`num_splits` [b + 1] int32 is the exclusive prefix sum of the number of parts that touch each row. A row of length 0
+lies
 in exactly one part, with no tiles: somebody must write its (empty) output.
 
 Properties, which tests/test_get_mla_metadata.py states over drawn lengths:
   - every tile of every row lies in exactly one part;
-  - a part's load, its tiles + ROW_COST for each row it touches, is at most ceil(total load / parts used) + ROW_COST + 1;
+  - a part's load, its tiles + ROW_COST for each row it touches, is at most ceil(total load / parts used) + ROW_COST +
+    1;
   - a part's share is worth at least MIN_TILES tiles and one row, so a short batch uses few parts;
   - everything is computed from the lengths by tensor operations: no value ever reaches the host.
 """
@@ -50,8 +52,8 @@ def max_parts(num_workers: int, num_row_tiles: int) -> int:
 def make_plan(cache_seqlens: Tensor, num_parts: int) -> tuple[Tensor, Tensor]:
     """Deals rows of the given lengths to at most `num_parts` parts of equal load.
 
-    The rows are laid end to end on a line of cost, row r taking ROW_COST + ceil(cache_seqlens[r] / TILE) of it, and the line
-    is cut at equal distances. A cut inside a row's ROW_COST moves to the row's start.
+    The rows are laid end to end on a line of cost, row r taking ROW_COST + ceil(cache_seqlens[r] / TILE) of it, and
+    the line is cut at equal distances. A cut inside a row's ROW_COST moves to the row's start.
 
     Args:
         cache_seqlens: [b] int32, keys in each row; negative counts as 0.

@@ -15,8 +15,8 @@ settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
 @pytest.fixture
 def needs_inductor():
-    """Skips where Inductor has no C++ compiler; in CI that is a failure. Gives the test an empty compile cache, because the
-    disk cache does not see edits to fake kernels."""
+    """Skips where Inductor has no C++ compiler; in CI that is a failure. Gives the test an empty compile cache,
+    because the disk cache does not see edits to fake kernels."""
     if shutil.which(os.environ.get("CXX", "g++")) is None:
         reason = "torch.compile's default backend needs a C++ compiler: apt-get install g++"
         pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)

@@ -15,33 +15,38 @@ from . import cpu
 
 ALL: dict[str, ModuleType] = {"cpu": cpu}  # in order of preference
 
-_forced: str | None = None
+_chosen = tuple(ALL.values())
+_forced = False
 
 
 def use_backend(name: str | None) -> None:
     """Makes every later call run on the named backend, or (None) on the first one that serves it.
 
     The environment variable FLASHMLA_BACKEND, read at import, does the same. A forced backend that cannot serve a call
-    raises with the reason. The choice never changes shapes, plans or fakes, so compiled code need not be compiled again.
+    raises with the reason. The choice never changes shapes, plans or fakes, so compiled code stays valid.
 
     Raises:
         RuntimeError: there is no backend of this name.
     """
-    global _forced
+    global _chosen, _forced
     if name is not None and name not in ALL:
         raise RuntimeError(f"backend: expected one of {', '.join(ALL)} or None, got {name!r}")
-    _forced = name
+    _forced = name is not None
+    _chosen = (ALL[name],) if _forced else tuple(ALL.values())
 
 
 def choose(op: str, tensor: Tensor, **facts) -> ModuleType:
-    """The backend that serves `op` for a call whose first tensor is `tensor`; `facts` are the sizes it may depend on."""
-    names = ALL if _forced is None else (_forced,)
-    for name in names:
-        if ALL[name].refusal(op, tensor, **facts) is None:
-            return ALL[name]
-    reasons = "; ".join(f"{name}: {ALL[name].refusal(op, tensor, **facts)}" for name in names)
-    forced = " (forced by use_backend or FLASHMLA_BACKEND)" if _forced else ""
-    raise NotImplementedError(f"flashmla::{op}: no backend{forced} serves this call. {reasons}")
+    """The backend that serves `op` for a call whose first tensor is `tensor`; `facts` are other things it depends on.
+
+    Raises:
+        NotImplementedError: none does; the message has each one's reason.
+    """
+    for backend in _chosen:
+        if backend.refusal(op, tensor, **facts) is None:
+            return backend
+    reasons = "; ".join(f"{name}: {b.refusal(op, tensor, **facts)}" for name, b in ALL.items() if b in _chosen)
+    which = "the forced backend does not serve" if _forced else "no backend serves"
+    raise NotImplementedError(f"flashmla::{op}: {which} this call. {reasons}")
 
 
 use_backend(os.environ.get("FLASHMLA_BACKEND") or None)

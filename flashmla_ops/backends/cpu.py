@@ -1,4 +1,4 @@
-"""The CPU backend: vectorised torch, one function per op. It serves CPU tensors of every shape that the contract allows.
+"""The CPU backend: vectorised torch, one function per op. It serves CPU tensors of every shape in the contract.
 
 It also checks values, which no other backend can do without waiting for the device: lengths beyond the table, pages
 outside the cache and bad slots raise here, before anything is written.
@@ -21,7 +21,7 @@ def status() -> str:
 
 
 def refusal(op: str, tensor: Tensor, **facts) -> str | None:
-    if tensor.device.type == "cpu":
+    if tensor.is_cpu:
         return None
     return f"it serves CPU tensors only, this one is on {tensor.device}"
 
@@ -66,7 +66,7 @@ def fwd_kvcache_mla(
     causal: bool,
     plan: tuple[Tensor, Tensor] | None,
 ) -> None:
-    """Blocks of rows x queries, as many as fit in BLOCK_BYTES, each with an online softmax over its rows' chunks."""
+    """Blocks of rows x queries, as many as fit in BLOCK_BYTES, each an online softmax over its rows' chunks."""
     _check_lengths_and_pages(kv_cache, block_table, cache_seqlens)
     if out.numel() == 0:
         return
@@ -95,7 +95,7 @@ def _check_lengths_and_pages(kv_cache: Tensor, block_table: Tensor, cache_seqlen
         return
     shortest, longest = (int(v) for v in cache_seqlens.aminmax())
     if shortest < 0 or longest > max_pages * page_size:
-        row = int((cache_seqlens.argmin() if shortest < 0 else cache_seqlens.argmax()))
+        row = int(cache_seqlens.argmin() if shortest < 0 else cache_seqlens.argmax())
         raise RuntimeError(
             f"cache_seqlens: expected lengths from 0 to {max_pages * page_size} ({max_pages} pages of {page_size} in "
             f"block_table), got {int(cache_seqlens[row])} in row {row}"
@@ -106,8 +106,8 @@ def _check_lengths_and_pages(kv_cache: Tensor, block_table: Tensor, cache_seqlen
     if bad.any():
         row, column = bad.nonzero()[0].tolist()
         raise RuntimeError(
-            f"block_table: expected page numbers from 0 to {num_pages - 1}, got {int(table[row, column])} in row {row}, "
-            f"column {column}, which row {row}'s {int(cache_seqlens[row])} keys reach"
+            f"block_table: expected pages from 0 to {num_pages - 1}, got {int(table[row, column])} in row {row}, "
+            f"column {column}, which its {int(cache_seqlens[row])} keys reach"
         )
 
 
@@ -185,7 +185,7 @@ def _attend(q: Tensor, keys: tuple, visible: Tensor, softmax_scale: float, d_v: 
 
 def _gather(kv_cache: Tensor, block_table: Tensor, rows: Tensor, position: Tensor) -> Tensor:
     """Keys at `position` [a, w] of the rows, as fp32 [a * h_k, w, d_qk]."""
-    num_pages, page_size, h_k, d_qk = kv_cache.shape
+    _, page_size, h_k, d_qk = kv_cache.shape
     page = block_table[rows[:, None], position // page_size].long()
     slot = position % page_size
     if kv_cache.stride(0) == page_size * kv_cache.stride(1):  # one index runs faster than two
