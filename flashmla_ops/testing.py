@@ -1,0 +1,314 @@
+"""Inputs, exact results and error measures for tests and benchmarks of the ops. Everything is seeded.
+
+    case = make_decode_case([300, 0, 4096], h_q=16, causal=True, peaked="last")
+    out, lse = fwd_kvcache_mla(**case.kwargs())
+    check_decode(case, out, lse)
+
+What an op must not read is poisoned: keys past a row's length, pages of no row and the gaps of strided views hold NaN,
+and entries of block_table past a row's pages point far outside the cache.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from .plan import TILE
+
+BAD_PAGE = 2**31 - 1
+FP32_EPS = 2.0**-23
+BLOCK_BYTES = 256 << 20  # working set of one block of rows in `attention`
+
+
+class _Case:
+    def kwargs(self) -> dict:
+        """The arguments of the public function of the same name as the case."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def to(self, device: torch.device | str):
+        moved = {name: v.to(device) if isinstance(v, Tensor) else v for name, v in self.kwargs().items()}
+        return type(self)(**moved)
+
+
+# ------------------------------------------------------------------------------------------------------------ inputs
+
+
+@dataclass
+class DecodeCase(_Case):
+    """A call of fwd_kvcache_mla."""
+
+    q: Tensor  # [b, s_q, h_q, d_qk]
+    kv_cache: Tensor  # [num_pages, page_size, h_k, d_qk]
+    block_table: Tensor  # [b, max_pages] int32
+    cache_seqlens: Tensor  # [b] int32
+    head_dim_v: int
+    softmax_scale: float
+    causal: bool
+
+    @property
+    def plan_args(self) -> tuple[Tensor, int, int]:
+        """The arguments of get_mla_metadata."""
+        s_q, h_q = self.q.shape[1:3]
+        h_k = self.kv_cache.shape[2]
+        return self.cache_seqlens, s_q * h_q // h_k, h_k
+
+    def flops(self) -> int:
+        """Two per multiply and add of both products; keys that `causal` hides are counted, as is usual for decoding."""
+        _, s_q, h_q, d_qk = self.q.shape
+        return 2 * s_q * h_q * (d_qk + self.head_dim_v) * int(self.cache_seqlens.long().sum())
+
+    def bytes_moved(self) -> int:
+        """Each key, query and output once."""
+        b, s_q, h_q, d_qk = self.q.shape
+        key_bytes = self.kv_cache.shape[2] * d_qk * self.kv_cache.itemsize * int(self.cache_seqlens.long().sum())
+        return key_bytes + b * s_q * h_q * ((d_qk + self.head_dim_v) * self.q.itemsize + 4)
+
+
+@dataclass
+class AppendCase(_Case):
+    """A call of concat_and_cache_mla."""
+
+    kv_cache: Tensor  # [num_pages, page_size, 1, d_v + d_rope]
+    kv_c: Tensor  # [n, d_v]
+    k_pe: Tensor  # [n, d_rope]
+    slot_mapping: Tensor  # [n] int64
+
+    def bytes_moved(self) -> int:
+        """Each token read and written once, and its slot read."""
+        n, last_dim = self.kv_c.shape[0], self.kv_cache.shape[3]
+        return n * (2 * last_dim * self.kv_cache.itemsize + 8)
+
+
+@dataclass
+class MergeCase(_Case):
+    """A call of merge_attn_states."""
+
+    out_a: Tensor  # [b, s_q, h_q, d_v]
+    lse_a: Tensor  # [b, h_q, s_q] fp32
+    out_b: Tensor
+    lse_b: Tensor
+
+    def bytes_moved(self) -> int:
+        """Two states read, one written."""
+        return 3 * (self.out_a.numel() * self.out_a.itemsize + self.lse_a.numel() * 4)
+
+
+def make_decode_case(
+    lengths: Sequence[int] | Tensor,
+    s_q: int = 1,
+    h_q: int = 16,
+    h_k: int = 1,
+    d_qk: int = 576,
+    d_v: int = 512,
+    page_size: int = 64,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str = "cpu",
+    causal: bool = False,
+    peaked: str | None = None,
+    seed: int = 0,
+    poison: bool = True,
+    strided: bool = False,
+) -> DecodeCase:
+    """Rows of the given lengths, their pages dealt at random over a cache with a few pages to spare.
+
+    Args:
+        peaked: None for scores of std 1; 'first', 'middle' or 'last' for scores of std 10 to 30 whose largest lie in
+            that 64-key tile of each row. Flat scores alone would pass a kernel that never rescales its accumulator.
+        poison: fill what must not be read with NaN and huge page numbers.
+        strided: make q and kv_cache views with gaps and swapped dimensions, within the contract.
+    """
+    if peaked not in (None, "first", "middle", "last"):
+        raise ValueError(f"peaked: expected None, 'first', 'middle' or 'last', got {peaked!r}")
+    lengths = torch.as_tensor(lengths, dtype=torch.int64, device=device)
+    b = lengths.shape[0]
+    generator = torch.Generator(device).manual_seed(seed)
+    normal = {"generator": generator, "device": device, "dtype": dtype}
+    pages = -(-lengths // page_size)  # [b]
+    max_pages, num_pages = int(pages.max()) + 2 if b else 2, int(pages.sum()) + 3
+
+    q = torch.randn(b, s_q, h_q, d_qk, **normal)
+    kv_cache = torch.randn(num_pages, page_size, h_k, d_qk, **normal)
+    column = torch.arange(max_pages, device=device)
+    owned = column < pages[:, None]  # [b, max_pages]
+    dealt = torch.randperm(num_pages, generator=generator, device=device)
+    block_table = torch.full((b, max_pages), BAD_PAGE if poison else 0, dtype=torch.int64, device=device)
+    block_table[owned] = dealt[: int(pages.sum())]
+
+    if peaked:
+        std = 10 + 20 * torch.rand(1, generator=generator, device=device).item()
+        direction = torch.nn.functional.normalize(torch.randn(d_qk, generator=generator, device=device), dim=0)
+        q = (q.float() * std + std * d_qk**0.5 * direction).to(dtype)
+        last_tile = (lengths.clamp_min(1) - 1) // TILE
+        tile = {"first": 0 * last_tile, "middle": last_tile // 2, "last": last_tile}[peaked]
+        key = (tile[:, None] * TILE + torch.arange(TILE, device=device)).minimum(lengths[:, None] - 1)[lengths > 0]
+        page = block_table[lengths > 0].gather(1, key // page_size)
+        kv_cache[page, key % page_size] += (8 * direction).to(dtype)  # 8 std above the other scores
+
+    if poison:
+        unused = torch.ones(num_pages, page_size, dtype=torch.bool, device=device)
+        row, used_column = owned.nonzero(as_tuple=True)
+        token = used_column[:, None] * page_size + torch.arange(page_size, device=device)
+        unused[block_table[owned]] = token >= lengths[row, None]
+        kv_cache[unused] = float("nan")
+    if strided:
+        q = with_gaps(q.transpose(1, 2)).transpose(1, 2)
+        kv_cache = with_gaps(kv_cache)
+    return DecodeCase(q, kv_cache, block_table.int(), lengths.int(), d_v, d_qk**-0.5, causal)
+
+
+def make_append_case(
+    num_tokens: int,
+    d_v: int = 512,
+    d_rope: int = 64,
+    page_size: int = 64,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str = "cpu",
+    skip: float = 0.0,
+    seed: int = 0,
+    strided: bool = False,
+) -> AppendCase:
+    """Tokens for slots dealt at random over a cache about twice as large; a share `skip` of them has slot -1."""
+    generator = torch.Generator(device).manual_seed(seed)
+    normal = {"generator": generator, "device": device, "dtype": dtype}
+    num_pages = 2 * -(-num_tokens // page_size) + 1
+    kv_cache = torch.randn(num_pages, page_size, 1, d_v + d_rope, **normal)
+    kv_c, k_pe = torch.randn(num_tokens, d_v, **normal), torch.randn(num_tokens, d_rope, **normal)
+    slots = torch.randperm(num_pages * page_size, generator=generator, device=device)[:num_tokens]
+    slots[torch.rand(num_tokens, generator=generator, device=device) < skip] = -1
+    if strided:
+        kv_cache = with_gaps(kv_cache)
+        kv_c, k_pe = with_gaps(torch.cat([kv_c, k_pe], 1)).split([d_v, d_rope], 1)  # as one projection gives them
+    return AppendCase(kv_cache, kv_c, k_pe, slots)
+
+
+def make_merge_case(
+    b: int,
+    s_q: int = 1,
+    h_q: int = 16,
+    d_v: int = 512,
+    dtype: torch.dtype = torch.bfloat16,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+    poison: bool = True,
+    strided: bool = False,
+) -> MergeCase:
+    """Two random states; a quarter of each has seen nothing (lse +inf or -inf), and with poison its out is NaN."""
+    generator = torch.Generator(device).manual_seed(seed)
+    normal = {"generator": generator, "device": device}
+    states = []
+    for _ in range(2):
+        out = torch.randn(b, s_q, h_q, d_v, dtype=dtype, **normal)
+        lse = 10 * torch.randn(b, h_q, s_q, **normal)
+        draw = torch.rand(b, h_q, s_q, **normal)
+        lse[draw < 0.25] = float("inf")
+        lse[draw < 0.125] = float("-inf")
+        if poison:
+            out[(draw < 0.25).transpose(1, 2)] = float("nan")
+        states += [with_gaps(out), with_gaps(lse)] if strided else [out, lse]
+    return MergeCase(*states)
+
+
+def varied_lengths(b: int, s_k: int, s_q: int = 1, seed: int = 0) -> Tensor:
+    """[b] int64 lengths as in serving: normal(s_k, s_k / 2), clamped to s_q .. 4 s_k."""
+    generator = torch.Generator().manual_seed(seed)
+    return (s_k + s_k / 2 * torch.randn(b, generator=generator)).long().clamp(s_q, 4 * s_k)
+
+
+def with_gaps(t: Tensor) -> Tensor:
+    """A copy of t as a view with an offset and with NaN between its elements, strided as the ops' contract allows."""
+    shape = [n if dim == 0 else n + 1 for dim, n in enumerate(t.shape[:-1])]
+    buffer = t.new_full((*shape, t.shape[-1] + 16), float("nan"))
+    view = buffer[(slice(None), *(slice(1, None) for _ in shape[1:]), slice(0, t.shape[-1]))]
+    return view.copy_(t)
+
+
+# --------------------------------------------------------------------------------------------------- exact results
+
+
+def attention(
+    case: DecodeCase, dtype: torch.dtype = torch.float64, p_dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """What fwd_kvcache_mla must compute, in `dtype`: out [b, s_q, h_q, d_v] and lse [b, h_q, s_q], both of it.
+
+    With p_dtype, exp(score - max) is rounded to it before its product with the values, as kernels of that dtype do.
+    """
+    b, s_q, h_q, d_qk = case.q.shape
+    h_k = case.kv_cache.shape[2]
+    out = case.q.new_zeros(b, s_q, h_q, case.head_dim_v, dtype=dtype)
+    lse = case.q.new_full((b, h_q, s_q), float("inf"), dtype=dtype)
+    order = case.cache_seqlens.argsort().flip(0)  # rows of a block have similar lengths
+    longest = int(case.cache_seqlens.max()) if b else 0
+    row_bytes = dtype.itemsize * (longest + 1) * (2 * h_k * d_qk + 3 * s_q * h_q)
+    for rows in order.split(max(1, BLOCK_BYTES // row_bytes)):
+        lengths = case.cache_seqlens[rows].long()
+        key = torch.arange(int(lengths.max()), device=lengths.device)
+        if not key.numel():
+            continue
+        kv = _gather(case, rows, key, lengths).to(dtype)  # [n, w, h_k, d_qk]
+        grouped = case.q[rows].to(dtype).unflatten(2, (h_k, h_q // h_k))  # [n, s_q, h_k, g, d_qk]
+        scores = torch.einsum("nihgd,nwhd->nhgiw", grouped, kv).flatten(1, 2) * case.softmax_scale  # [n, h_q, s_q, w]
+        query = torch.arange(s_q, device=lengths.device)
+        visible = lengths[:, None] - (s_q - 1 - query if case.causal else 0 * query)  # [n, s_q] keys a query sees
+        scores.masked_fill_((key >= visible[..., None])[:, None], float("-inf"))
+        largest = scores.amax(-1, keepdim=True)
+        p = (scores - largest.clamp_min(torch.finfo(dtype).min)).exp_()
+        total = p.sum(-1)  # [n, h_q, s_q]
+        p = p if p_dtype is None else p.to(p_dtype).to(dtype)
+        block = torch.einsum("nhgiw,nwhd->nihgd", p.unflatten(1, (h_k, h_q // h_k)), kv[..., : case.head_dim_v])
+        sees_some = total > 0
+        norm = total.masked_fill(~sees_some, 1).transpose(1, 2)[..., None]
+        out[rows] = block.flatten(2, 3) / norm
+        lse[rows] = (largest[..., 0] + total.log()).masked_fill(~sees_some, float("inf"))
+    return out, lse
+
+
+def _gather(case: DecodeCase, rows: Tensor, key: Tensor, lengths: Tensor) -> Tensor:
+    """Keys [n, w, h_k, d_qk] of the rows, zero past each row's length."""
+    page_size = case.kv_cache.shape[1]
+    beyond = key >= lengths[:, None]
+    page = case.block_table[rows][:, key // page_size].long().masked_fill(beyond, 0)
+    return case.kv_cache[page, key % page_size].masked_fill_(beyond[..., None, None], 0)
+
+
+# --------------------------------------------------------------------------------------------------- error measures
+
+
+def relative_error(actual: Tensor, expected: Tensor, dim: int | None = None) -> float:
+    """||actual - expected|| / ||expected|| in float64; with `dim`, the largest over vectors along it.
+
+    Infinite when NaN or infinities do not sit in the same places.
+    """
+    actual, expected = actual.double(), expected.double()
+    finite = expected.isfinite()
+    if not torch.equal(actual.isfinite(), finite) or not torch.equal(
+        actual[~finite].nan_to_num(), expected[~finite].nan_to_num()
+    ):
+        return float("inf")
+    if not actual.numel():
+        return 0.0
+    difference = (actual - expected).masked_fill_(~finite, 0)
+    error, size = (torch.linalg.vector_norm(t, dim=dim) for t in (difference, expected.masked_fill(~finite, 0)))
+    return (error / size).nan_to_num(nan=0.0, posinf=float("inf")).max().item()  # 0 / 0: exactly right
+
+
+def check_decode(case: DecodeCase, out: Tensor, lse: Tensor, factor: float = 2.0) -> float:
+    """Raises AssertionError unless every output vector is as near to float64 as `factor` times the worst of the same
+    computation in PyTorch (fp32 scores, P rounded to the dtype), plus a floor of fp32 rounding. Returns out's error.
+
+    The floor is 8 fp32 roundings of the largest |score|: an absolute error of a score is a relative one of exp(score).
+    """
+    exact_out, exact_lse = attention(case)
+    torch_out, _ = attention(case, torch.float32, case.q.dtype)
+    finite = exact_lse[exact_lse.isfinite()]
+    floor = 8 * FP32_EPS * (1 + (finite.abs().max().item() if finite.numel() else 0))
+    error, allowed = (
+        relative_error(out, exact_out, dim=-1),
+        factor * relative_error(torch_out.to(out.dtype), exact_out, -1),
+    )
+    assert out.dtype is case.q.dtype and lse.dtype is torch.float32, (out.dtype, lse.dtype)
+    assert error <= allowed + floor, f"out: error {error:.2e}, allowed {allowed:.2e} + {floor:.1e}"
+    lse_error = (lse.double() - exact_lse)[exact_lse.isfinite()].abs().amax().item() if finite.numel() else 0.0
+    assert torch.equal(lse.double()[~exact_lse.isfinite()], exact_lse[~exact_lse.isfinite()]), "lse: +inf elsewhere"
+    assert lse_error <= floor, f"lse: absolute error {lse_error:.2e}, allowed {floor:.1e}"
+    return error
