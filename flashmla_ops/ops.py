@@ -310,7 +310,11 @@ def _append_error(kv_cache, kv_c, k_pe, slot_mapping) -> str | None:
 
 
 def _concat_and_cache_mla(kv_cache, kv_c, k_pe, slot_mapping):
-    _refuse(_append_error(kv_cache, kv_c, k_pe, slot_mapping), ("kv_cache", kv_cache), ("kv_c", kv_c), ("k_pe", k_pe))
+    signature = _signature("concat_and_cache_mla", kv_cache, kv_c, k_pe, slot_mapping)
+    if signature not in _passed:
+        _refuse(_append_error(kv_cache, kv_c, k_pe, slot_mapping))
+        _remember(signature)
+    _refuse_misaligned(("kv_cache", kv_cache), ("kv_c", kv_c), ("k_pe", k_pe))
     backends.choose("concat_and_cache_mla", kv_cache).concat_and_cache_mla(kv_cache, kv_c, k_pe, slot_mapping)
 
 

@@ -72,20 +72,26 @@ def fwd_kvcache_mla(
         return
     b, s_q, _, d_v = out.shape
     lengths = cache_seqlens.long()
-    chunk = min(max(STEP_KEYS // b, MIN_CHUNK), max(int(lengths.max()), 1))
-    chunks = _cut(*(_segments(plan[0], lengths) if plan else (torch.arange(b), 0 * lengths, lengths)), b, chunk)
-    # rows with many chunks first: those still at work in a step are then the first ones of their block
-    order = (chunks.count * (1 << 32) + lengths).argsort(descending=True)
+    shortest, longest = (int(v) for v in lengths.aminmax())
+    chunk = max(1, min(max(STEP_KEYS // b, MIN_CHUNK), longest))
     num_rows, num_queries = _block_shape(q, kv_cache, d_v, chunk)
-    for rows in order.split(num_rows):
+    row, start = torch.arange(b), torch.zeros_like(lengths)
+    if plan is None and longest <= chunk and shortest > 0 and num_rows == b:  # a small call: one step does it
+        blocks, chunks = [slice(None)], Chunks(row, start + 1, start, lengths)
+    else:
+        segments = _segments(plan[0], lengths) if plan else (row, start, lengths)
+        chunks = _cut(*segments, b, chunk)
+        # rows with many chunks first: those still at work in a step are then the first ones of their block
+        blocks = (chunks.count * (1 << 32) + lengths).argsort(descending=True).split(num_rows)
+    for rows in blocks:
+        row_chunks = Chunks(chunks.first[rows], chunks.count[rows], chunks.begin, chunks.end)
         for first in range(0, s_q, num_queries):
-            queries = torch.arange(first, min(first + num_queries, s_q))
-            # how many of its row's keys a query sees
-            visible = lengths[rows, None] - (s_q - 1 - queries if causal else 0 * queries)
-            keys = (kv_cache, block_table, rows, chunks)
-            block_out, block_lse = _attend(q[rows, first : first + num_queries], keys, visible, softmax_scale, d_v)
-            out[rows, first : first + num_queries] = block_out.to(out.dtype)
-            lse[rows, :, first : first + num_queries] = block_lse
+            queries = slice(first, first + num_queries)
+            # how many of its row's keys each query sees
+            hidden = s_q - 1 - torch.arange(s_q)[queries] if causal else torch.zeros(s_q, dtype=torch.long)[queries]
+            visible = lengths[rows][:, None] - hidden
+            block = _attend(q[rows, queries], kv_cache, block_table[rows], row_chunks, visible, softmax_scale, d_v)
+            out[rows, queries], lse[rows, :, queries] = block[0].to(out.dtype), block[1]
 
 
 def _check_lengths_and_pages(kv_cache: Tensor, block_table: Tensor, cache_seqlens: Tensor) -> None:
@@ -112,7 +118,7 @@ def _check_lengths_and_pages(kv_cache: Tensor, block_table: Tensor, cache_seqlen
 
 
 def _segments(metadata: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The plan as (row, first key, last key exclusive) of each part's share of each row, in row order."""
+    """The plan as (row, first key, last key exclusive) of each part's share of each row."""
     b = lengths.shape[0]
     part = metadata.long()
     first_row, last_row = part[:, FIRST_ROW].clamp(0, b), part[:, LAST_ROW].clamp(-1, b - 1)
@@ -147,46 +153,56 @@ def _block_shape(q: Tensor, kv_cache: Tensor, d_v: int, chunk: int) -> tuple[int
     return num_rows, num_queries
 
 
-def _attend(q: Tensor, keys: tuple, visible: Tensor, softmax_scale: float, d_v: int) -> tuple[Tensor, Tensor]:
-    """One block: q [n, i, h_q, d_qk], visible [n, i] -> out [n, i, h_q, d_v] fp32, lse [n, h_q, i].
+def _attend(
+    q: Tensor,  # [n, i, h_q, d_qk]
+    kv_cache: Tensor,
+    table: Tensor,  # [n, max_pages]
+    chunks: Chunks,  # of the n rows
+    visible: Tensor,  # [n, i]
+    softmax_scale: float,
+    d_v: int,
+) -> tuple[Tensor, Tensor]:
+    """One block: out [n, i, h_q, d_v] and lse [n, h_q, i], fp32.
 
     In fp32: m the running maximum of the scores, l the sum of exp(score - m), acc that of exp(score - m) * v.
     """
-    kv_cache, block_table, rows, chunks = keys
     n, i, h_q, d_qk = q.shape
     h_k = kv_cache.shape[2]
     m_rows = i * h_q // h_k  # query rows of one key head, in the order (i, h_q / h_k)
-    q = q.view(n, i, h_k, -1, d_qk).transpose(1, 2).reshape(n * h_k, m_rows, d_qk).float() * softmax_scale
+    q = q.unflatten(2, (h_k, -1)).transpose(1, 2).reshape(n * h_k, m_rows, d_qk).float() * softmax_scale
     acc = q.new_zeros(n * h_k, m_rows, d_v)
     m = q.new_full((n * h_k, m_rows), float("-inf"))
     l = q.new_zeros(n * h_k, m_rows)  # noqa: E741
-    count, furthest = chunks.count[rows], visible.amax(1)
-    for step in range(int(count.max())):
-        a = int((count > step).sum())  # rows still at work
-        chunk = chunks.first[rows[:a]] + step
-        begin, end = chunks.begin[chunk, None], chunks.end[chunk, None]
-        if (begin[:, 0] >= furthest[:a]).all():
+    furthest = visible.amax(1)
+    for step in range(int(chunks.count.max())):
+        a = int((chunks.count > step).sum())  # rows still at work
+        chunk = chunks.first[:a] + step
+        begin, end = chunks.begin[chunk], chunks.end[chunk]
+        if (begin >= furthest[:a]).all():
             continue
-        position = begin + torch.arange(int((end - begin).max()))  # [a, w]
-        kv = _gather(kv_cache, block_table, rows[:a], position.clamp_max(end - 1))  # [a * h_k, w, d_qk]
-        scores = torch.bmm(q[: a * h_k], kv.transpose(1, 2))
-        limit = torch.minimum(visible[:a], end)  # [a, i]
+        position = begin[:, None] + torch.arange(int((end - begin).max()))  # [a, w]
+        kv = _gather(kv_cache, table[:a], torch.minimum(position, end[:, None] - 1))
+        scores = torch.bmm(q[: a * h_k], kv.transpose(1, 2))  # [a * h_k, m_rows, w]
+        limit = torch.minimum(visible[:a], end[:, None])  # [a, i]
         if (limit <= position[:, -1:]).any():
             hidden = position[:, None] >= limit[:, :, None]  # [a, i, w]
             scores.view(a, h_k, i, -1, scores.shape[-1]).masked_fill_(hidden[:, None, :, None], float("-inf"))
         _accumulate(scores, kv[..., :d_v], m[: a * h_k], l[: a * h_k], acc[: a * h_k])
 
-    sees_none = (visible <= 0)[:, None, :, None].expand(n, h_k, i, h_q // h_k).reshape(n * h_k, m_rows)
-    out = acc.div_(l[..., None]).masked_fill_(sees_none[..., None], 0)
-    lse = (m + l.log()).masked_fill_(sees_none, float("inf"))
+    out, lse = acc.div_(l[..., None]), l.log_().add_(m)
+    sees_none = visible <= 0
+    if sees_none.any():
+        sees_none = sees_none[:, None, :, None].expand(n, h_k, i, h_q // h_k).reshape(n * h_k, m_rows)
+        out.masked_fill_(sees_none[..., None], 0)
+        lse.masked_fill_(sees_none, float("inf"))
     out = out.view(n, h_k, i, -1, d_v).transpose(1, 2).reshape(n, i, h_q, d_v)
-    return out, lse.view(n, h_k, i, -1).permute(0, 1, 3, 2).reshape(n, h_q, i)
+    return out, lse.view(n, h_k, i, -1).transpose(2, 3).reshape(n, h_q, i)
 
 
-def _gather(kv_cache: Tensor, block_table: Tensor, rows: Tensor, position: Tensor) -> Tensor:
-    """Keys at `position` [a, w] of the rows, as fp32 [a * h_k, w, d_qk]."""
+def _gather(kv_cache: Tensor, table: Tensor, position: Tensor) -> Tensor:
+    """Keys at `position` [a, w] of the rows whose pages `table` names, as fp32 [a * h_k, w, d_qk]."""
     _, page_size, h_k, d_qk = kv_cache.shape
-    page = block_table[rows[:, None], position // page_size].long()
+    page = table.gather(1, position // page_size).long()
     slot = position % page_size
     if kv_cache.stride(0) == page_size * kv_cache.stride(1):  # one index runs faster than two
         flat = kv_cache.flatten(0, 1)

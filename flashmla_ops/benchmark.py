@@ -1,0 +1,276 @@
+"""python -m flashmla_ops.benchmark: times the ops, each beside what bounds it or what one would write without it.
+
+A case makes its inputs and returns the contenders, which take turns. Each row has the median time, TFLOP/s and GB/s
+of ours and the ratio of ours to the case's yardstick. `--json FILE` writes every figure and the machine.
+"""
+
+import argparse
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+
+import torch
+
+from . import __version__, backends, ops
+from .functional import concat_and_cache_mla, fwd_kvcache_mla, get_mla_metadata, merge_attn_states
+from .modules import MLAConfig, MoE
+from .testing import make_append_case, make_decode_case, make_merge_case
+
+SECONDS = 1.0  # of repeats per contender
+
+
+@dataclass
+class Contenders:
+    """What a case times: `ours` against `yardstick`, which `ours` should take at most `limit` times as long as."""
+
+    ours: Callable[[], object]
+    yardstick: Callable[[], object] | None = None
+    yardstick_name: str = ""
+    limit: float | None = None
+    flops: int = 0
+    bytes_moved: int = 0
+    calls: int = 1  # per timed repeat: short calls are timed many at once
+    difference: bool = False  # the limit is on ours - yardstick in microseconds, not on their ratio
+
+
+@dataclass
+class Row:
+    case: str
+    us: float
+    tflops: float
+    gbs: float
+    yardstick: str
+    yardstick_us: float | None
+    figure: float | None  # ours / yardstick, or ours - yardstick in us
+    limit: float | None
+
+
+CASES: dict[str, Callable[[], Contenders]] = {}
+
+
+def case(name: str):
+    def add(make):
+        CASES[name] = make
+        return make
+
+    return add
+
+
+# ------------------------------------------------------------------------------------------------------- CPU cases
+
+
+def _decode_beside_matmul(h_q: int, dtype: torch.dtype) -> Contenders:
+    """The op against the same attention by hand: gather the pages, then matmul, softmax, matmul in the dtype."""
+    b, s_k = 8, 4096
+    c = make_decode_case([s_k] * b, h_q=h_q, dtype=dtype, poison=False)
+    args = c.kwargs()
+    pages = c.block_table[:, : s_k // 64].long()
+
+    def by_hand():
+        keys = c.kv_cache[pages].view(b, s_k, -1)
+        p = torch.softmax((c.q[:, 0] @ keys.mT).float() * c.softmax_scale, -1)
+        return p.to(dtype) @ keys[..., : c.head_dim_v]
+
+    return Contenders(
+        lambda: fwd_kvcache_mla(**args), by_hand, "gather + matmuls", 1.3, flops=c.flops(), bytes_moved=c.bytes_moved()
+    )
+
+
+for _h_q in (16, 128):
+    for _dtype in (torch.bfloat16, torch.float32):
+        _name = f"fwd_kvcache_mla b8 h{_h_q} s4096 {str(_dtype).removeprefix('torch.')}"
+        case(_name)(lambda h_q=_h_q, dtype=_dtype: _decode_beside_matmul(h_q, dtype))
+
+
+class _EmptyBackend:
+    """Serves everything by doing nothing: what is left of a call is the op's own work."""
+
+    @staticmethod
+    def refusal(op, tensor, **facts) -> None:
+        return None
+
+    @staticmethod
+    def fwd_kvcache_mla(*args) -> None:
+        return None
+
+
+def _call_overhead(backend) -> Contenders:
+    """The op on one row of 64 tokens against the backend's function called directly, outputs allocated in both."""
+    c = make_decode_case([64], dtype=torch.float32, poison=False)
+    inputs = (c.q, c.kv_cache, c.block_table, c.cache_seqlens)
+    op = torch.ops.flashmla.fwd_kvcache_mla.default
+
+    def backend_alone():
+        out, lse = ops._new_out_lse(c.q, c.head_dim_v)
+        backend.fwd_kvcache_mla(out, lse, *inputs, c.softmax_scale, c.causal, None)
+        return out, lse
+
+    def through_op():
+        return op(*inputs, c.head_dim_v, c.softmax_scale, c.causal)
+
+    limit = 10.0 if torch.is_inference_mode_enabled() else None
+    return Contenders(through_op, backend_alone, "backend's function", limit, calls=50, difference=True)
+
+
+def _op_layer() -> Contenders:
+    c = _call_overhead(_EmptyBackend)
+    through_op = c.ours
+
+    def through_op_alone():
+        chosen, backends._chosen = backends._chosen, (_EmptyBackend,)
+        through_op()
+        backends._chosen = chosen
+
+    c.ours = through_op_alone
+    return c
+
+
+for _mode in ("inference_mode", "grad mode"):
+    case(f"call overhead, cpu backend, {_mode}")(lambda: _call_overhead(backends.cpu))
+    case(f"call overhead, empty backend, {_mode}")(_op_layer)
+
+
+@case("get_mla_metadata b128")
+def _plan() -> Contenders:
+    lengths = torch.randint(1, 8192, (128,), dtype=torch.int32)
+    return Contenders(lambda: get_mla_metadata(lengths, 128, 1))
+
+
+@case("concat_and_cache_mla n8192 bfloat16")
+def _append() -> Contenders:
+    c = make_append_case(8192)
+    source, target = torch.cat([c.kv_c, c.k_pe], 1), torch.empty(8192, 576, dtype=torch.bfloat16)
+    return Contenders(
+        lambda: concat_and_cache_mla(**c.kwargs()), lambda: target.copy_(source), "copy", bytes_moved=c.bytes_moved()
+    )
+
+
+@case("merge_attn_states b128 h16 bfloat16")
+def _merge() -> Contenders:
+    c = make_merge_case(128)
+    return Contenders(lambda: merge_attn_states(**c.kwargs()), bytes_moved=c.bytes_moved())
+
+
+@case("MoE b1, 8 of 64 experts, bfloat16")
+def _moe_read() -> Contenders:
+    """A decode step of one MoE layer must read the chosen experts' weights, no others. Calls rotate over 16 tokens,
+    which choose different experts of 604 MB: the weights are cold."""
+    config = MLAConfig(
+        *(256, 2048, 1, 1, 1),
+        n_routed_experts=64,
+        num_experts_per_tok=8,
+        moe_intermediate_size=768,
+    )
+    layer = MoE(config, dtype=torch.bfloat16)
+    tokens = torch.randn(16, 1, 2048, dtype=torch.bfloat16)
+    with torch.inference_mode():
+        chosen = layer.gate(tokens).experts[:, 0].tolist()
+    weights = [[w[e].view(-1).view(torch.float32) for w in (layer.gate_up, layer.down)] for e in range(64)]
+    turn = {"ours": 0, "read": 0}
+
+    def following(who: str) -> int:
+        turn[who] = (turn[who] + 1) % len(tokens)
+        return turn[who]
+
+    def ours():
+        with torch.no_grad():
+            return layer(tokens[following("ours")])
+
+    def read():
+        with torch.no_grad():
+            return [w.sum() for expert in chosen[following("read")] for w in weights[expert]]
+
+    bytes_read = 8 * sum(w.nbytes for w in weights[0])
+    return Contenders(ours, read, "reading the experts", 2.5, bytes_moved=bytes_read)
+
+
+# ---------------------------------------------------------------------------------------------------------- runner
+
+
+def measure(contenders: Contenders) -> tuple[float, float | None]:
+    """Median seconds a call of ours and of the yardstick, taking turns for SECONDS each."""
+    runs = [run for run in (contenders.ours, contenders.yardstick) if run]
+    for run in runs:
+        run()
+    times: list[list[float]] = [[] for _ in runs]
+    while min(map(sum, times)) < SECONDS or len(times[0]) < 5:
+        for run, mine in zip(runs, times, strict=True):
+            start = time.perf_counter()
+            for _ in range(contenders.calls):
+                run()
+            mine.append(time.perf_counter() - start)
+    median = [sorted(t)[len(t) // 2] / contenders.calls for t in times]
+    return median[0], median[1] if len(runs) > 1 else None
+
+
+def run_case(name: str) -> Row:
+    torch.manual_seed(0)
+    with torch.inference_mode("inference_mode" in name):
+        c = CASES[name]()
+        ours, yardstick = measure(c)
+    figure = None
+    if yardstick is not None:
+        figure = (ours - yardstick) * 1e6 if c.difference else ours / yardstick
+    return Row(
+        case=name,
+        us=ours * 1e6,
+        tflops=c.flops / ours / 1e12,
+        gbs=c.bytes_moved / ours / 1e9,
+        yardstick=c.yardstick_name,
+        yardstick_us=None if yardstick is None else yardstick * 1e6,
+        figure=figure,
+        limit=c.limit,
+    )
+
+
+def _lines(rows: Iterator[Row]) -> Iterator[str]:
+    yield f"{'case':42} {'us':>10} {'TFLOP/s':>8} {'GB/s':>7}  beside"
+    for row in rows:
+        beside = ""
+        if row.figure is not None:
+            sign, unit = ("+", " us over") if CASES[row.case]().difference else ("", " x")
+            beside = f"{row.figure:{sign}.2f}{unit} {row.yardstick}"
+            beside += f" (limit {row.limit:g})" if row.limit is not None else ""
+        yield f"{row.case:42} {row.us:10.1f} {row.tflops:8.3f} {row.gbs:7.1f}  {beside}"
+
+
+def machine() -> dict:
+    return {
+        "flashmla_ops": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "cpu": f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m flashmla_ops.benchmark", description=__doc__.splitlines()[0])
+    parser.add_argument("filter", nargs="*", help="run the cases whose name contains one of these words")
+    parser.add_argument("--json", metavar="FILE", help="write every figure and the machine")
+    parser.add_argument("--list", action="store_true", help="name the cases and stop")
+    args = parser.parse_args()
+    names = [name for name in CASES if not args.filter or any(word in name for word in args.filter)]
+    if args.list or not names:
+        print("\n".join(names) or f"no case matches {' '.join(args.filter)}")
+        return 0 if names else 1
+    print(", ".join(f"{k} {v}" for k, v in machine().items()))
+    rows: list[Row] = []
+
+    def running() -> Iterator[Row]:
+        for name in names:
+            rows.append(run_case(name))
+            yield rows[-1]
+
+    for line in _lines(running()):
+        print(line, flush=True)
+    if args.json:
+        with open(args.json, "w") as f:
+            json.dump({"machine": machine(), "rows": [asdict(row) for row in rows]}, f, indent=1)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
