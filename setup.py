@@ -63,7 +63,7 @@ def find_torch() -> Path:
         ).stdout.strip()
         if not answer:
             raise Unbuildable(
-                f"torch's headers were not found ({sys.executable} has no torch): install torch first, then flashmla_ops "
+                f"{sys.executable} has no torch, whose headers the build needs: install torch first, then flashmla_ops "
                 "with --no-build-isolation, or set FLASHMLA_TORCH to the installed package's folder"
             )
         torch = Path(answer).parent
