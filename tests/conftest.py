@@ -6,11 +6,26 @@ import shutil
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from strategies import TARGETS
+
+from flashmla_ops import backends
 
 # CI draws the same examples every time; a developer's machine draws new ones
 settings.register_profile("ci", derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
 settings.register_profile("dev", deadline=None, suppress_health_check=list(HealthCheck))
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+
+@pytest.fixture(params=["cpu", pytest.param("sm90", marks=pytest.mark.gpu)])
+def target(request):
+    """Each backend of this machine in turn, forced; one that is not ready here skips the test with its reason."""
+    name = request.param
+    status = backends.ALL[name].status() if name in backends.ALL else "this version has no such backend"
+    if status != "ready":
+        pytest.skip(f"{name}: {status}")
+    backends.use_backend(name)
+    yield TARGETS[name]
+    backends.use_backend(None)
 
 
 @pytest.fixture

@@ -1,0 +1,110 @@
+"""What hypothesis draws: calls of the ops, within what a backend serves.
+
+A drawn call is a dict of plain values, the arguments of flashmla_ops.testing's makers: a failing example prints as
+something that can be pasted into a shell.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from hypothesis import strategies as st
+
+ALL_DIMS = ((576, 512), (320, 256), (288, 256), (512, 512), (512, 448), (160, 128), (64, 48), (16, 16))  # d_qk, d_v
+
+
+@dataclass(frozen=True)
+class Target:
+    """A backend of this machine and what it serves."""
+
+    name: str
+    device: str
+    dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
+    dims: tuple[tuple[int, int], ...] = ((576, 512),)
+    page_sizes: tuple[int, ...] = (64, 128)
+    factor: float = 1.5  # of PyTorch's error in the same dtype, what `check_decode` allows
+
+
+TARGETS = {
+    "cpu": Target(
+        "cpu",
+        "cpu",
+        (torch.bfloat16, torch.float16, torch.float32),
+        ALL_DIMS,
+        page_sizes=(16, 32, 48, 64, 128),
+        factor=2,
+    ),
+    "sm90": Target("sm90", "cuda"),
+}
+
+seeds = st.integers(0, 2**31)
+head_counts = st.sampled_from([(1, 1), (2, 1), (5, 1), (12, 1), (16, 1), (20, 1), (128, 1), (4, 2), (6, 3), (12, 4)])
+edges = (0, 1, 15, 16, 17, 63, 64, 65, 127, 128, 129, 192, 256, 512)
+row_lengths = st.one_of(st.sampled_from(edges), st.integers(0, 200), st.integers(200, 900))
+
+
+@st.composite
+def lengths_of_rows(draw, max_rows: int = 5, most_keys: int = 1500) -> list[int]:
+    """Lengths of a small batch, of at most most_keys keys together."""
+    lengths, left = [], most_keys
+    for length in draw(st.lists(row_lengths, min_size=1, max_size=max_rows)):
+        lengths.append(min(length, left))
+        left -= lengths[-1]
+    return lengths
+
+
+@st.composite
+def decode_calls(draw, target: Target, **fixed) -> dict:
+    """Arguments of make_decode_case; those in `fixed` are not drawn. Half of all calls are peaked."""
+    h_q, h_k = draw(head_counts)
+    d_qk, d_v = draw(st.sampled_from(target.dims))
+    s_q = draw(st.sampled_from([1, 1, 2, 3, 4, 7, 70]).filter(lambda s: s * h_q <= 512))
+    drawn = {
+        "lengths": draw(lengths_of_rows()),
+        "s_q": s_q,
+        "h_q": h_q,
+        "h_k": h_k,
+        "d_qk": d_qk,
+        "d_v": d_v,
+        "page_size": draw(st.sampled_from(target.page_sizes)),
+        "dtype": draw(st.sampled_from(target.dtypes)),
+        "device": target.device,
+        "causal": draw(st.booleans()),
+        "peaked": draw(st.sampled_from([None, None, None, "first", "middle", "last"])),
+        "strided": draw(st.booleans()),
+        "seed": draw(seeds),
+    }
+    return drawn | fixed
+
+
+@st.composite
+def append_calls(draw, target: Target, **fixed) -> dict:
+    """Arguments of make_append_case."""
+    d_qk, d_v = draw(st.sampled_from(target.dims))
+    drawn = {
+        "num_tokens": draw(st.sampled_from([0, 1, 2, 17, 64, 100])),
+        "d_v": d_v,
+        "d_rope": d_qk - d_v,
+        "page_size": draw(st.sampled_from(target.page_sizes)),
+        "dtype": draw(st.sampled_from(target.dtypes)),
+        "device": target.device,
+        "skip": draw(st.sampled_from([0.0, 0.3, 1.0])),
+        "strided": draw(st.booleans()),
+        "seed": draw(seeds),
+    }
+    return drawn | fixed
+
+
+@st.composite
+def merge_calls(draw, target: Target, **fixed) -> dict:
+    """Arguments of make_merge_case."""
+    drawn = {
+        "b": draw(st.integers(0, 4)),
+        "s_q": draw(st.sampled_from([1, 2, 5])),
+        "h_q": draw(st.sampled_from([1, 5, 16, 128])),
+        "d_v": draw(st.sampled_from(target.dims))[1],
+        "dtype": draw(st.sampled_from(target.dtypes)),
+        "device": target.device,
+        "strided": draw(st.booleans()),
+        "seed": draw(seeds),
+    }
+    return drawn | fixed

@@ -1,0 +1,209 @@
+"""Decoding against float64, and the properties that hold whatever the numbers are."""
+
+import ctypes
+import time
+
+import pytest
+import reference
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import TARGETS, decode_calls, lengths_of_rows, seeds
+
+from flashmla_ops import fwd_kvcache_mla, get_mla_metadata, merge_attn_states
+from flashmla_ops.plan import COLUMNS, MAX_PARTS, make_plan
+from flashmla_ops.testing import BAD_PAGE, DecodeCase, attention, check_decode, make_decode_case
+
+EXAMPLES = 550  # of the test against float64, on each backend
+plans = st.sampled_from(["none", "own", 1, 2, 16, 132, 256])  # a number: for a machine that uses that many parts
+
+
+def make(plan: str | int, case: DecodeCase) -> tuple:
+    if plan == "none":
+        return None, None
+    return get_mla_metadata(*case.plan_args) if plan == "own" else make_plan(case.cache_seqlens, plan)
+
+
+@given(data=st.data())
+@settings(max_examples=EXAMPLES)
+def test_as_near_to_float64_as_pytorch(target, data):
+    """Any dims, dtype, page size, heads, queries, strides, lengths from 0, causal or not, flat or peaked, any plan."""
+    case = make_decode_case(**data.draw(decode_calls(target)))
+    plan = make(data.draw(plans), case)
+    check_decode(case, *fwd_kvcache_mla(**case.kwargs(), **plan_kwargs(plan)), target.factor)
+
+
+def plan_kwargs(plan: tuple) -> dict:
+    return dict(zip(("tile_scheduler_metadata", "num_splits"), plan, strict=True))
+
+
+@given(data=st.data())
+@settings(max_examples=20)
+def test_the_oracle_is_right(data):
+    """The float64 results that everything is held against are those of a loop over rows, queries and heads."""
+    call = {"lengths": [0, 1, 70, 40], "s_q": 3, "h_q": 4, "h_k": 2, "d_qk": 64, "d_v": 48}
+    case = make_decode_case(**data.draw(decode_calls(TARGETS["cpu"], **call)))
+    for fast, plain in zip(attention(case), reference.decode_by_loops(case), strict=True):
+        torch.testing.assert_close(fast, plain, rtol=1e-12, atol=1e-12)
+
+
+# -------------------------------------------------------------------------------------------------------- properties
+
+
+def run(case: DecodeCase, plan: str | int = "none") -> tuple[torch.Tensor, torch.Tensor]:
+    return fwd_kvcache_mla(**case.kwargs(), **plan_kwargs(make(plan, case)))
+
+
+def equal(a, b) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@given(data=st.data())
+@settings(max_examples=50)
+def test_two_halves_merge_to_the_whole(target, data):
+    """Keys before and after a page boundary, attended apart and merged, are as good as all at once."""
+    case = make_decode_case(**data.draw(decode_calls(target, causal=False)))
+    page_size, pages = case.kv_cache.shape[1], case.block_table.shape[1]
+    cut = data.draw(st.integers(0, pages - 2))
+    first, second = (DecodeCase(**case.kwargs()) for _ in range(2))
+    first.cache_seqlens = case.cache_seqlens.clamp_max(cut * page_size)
+    second.cache_seqlens = (case.cache_seqlens - cut * page_size).clamp_min(0)
+    second.block_table = case.block_table[:, cut:]
+    # each half is rounded to the dtype before it is merged
+    check_decode(case, *merge_attn_states(*run(first), *run(second)), 2 * target.factor)
+
+
+@given(data=st.data())
+@settings(max_examples=50)
+def test_repeats_and_page_numbers_do_not_change_a_bit(target, data):
+    case = make_decode_case(**data.draw(decode_calls(target)))
+    plan = data.draw(plans)
+    before = run(case, plan)
+    assert equal(run(case, plan), before)
+
+    num_pages = case.kv_cache.shape[0]
+    moved_to = torch.randperm(num_pages, device=target.device)
+    moved = DecodeCase(**case.kwargs())
+    moved.kv_cache = case.kv_cache[moved_to.argsort()]
+    real = case.block_table < BAD_PAGE
+    moved.block_table = case.block_table.where(~real, moved_to[case.block_table.where(real, 0)].int())
+    assert equal(run(moved, plan), before)
+
+
+@given(data=st.data())
+@settings(max_examples=50)
+def test_batch_mates_do_not_matter(target, data):
+    """A row has the same result alone and in company, within rounding."""
+    case = make_decode_case(**data.draw(decode_calls(target)))
+    out, lse = run(case)
+    row = data.draw(st.integers(0, out.shape[0] - 1))
+    alone = DecodeCase(**case.kwargs())
+    for name in ("q", "block_table", "cache_seqlens"):
+        setattr(alone, name, getattr(case, name)[row : row + 1])
+    check_decode(alone, out[row : row + 1], lse[row : row + 1], target.factor)
+    check_decode(alone, *run(alone), target.factor)
+
+
+@given(data=st.data())
+@settings(max_examples=50)
+def test_stale_plans_are_harmless(target, data):
+    """With a plan for other lengths, or noise, a call ends soon, in numbers or a clear error. Inputs are unchanged."""
+    case = make_decode_case(**data.draw(decode_calls(target)))
+    b = case.q.shape[0]
+    if data.draw(st.booleans(), label="noise"):
+        generator = torch.Generator().manual_seed(data.draw(seeds))
+        high = data.draw(st.sampled_from([2, b + 1, 1000, 2**31 - 1]))
+        noise = [torch.randint(-high, high, shape, generator=generator) for shape in ((MAX_PARTS, COLUMNS), (b + 1,))]
+        plan = [t.int().to(target.device) for t in noise]
+    else:
+        other = data.draw(lengths_of_rows(max_rows=9, most_keys=10**6)) * b
+        plan = make_plan(
+            torch.tensor(other[:b], dtype=torch.int32, device=target.device), data.draw(st.integers(1, 256))
+        )
+    inputs = [t for t in (*case.kwargs().values(), *plan) if isinstance(t, torch.Tensor)]
+    before = [t.clone() for t in inputs]
+    begin = time.perf_counter()
+    try:
+        fwd_kvcache_mla(**case.kwargs(), **plan_kwargs(plan))
+    except RuntimeError as error:
+        assert "tile_scheduler_metadata: expected" in str(error)
+    assert time.perf_counter() - begin < 10
+    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(inputs, before, strict=True))
+
+
+# ------------------------------------------------------------------------------------------------------------ extremes
+
+EXTREMES = {
+    "no rows": ("own", {"lengths": []}),
+    "only empty rows": ("own", {"lengths": [0, 0, 0], "s_q": 3}),
+    "no queries": ("none", {"lengths": [5], "s_q": 0}),
+    "more queries than keys": ("none", {"lengths": [5, 0, 70], "s_q": 70, "causal": True}),
+    "batch beyond 65,535": ("own", {"lengths": torch.arange(70_000) % 3}),
+    "thousands of queries": ("own", {"lengths": [4100, 3000], "s_q": 4096, "causal": True}),
+    "a million keys": ("own", {"lengths": [1_000_000, 3, 500_000], "h_q": 2}),
+    "a million keys, unplanned": ("none", {"lengths": [1_000_000]}),
+}
+
+
+@pytest.mark.parametrize("name", EXTREMES)
+def test_extreme_sizes(target, name):
+    plan, call = EXTREMES[name]
+    d_qk, d_v = min(target.dims)
+    dims = {"h_q": 1, "d_qk": d_qk, "d_v": d_v, "page_size": min(target.page_sizes)}
+    case = make_decode_case(**{**dims, "dtype": torch.float16, "device": target.device, **call})
+    check_decode(case, *run(case, plan), target.factor)
+
+
+def peak_memory(device: str) -> int:
+    """Bytes: of the CUDA allocator, or the process's peak resident set."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    with open("/proc/self/status") as file:
+        return 1024 * next(int(line.split()[1]) for line in file if line.startswith("VmHWM"))
+
+
+def reset_peak_memory(device: str) -> None:
+    if device == "cuda":
+        return torch.cuda.reset_peak_memory_stats()
+    ctypes.CDLL(None).malloc_trim(0)  # free memory that glibc keeps would hide what the call takes
+    try:
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")
+    except OSError as error:
+        pytest.skip(f"this system cannot reset a process's peak memory: {error}")
+
+
+@pytest.mark.parametrize("plan", ["none", "own"])
+@pytest.mark.parametrize(
+    "b, s_q, h_q, length, dims",
+    [
+        pytest.param(1, 1, 128, 128 * 1024, (576, 512), id="long"),
+        pytest.param(1, 1, 1, 1024 * 1024, (64, 48), id="a million keys"),
+        pytest.param(256, 1, 128, 256, (576, 512), id="wide"),
+        pytest.param(70_000, 1, 4, 64, (64, 48), id="batch"),
+        pytest.param(1, 1024, 16, 1024, (576, 512), id="queries"),
+    ],
+)
+def test_extra_memory_is_bounded(target, b, s_q, h_q, length, dims, plan):
+    """At most 512 MiB besides inputs and outputs, whatever batch and length. Rows share the pages of a small cache."""
+    if dims not in target.dims:
+        pytest.skip(f"{target.name} does not serve d_qk, d_v = {dims}")
+    d_qk, d_v = dims
+    dtype, page_size, num_pages = torch.bfloat16, 64, 16
+    new = {"dtype": dtype, "device": target.device}
+    case = DecodeCase(
+        q=torch.ones(b, s_q, h_q, d_qk, **new),
+        kv_cache=torch.ones(num_pages, page_size, 1, d_qk, **new),
+        block_table=torch.arange(b * length // page_size, device=target.device).view(b, -1).int() % num_pages,
+        cache_seqlens=torch.full((b,), length, dtype=torch.int32, device=target.device),
+        head_dim_v=d_v,
+        softmax_scale=0.1,
+        causal=False,
+    )
+    output_bytes = b * s_q * h_q * (d_v * dtype.itemsize + 4)
+    reset_peak_memory(target.device)
+    before = peak_memory(target.device)
+    out, _ = run(case, plan)
+    extra = peak_memory(target.device) - before - output_bytes
+    assert extra < 512 << 20, f"{extra >> 20} MiB"
+    torch.testing.assert_close(out, torch.ones_like(out), rtol=0.01, atol=0)
