@@ -1,0 +1,273 @@
+"""Bad input: an error that names the tensor, what was expected and what came, in kernels and fakes alike, and nothing written."""
+
+import re
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from flashmla_ops import get_mla_metadata
+from flashmla_ops.testing import make_append_case, make_decode_case, make_merge_case
+
+
+def calls(device: str = "cpu") -> dict[str, dict]:
+    """A good call of each op: bf16, 2 rows, 4 query heads on 2 key heads where there are such."""
+    decode = make_decode_case([70, 3], h_q=4, h_k=2, device=device)
+    plan = dict(zip(("tile_scheduler_metadata", "num_splits"), get_mla_metadata(*decode.plan_args), strict=True))
+    plan_args = zip(("cache_seqlens", "num_heads_per_head_k", "num_heads_k"), decode.plan_args, strict=True)
+    return {
+        "get_mla_metadata": dict(plan_args),
+        "fwd_kvcache_mla": decode.kwargs() | plan,
+        "concat_and_cache_mla": make_append_case(3, device=device).kwargs(),
+        "merge_attn_states": make_merge_case(2, 3, 4, device=device).kwargs(),
+    }
+
+
+def run(op: str, call: dict):
+    return getattr(torch.ops.flashmla, op)(**call)
+
+
+def meta(value):
+    """A tensor's shape, strides and dtype on the meta device; one that is there already (a wrong device) moves to the CPU."""
+    if not isinstance(value, Tensor):
+        return value
+    device = "cpu" if value.device.type == "meta" else "meta"
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
+
+
+def check_refused(op: str, call: dict, message: str) -> None:
+    before = {name: t.clone() for name, t in call.items() if isinstance(t, Tensor)}
+    with pytest.raises(RuntimeError, match=message) as error:
+        run(op, call)
+    assert re.match(r"\w+: expected .+, got .+", str(error.value), re.DOTALL)
+    for name, t in before.items():
+        assert t.device.type == "meta" or torch.equal(t.nan_to_num(), call[name].nan_to_num()), f"{name} was written"
+
+
+# ------------------------------------------------------------------------------------- shapes, dtypes, devices, strides
+
+
+def gapped(t: Tensor) -> Tensor:
+    """The same values, with a stride of 2 between elements of the last dimension."""
+    return t.repeat_interleave(2, -1)[..., ::2]
+
+
+def odd_rows(t: Tensor) -> Tensor:
+    """The same values, with rows that do not begin at multiples of 16 bytes."""
+    return pad(t, (0, 4))[..., : t.shape[-1]]
+
+
+def first(t: Tensor) -> Tensor:
+    return t[:1]
+
+
+TENSORS = {op: {name: t for name, t in call.items() if isinstance(t, Tensor)} for op, call in calls().items()}
+
+# op, {argument: change}, message
+SHAPES = [
+    ("get_mla_metadata", {"cache_seqlens": gapped}, "cache_seqlens: expected the stride of dimension 0 to be 1, got 2"),
+    ("get_mla_metadata", {"num_heads_per_head_k": lambda n: 0}, "num_heads_per_head_k: expected at least 1, got 0"),
+    ("get_mla_metadata", {"num_heads_k": lambda n: -1}, "num_heads_k: expected at least 1, got -1"),
+    ("fwd_kvcache_mla", {"q": lambda t: t[:, :, :3]}, r"kv_cache: expected h_k .* to divide q's 3 heads, got 2"),
+    ("fwd_kvcache_mla", {"q": lambda t: t[:, :, :0]}, r"kv_cache: expected h_k .* to divide q's 0 heads, got 2"),
+    ("fwd_kvcache_mla", {"kv_cache": lambda t: t[:, :, :0]}, r"kv_cache: expected h_k .* to divide q's 4 heads, got 0"),
+    ("fwd_kvcache_mla", {"kv_cache": lambda t: t[..., :512]}, r"kv_cache: expected .* 576 \(q's.*, got .*512"),
+    ("fwd_kvcache_mla", {"kv_cache": lambda t: t[:, :24]}, "kv_cache: expected a page size .* multiple of 16, got 24"),
+    ("fwd_kvcache_mla", {"kv_cache": lambda t: t[:, :0]}, "kv_cache: expected a page size .* multiple of 16, got 0"),
+    ("fwd_kvcache_mla", {"kv_cache": gapped}, "kv_cache: expected the stride of dimension 3 to be 1, got 2"),
+    ("fwd_kvcache_mla", {"kv_cache": odd_rows}, r"kv_cache: expected the stride .* multiple of 8 \(16 bytes\), got"),
+    ("fwd_kvcache_mla", {"q": gapped}, "q: expected the stride of dimension 3 to be 1, got 2"),
+    ("fwd_kvcache_mla", {"q": odd_rows}, r"q: expected the stride of dimension . .* multiple of 8 \(16 bytes\), got"),
+    (
+        "fwd_kvcache_mla",
+        {"q": lambda t: t[..., :568], "kv_cache": lambda t: t[..., :568]},
+        r"q: expected d_qk \(dimension 3\) to be a multiple of 16, got 568",
+    ),
+    ("fwd_kvcache_mla", {"head_dim_v": lambda d: 520}, "head_dim_v: expected a multiple of 16 up to .* 576, got 520"),
+    ("fwd_kvcache_mla", {"head_dim_v": lambda d: 592}, "head_dim_v: expected a multiple of 16 up to .* 576, got 592"),
+    ("fwd_kvcache_mla", {"head_dim_v": lambda d: 0}, "head_dim_v: expected a multiple of 16 up to .* 576, got 0"),
+    ("fwd_kvcache_mla", {"q": first}, r"block_table: expected .* 1 \(q's batch\), got .*2"),
+    ("fwd_kvcache_mla", {"block_table": first}, r"block_table: expected .* 2 \(q's batch\), got .*1"),
+    ("fwd_kvcache_mla", {"block_table": gapped}, "block_table: expected the stride of dimension 1 to be 1, got 2"),
+    ("fwd_kvcache_mla", {"cache_seqlens": first}, r"cache_seqlens: expected .* 2 \(q's batch\), got .*1"),
+    ("fwd_kvcache_mla", {"cache_seqlens": gapped}, "cache_seqlens: expected the stride of dimension 0 to be 1, got 2"),
+    ("fwd_kvcache_mla", {"num_splits": lambda t: None}, "num_splits: expected the other half .*, got None"),
+    (
+        "fwd_kvcache_mla",
+        {"tile_scheduler_metadata": lambda t: None},
+        "tile_scheduler_metadata: expected the other half .*, got None",
+    ),
+    ("fwd_kvcache_mla", {"tile_scheduler_metadata": first}, "tile_scheduler_metadata: expected .* 256 .*, got .*1, 8"),
+    (
+        "fwd_kvcache_mla",
+        {"tile_scheduler_metadata": lambda t: t[:, :6]},
+        "tile_scheduler_metadata: expected .* 8 .*, got .*256, 6",
+    ),
+    ("fwd_kvcache_mla", {"tile_scheduler_metadata": gapped}, "tile_scheduler_metadata: expected the stride .*, got 2"),
+    ("fwd_kvcache_mla", {"num_splits": first}, r"num_splits: expected .* 3 \(q's batch \+ 1\), got .*1"),
+    ("fwd_kvcache_mla", {"num_splits": gapped}, "num_splits: expected the stride of dimension 0 to be 1, got 2"),
+    ("concat_and_cache_mla", {"kv_cache": lambda t: t.repeat(1, 1, 2, 1)}, "kv_cache: expected .* 1 .*, got .*2, 576"),
+    ("concat_and_cache_mla", {"kv_cache": lambda t: t[:, :24]}, "kv_cache: expected a page size .* 16, got 24"),
+    ("concat_and_cache_mla", {"kv_cache": gapped}, "kv_cache: expected the stride of dimension 3 to be 1, got 2"),
+    ("concat_and_cache_mla", {"kv_cache": odd_rows}, r"kv_cache: expected the stride .* multiple of 8 .*, got"),
+    ("concat_and_cache_mla", {"kv_c": lambda t: t[:, :256]}, r"kv_cache: expected .* 256 \+ 64 .*, got 576"),
+    ("concat_and_cache_mla", {"k_pe": lambda t: t[:, :56]}, "k_pe: expected .* multiple of 16, got 56"),
+    ("concat_and_cache_mla", {"kv_c": lambda t: t[:, :504]}, "kv_c: expected .* multiple of 16, got 504"),
+    ("concat_and_cache_mla", {"kv_c": gapped}, "kv_c: expected the stride of dimension 1 to be 1, got 2"),
+    ("concat_and_cache_mla", {"k_pe": gapped}, "k_pe: expected the stride of dimension 1 to be 1, got 2"),
+    (
+        "concat_and_cache_mla",
+        {"kv_c": odd_rows},
+        "kv_c: expected the stride of dimension 0 .* multiple of 8 .*, got 516",
+    ),
+    (
+        "concat_and_cache_mla",
+        {"k_pe": odd_rows},
+        "k_pe: expected the stride of dimension 0 .* multiple of 8 .*, got 68",
+    ),
+    ("concat_and_cache_mla", {"k_pe": first}, r"k_pe: expected .* 3 \(kv_c's tokens\), got .*1"),
+    ("concat_and_cache_mla", {"slot_mapping": first}, r"slot_mapping: expected .* 3 \(kv_c's tokens\), got .*1"),
+    (
+        "concat_and_cache_mla",
+        {"slot_mapping": gapped},
+        "slot_mapping: expected the stride of dimension 0 to be 1, got 2",
+    ),
+    ("merge_attn_states", {"out_b": first}, r"out_b: expected dimension 0 to be 2 \(out_a's\), got .*1"),
+    ("merge_attn_states", {"out_b": lambda t: t[..., :256]}, r"out_b: expected dimension 3 to be 512 .*, got .*256"),
+    ("merge_attn_states", {"out_a": gapped}, "out_a: expected the stride of dimension 3 to be 1, got 2"),
+    ("merge_attn_states", {"out_b": odd_rows}, "out_b: expected the stride .* multiple of 8 .*, got"),
+    ("merge_attn_states", {"lse_a": first}, "lse_a: expected dimension 0 to be 2 .*, got .*1"),
+    ("merge_attn_states", {"lse_b": lambda t: t.mT.contiguous()}, "lse_b: expected dimension 1 to be 4 .*, got .*3, 4"),
+    ("merge_attn_states", {"lse_b": gapped}, "lse_b: expected the stride of dimension 2 to be 1, got 2"),
+    (
+        "merge_attn_states",
+        {"out_a": lambda t: t[..., :504], "out_b": lambda t: t[..., :504]},
+        r"out_a: expected d_v \(dimension 3\) to be a multiple of 16, got 504",
+    ),
+]
+# every tensor of every op with a dimension too many, in float64, and on a device that isn't the first tensor's
+for op, tensors in TENSORS.items():
+    for name in tensors:
+        SHAPES.append((op, {name: lambda t: t[None]}, rf"{name}: expected \d dimensions \[.*\], got shape \[1, "))
+        SHAPES.append((op, {name: lambda t: t.double()}, rf"{name}: expected .*torch\.\w+, got torch.float64"))
+        if name != next(iter(tensors)):
+            SHAPES.append((op, {name: lambda t: t.to("meta")}, rf"{name}: expected device .*'s\), got "))
+
+
+def changed(device: str, op: str, changes: dict) -> dict:
+    call = calls(device)[op]
+    return call | {name: change(call[name]) for name, change in changes.items()}
+
+
+def name_of(value) -> str:
+    return "+".join(value) if isinstance(value, dict) else value[:60] if isinstance(value, str) else ""
+
+
+@pytest.mark.parametrize("op, changes, message", SHAPES, ids=name_of)
+def test_kernels_refuse(target, op, changes, message):
+    check_refused(op, changed(target.device, op, changes), message)
+
+
+@pytest.mark.parametrize("op, changes, message", SHAPES, ids=name_of)
+def test_fakes_refuse(op, changes, message):
+    check_refused(op, {name: meta(value) for name, value in changed("cpu", op, changes).items()}, message)
+
+
+@pytest.mark.parametrize("op", RANKS)
+def test_the_unchanged_calls_are_good(target, op):
+    run(op, calls(target.device)[op])
+    run(op, {name: meta(value) for name, value in calls()[op].items()})
+
+
+@pytest.mark.parametrize(
+    "op, name",
+    [
+        *(("fwd_kvcache_mla", name) for name in ("q", "kv_cache")),
+        *(("concat_and_cache_mla", name) for name in ("kv_cache", "kv_c", "k_pe")),
+        *(("merge_attn_states", name) for name in ("out_a", "out_b")),
+    ],
+)
+def test_misaligned_addresses_are_refused(target, op, name):
+    def shifted(t: Tensor) -> Tensor:
+        return torch.empty(t.numel() + 1, dtype=t.dtype, device=t.device)[1:].view(t.shape).copy_(t)
+
+    call = changed(target.device, op, {name: shifted})
+    check_refused(op, call, f"{name}: expected a 16-byte aligned address, got one 2 bytes past")
+
+
+def test_strides_that_mean_nothing_are_not_refused(target):
+    """Those of dimensions of size 1 and of empty tensors; and any stride between rows of block_table."""
+    call = calls(target.device)["fwd_kvcache_mla"]
+    alone = {name: t[:1] for name, t in call.items() if name in ("q", "block_table", "cache_seqlens")}
+    alone["q"] = alone["q"].as_strided(alone["q"].shape, (7, 3, *alone["q"].stride()[2:]))  # [1, 1, h_q, d_qk]
+    alone["num_splits"] = call["num_splits"][:2]
+    run("fwd_kvcache_mla", call | alone)
+    run("fwd_kvcache_mla", call | {"block_table": pad(call["block_table"], (0, 1))[:, :-1]})
+    empty = {"q": call["q"][:0, ..., None].flatten(3)} | {
+        name: call[name][:0] for name in ("block_table", "cache_seqlens")
+    }
+    run("fwd_kvcache_mla", call | empty | {"num_splits": call["num_splits"][:1]})
+
+
+# ------------------------------------------------------------------------------------------------------------- gradient
+
+FLOATS = [(op, name) for op, names in RANKS.items() for name in names if DEVICE[name].is_floating_point()]
+
+
+@pytest.mark.parametrize("op, name", FLOATS)
+def test_inputs_that_require_grad_are_refused_in_grad_mode(target, op, name):
+    call = changed(target.device, op, {name: lambda t: t.requires_grad_()})
+    with pytest.raises(RuntimeError, match=f"{op} is inference only.* requires grad: call it under torch.no_grad()"):
+        run(op, call)
+    with torch.no_grad():
+        run(op, call)
+    with torch.inference_mode():
+        run(op, call)
+
+
+# --------------------------------------------------------------------------------------------------- values, on the CPU
+
+
+def with_value(index, value):
+    def change(t: Tensor) -> Tensor:
+        t = t.clone()
+        t[index] = value
+        return t
+
+    return change
+
+
+VALUES = [
+    ("get_mla_metadata", {"cache_seqlens": with_value(1, -5)}, "cache_seqlens: expected lengths of at least 0, got -5"),
+    (
+        "fwd_kvcache_mla",
+        {"cache_seqlens": with_value(1, -5)},
+        "cache_seqlens: expected .* 0 to 256 .*, got -5 in row 1",
+    ),
+    ("fwd_kvcache_mla", {"cache_seqlens": with_value(0, 257)}, "cache_seqlens: expected .* 256 .*, got 257 in row 0"),
+    (
+        "fwd_kvcache_mla",
+        {"cache_seqlens": with_value(0, 2**31 - 1)},
+        "cache_seqlens: expected .*, got 2147483647 in row 0",
+    ),
+    (
+        "fwd_kvcache_mla",
+        {"block_table": with_value((0, 1), 6)},
+        "block_table: expected .* 0 to 5, got 6 in row 0, column 1",
+    ),
+    ("fwd_kvcache_mla", {"block_table": with_value((1, 0), -1)}, "block_table: expected .*, got -1 in row 1, column 0"),
+    ("concat_and_cache_mla", {"slot_mapping": with_value(1, -2)}, "slot_mapping: expected slots .* -1 .*, got -2 at 1"),
+    ("concat_and_cache_mla", {"slot_mapping": with_value(2, 192)}, "slot_mapping: expected slots .* 191, got 192 at 2"),
+    ("concat_and_cache_mla", {"slot_mapping": with_value(2, 2**62)}, "slot_mapping: expected slots .*, got 4611686"),
+    (
+        "concat_and_cache_mla",
+        {"slot_mapping": lambda t: 0 * t + 7},
+        "slot_mapping: expected each slot once, got 7 more",
+    ),
+]
+
+
+@pytest.mark.parametrize("op, changes, message", VALUES, ids=name_of)
+def test_values_are_refused_on_the_cpu(op, changes, message):
+    check_refused(op, changed("cpu", op, changes), message)
