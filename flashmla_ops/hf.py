@@ -2,9 +2,7 @@
 modules.py's models. `load` and `save` are what DeepseekModel.from_pretrained and save_pretrained call."""
 
 import dataclasses
-import functools
 import json
-import re
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -188,9 +186,8 @@ def _check_names(directory: Path, names: Iterable[str], places: dict[str, Tensor
     if config.tie_word_embeddings:
         others = [name for name in others if name != "lm_head.weight"]
     # only multi-token-prediction layers, which follow the model's own, have an eh_proj
-    marks = [re.match(r"(model\.layers\.(\d+)\.)eh_proj\.", name) for name in others]
-    extra = {mark[1] for mark in marks if mark and int(mark[2]) >= config.num_hidden_layers}
-    skipped = [name for name in others if re.match(r"model\.layers\.\d+\.|", name)[0] in extra]
+    extra = {name.partition("eh_proj.")[0] for name in others if "eh_proj." in name}
+    skipped = [name for name in others if name.startswith(tuple(extra))]
     problems = {"lacks": sorted(set(places).difference(names)), "has unknown": sorted({*others} - {*skipped})}
     sentences = [f"{verb} {_listed(listed)}" for verb, listed in problems.items() if listed]
     if sentences:
@@ -225,9 +222,11 @@ def dequantize(weight: Tensor, scale: Tensor, block: tuple[int, int] = FP8_BLOCK
 
 
 class _Checkpoint:
-    """The tensors in a directory: `files` maps each name to its file."""
+    """The tensors in a directory: `files` maps each name to its file. One file is open at a time, as what is mapped of
+    it counts as memory in use."""
 
     def __init__(self, directory: Path):
+        self._file, self._tensors = None, None
         index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
         if index.exists():
             weight_map = json.loads(index.read_text())["weight_map"]
@@ -242,10 +241,11 @@ class _Checkpoint:
         return self.files[name], name
 
     def read(self, name: str) -> Tensor:
-        return _open(self.files[name]).get_tensor(name)
+        if self._file != self.files[name]:
+            self._file, self._tensors = self.files[name], _open(self.files[name])
+        return self._tensors.get_tensor(name)
 
 
-@functools.lru_cache(maxsize=1)  # one file is mapped at a time, whose pages count as memory in use
 def _open(file: Path):
     return _safetensors().safe_open(file, framework="pt")
 

@@ -528,7 +528,7 @@ class DeepseekModel(nn.Module):
             pages = torch.where(written[:, ::page_size], block_table, 0).long()
             step = PrefillStep(step.slots, pages, written[..., None], seen[:, None])
         angles = rotary_angles(self.config, positions)
-        last = (seqlens_q - 1).clamp(min=0) if last_only else None
+        last = seqlens_q - 1 if last_only else None
 
         def attend(attn: MLAttention, x: Tensor, kv_cache: Tensor) -> Tensor:
             return attn.prefill(x, kv_cache, angles, step)
@@ -561,7 +561,7 @@ class DeepseekModel(nn.Module):
         slots = slots_of(block_table, positions, kv_caches[0].shape[1]).flatten()
         plan = get_mla_metadata(cache_seqlens, s_q * self.config.num_attention_heads, 1)
         step = DecodeStep(slots, block_table, cache_seqlens, plan)
-        angles = rotary_angles(self.config, positions.clamp(min=0))
+        angles = rotary_angles(self.config, positions)
 
         def attend(attn: MLAttention, x: Tensor, kv_cache: Tensor) -> Tensor:
             return attn.decode(x, kv_cache, angles, step)

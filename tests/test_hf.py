@@ -36,6 +36,7 @@ SIZES = {
     "max_position_embeddings": 256,
 }
 YARN = {"rope_type": "yarn", "rope_theta": 1000.0, "factor": 8.0, "original_max_position_embeddings": 32}
+LONG = {"rope_theta": 50.0, "original_max_position_embeddings": 512, "beta_fast": 8}  # even the slowest pair turns
 MODELS = {
     "v3": ("V3", {"n_group": 4, "topk_group": 2, "rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.6}}),
     "v3-tied-halves": (
@@ -49,7 +50,7 @@ MODELS = {
             "norm_topk_prob": False,
         },
     ),
-    "v2-lite": ("V2", {"topk_method": "greedy", "q_lora_rank": None, "rope_parameters": {**YARN, "beta_fast": 8}}),
+    "v2-lite": ("V2", {"topk_method": "greedy", "q_lora_rank": None, "rope_parameters": {**YARN, **LONG}}),
     "v2-tied": (
         "V2",
         {
@@ -59,7 +60,7 @@ MODELS = {
             "n_shared_experts": 1,
             "routed_scaling_factor": 16.0,
             "tie_word_embeddings": True,
-            "rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 0.7},
+            "rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 0.7, "truncate": False},
         },
     ),
 }
@@ -181,6 +182,32 @@ def test_bf16_round_trip(tmp_path):
     assert theirs.dtype == torch.bfloat16
 
 
+def test_saving_again_to_the_same_place(tmp_path):
+    first, second = build("v3"), build("v3")
+    torch.nn.init.normal_(second.lm_head.weight)
+    for model in (first, second):
+        model.save_pretrained(tmp_path)
+        assert DeepseekModel.from_pretrained(tmp_path).head.weight.equal(model.lm_head.weight)
+
+
+PUBLISHED = {  # the settings of config.json that say what kind of model it is
+    "DeepSeek-V2-Lite": ("deepseek_v2", {"q_lora_rank": None, "n_routed_experts": 64, "num_experts_per_tok": 6}),
+    "DeepSeek-V3": ("deepseek_v3", {"q_lora_rank": 1536, "n_group": 8, "topk_group": 4, "routed_scaling_factor": 2.5}),
+    "Kimi-K2": ("kimi_k2", {"n_routed_experts": 384, "n_group": 1, "topk_group": 1, "rope_theta": 50000.0}),
+}
+
+
+@pytest.mark.parametrize("published", PUBLISHED.values(), ids=PUBLISHED)
+def test_what_a_family_leaves_out(published):
+    family, settings = published
+    sizes = {name: SIZES[name] for name in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")}
+    config = hf.config_from_hf({"model_type": family, "num_hidden_layers": 2, "n_group": None, **sizes, **settings})
+    assert {name: getattr(config, name) for name in settings} == settings
+    kind = (config.scoring_func, config.topk_method, config.norm_topk_prob, config.rope_write_interleaved)
+    assert kind == (("softmax", "greedy", False, True) if "v2" in family else ("sigmoid", "noaux_tc", True, False))
+    assert config.rope_interleave and config.rope_scaling is None and config.n_group >= 1
+
+
 # ------------------------------------------------------------------------------------------------ written by the test
 
 
@@ -219,9 +246,9 @@ def test_layouts_and_old_config(v3, layout, tmp_path):
     rope = dict(v3.config.rope_parameters)
     theta, kind = rope.pop("rope_theta"), rope.pop("rope_type")
     assert "model.layers.1.mlp.experts.gate_up_proj" in v3.state_dict()
-    directory = write(
-        tmp_path, v3, layout(v3), rope_parameters=..., rope_scaling={**rope, "type": kind}, rope_theta=theta
-    )
+    old = {"rope_parameters": ..., "rope_scaling": {**rope, "type": kind}, "rope_theta": theta}
+    buffer = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}  # which old checkpoints have
+    directory = write(tmp_path, v3, layout(v3) | buffer, **old)
     input_ids = torch.randint(SIZES["vocab_size"], (2, 40))
     close(DeepseekModel.from_pretrained(directory)(input_ids), logits_of(v3, input_ids))
 
@@ -277,6 +304,13 @@ def test_multi_token_prediction_layers_are_skipped(v3, tmp_path, capsys):
     close(ours(input_ids), logits_of(v3, input_ids))
 
 
+def test_tied_head_may_be_there(tmp_path):
+    theirs = build("v2-tied")
+    tensors = per_expert(theirs) | {"lm_head.weight": theirs.lm_head.weight.clone()}
+    input_ids = torch.randint(SIZES["vocab_size"], (1, 20))
+    close(DeepseekModel.from_pretrained(write(tmp_path, theirs, tensors))(input_ids), logits_of(theirs, input_ids))
+
+
 def test_missing_and_unknown_names(v3, tmp_path):
     tensors = per_expert(v3)
     del tensors["model.layers.1.mlp.experts.7.up_proj.weight"], tensors["lm_head.weight"]
@@ -321,7 +355,6 @@ def test_no_weights_in_directory(v3, tmp_path):
 
 def test_without_safetensors(v3, tmp_path, monkeypatch):
     write(tmp_path, v3, {})
-    hf._open.cache_clear()
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     with pytest.raises(ImportError, match="pip install safetensors"):
         DeepseekModel.from_pretrained(tmp_path)

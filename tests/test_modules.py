@@ -1,4 +1,4 @@
-"""modules.py by itself: its parts against the same maths written slowly, and the ways to run a model against each other.
+"""modules.py by itself: its parts against the same maths written slowly, the ways to run a model against each other.
 
 Against an independent implementation: test_hf.py. Compiled: test_compile_model.py.
 """
@@ -75,6 +75,22 @@ def poisoned_table(cache: PagedKVCache) -> torch.Tensor:
 
 def lengths(*values: int) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32)
+
+
+class Recorder(TorchDispatchMode):
+    """The ops that run, and the largest tensor that any of them makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.ops, self.largest = [], 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.ops.append(str(func))
+        inputs = {t.untyped_storage().data_ptr() for t in args if isinstance(t, torch.Tensor)}
+        if isinstance(out, torch.Tensor) and out.untyped_storage().data_ptr() not in inputs:
+            self.largest = max(self.largest, out.numel())
+        return out
 
 
 # ---------------------------------------------------------------------------------------------------------- config
@@ -252,6 +268,14 @@ def test_moe(dtype, tokens, n_shared_experts):
         torch.testing.assert_close(out.flatten(0, -2).double(), expected, rtol=tolerance, atol=tolerance)
 
 
+def test_moe_memory_does_not_grow_to_weights_a_token():
+    moe = build(BASE).layers[1].ffn
+    x = torch.randn(200, 64)
+    with torch.no_grad(), Recorder() as seen:
+        moe(x)
+    assert seen.largest <= 200 * 2 * 40  # gathered weights: 200 * 3 * 80 * 64
+
+
 @pytest.mark.parametrize("mode", ["fp32", "bf16", "autocast"])
 @pytest.mark.parametrize("tokens", [2, 30])
 def test_moe_gradients(mode, tokens):
@@ -371,22 +395,6 @@ def test_choice_of_experts_is_recorded_and_forced():
         assert routing.experts.equal(other)
         torch.testing.assert_close(logits, forced, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(run(experts=own.experts), plain, rtol=1e-4, atol=1e-4)
-
-
-class Recorder(TorchDispatchMode):
-    """The ops that run, and the largest tensor that any of them makes."""
-
-    def __init__(self):
-        super().__init__()
-        self.ops, self.largest = [], 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        self.ops.append(str(func))
-        inputs = {t.untyped_storage().data_ptr() for t in args if isinstance(t, torch.Tensor)}
-        if isinstance(out, torch.Tensor) and out.untyped_storage().data_ptr() not in inputs:
-            self.largest = max(self.largest, out.numel())
-        return out
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
