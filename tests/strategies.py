@@ -39,6 +39,11 @@ TARGETS = {
 seeds = st.integers(0, 2**31)
 head_counts = st.sampled_from([(1, 1), (2, 1), (5, 1), (12, 1), (16, 1), (20, 1), (128, 1), (4, 2), (6, 3), (12, 4)])
 edges = (0, 1, 15, 16, 17, 63, 64, 65, 127, 128, 129, 192, 256, 512)
+lengths_of_many_rows = st.one_of(
+    st.lists(st.integers(0, 3000), max_size=12),
+    st.lists(st.sampled_from([0, 0, 1, 64, 65, 128]), max_size=400),  # many rows to a part, runs of empty ones
+    st.lists(st.integers(0, 1_000_000), max_size=4),  # many parts to a row
+)
 row_lengths = st.one_of(st.sampled_from(edges), st.integers(0, 200), st.integers(200, 900))
 
 

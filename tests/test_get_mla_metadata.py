@@ -7,15 +7,11 @@ import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from strategies import lengths_of_many_rows
 
 from flashmla_ops import get_mla_metadata, plan
 from flashmla_ops.plan import make_plan, max_parts, row_tiles
 
-lengths_of_many_rows = st.one_of(
-    st.lists(st.integers(0, 3000), max_size=12),
-    st.lists(st.sampled_from([0, 0, 1, 64, 65, 128]), max_size=400),  # many rows to a part, runs of empty ones
-    st.lists(st.integers(0, 1_000_000), max_size=4),  # many parts to a row
-)
 part_counts = st.one_of(st.integers(1, plan.MAX_PARTS), st.sampled_from([1, 2, 16, 132, 256]))
 
 

@@ -1,0 +1,75 @@
+"""The registration of the ops: schema, autograd, fake and real kernels agree, with values and without."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import append_calls, decode_calls, lengths_of_many_rows, merge_calls
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_map_only
+
+from flashmla_ops import get_mla_metadata
+from flashmla_ops.testing import make_append_case, make_decode_case, make_merge_case
+
+OPS = ("get_mla_metadata", "fwd_kvcache_mla", "concat_and_cache_mla", "merge_attn_states")
+MODES = {"grad": torch.enable_grad, "inference": torch.inference_mode}
+
+
+def run(op: str, call: dict):
+    return getattr(torch.ops.flashmla, op)(**call)
+
+
+def draw_call(data, op: str, target) -> dict:
+    """Good arguments of an op, drawn; without NaN, since opcheck compares values."""
+    if op == "get_mla_metadata":
+        lengths = data.draw(lengths_of_many_rows)
+        cache_seqlens = torch.tensor(lengths, dtype=torch.int32, device=target.device)
+        return {"cache_seqlens": cache_seqlens, "num_heads_per_head_k": len(lengths) + 1, "num_heads_k": 1}
+    if op == "concat_and_cache_mla":
+        return make_append_case(**data.draw(append_calls(target))).kwargs()
+    if op == "merge_attn_states":
+        return make_merge_case(**data.draw(merge_calls(target, poison=False))).kwargs()
+    case = make_decode_case(**data.draw(decode_calls(target, poison=False)))
+    plan = get_mla_metadata(*case.plan_args) if data.draw(st.booleans(), label="with plan") else (None, None)
+    return case.kwargs() | dict(zip(("tile_scheduler_metadata", "num_splits"), plan, strict=True))
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("mode", MODES)
+@given(data=st.data())
+@settings(max_examples=10)
+def test_opcheck(target, op, mode, data):
+    """Schema told truly, autograd registered, fake equal to real, and the same again under torch.compile's tracing."""
+    with MODES[mode]():
+        call = draw_call(data, op, target)
+        # opcheck fails to copy an empty tensor with gaps (torch 2.13)
+        call = tree_map_only(Tensor, lambda t: t if t.numel() else t.new_empty(t.shape), call)
+        torch.library.opcheck(getattr(torch.ops.flashmla, op).default, (), call)
+
+
+def layout(outputs) -> list[tuple]:
+    return [(t.shape, t.stride(), t.dtype) for t in outputs or ()]
+
+
+@pytest.mark.parametrize("op", OPS)
+@given(data=st.data())
+@settings(max_examples=25)
+def test_meta_and_fake_outputs_are_laid_out_as_real_ones(target, op, data):
+    """On the meta device, and on CUDA's that this machine need not have, traced too."""
+    call = draw_call(data, op, target)
+    real = layout(run(op, call))
+
+    def without_values(t: Tensor, device: str) -> Tensor:
+        return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device)
+
+    outputs = run(op, tree_map_only(Tensor, lambda t: without_values(t, "meta"), call))
+    assert layout(outputs) == real and all(t.device.type == "meta" for t in outputs or ())
+    with FakeTensorMode():
+        fake = tree_map_only(Tensor, lambda t: without_values(t, "cuda"), call)
+        outputs = run(op, fake)
+        assert layout(outputs) == real and all(t.device.type == "cuda" for t in outputs or ())
+        graph = make_fx(lambda call: run(op, call))(fake).graph
+    traced = [node.target for node in graph.nodes if node.op == "call_function"]
+    assert traced[0] is getattr(torch.ops.flashmla, op).default
