@@ -1,0 +1,98 @@
+// What the launchers take: pointers with their shapes, strides in elements. No torch here.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+namespace flashmla {
+
+// The plan's format and constants, which flashmla_ops/plan.py explains.
+constexpr int kTile = 64;       // keys in a tile, whatever the page size
+constexpr int kRowTile = 64;    // query rows in a row tile
+constexpr int kMaxParts = 256;  // rows of the plan
+constexpr int kColumns = 8;
+constexpr int kMinTiles = 2;
+constexpr int kRowCost = 2;
+enum PlanColumn { kFirstRow, kFirstTile, kLastRow, kLastTile, kFirstSplit, kFlags, kFirstRowTile, kLastRowTile };
+
+enum class DType { kBF16, kFP16, kFP32 };
+
+struct MetadataParams {
+    int* metadata;             // [kMaxParts, kColumns]
+    int* num_splits;           // [b + 1]
+    const int* cache_seqlens;  // [b]
+    int b;
+    int num_parts;  // 1 to kMaxParts
+};
+
+struct AppendParams {
+    void* kv_cache;               // [num_pages, page_size, 1, d_c + d_pe]
+    const void* kv_c;             // [n, d_c]
+    const void* k_pe;             // [n, d_pe]
+    const int64_t* slot_mapping;  // [n]
+    int64_t n, num_slots, page_size;
+    // in vectors of 16 bytes
+    int64_t page_stride, token_stride, kv_c_stride, k_pe_stride;
+    int kv_c_vectors, k_pe_vectors;
+};
+
+struct MergeParams {
+    void* out;   // [b, s_q, h_q, d_v], contiguous
+    float* lse;  // [b, h_q, s_q], contiguous
+    struct Side {
+        const void* out;   // [b, s_q, h_q, d_v]
+        const float* lse;  // [b, h_q, s_q], innermost stride 1
+        int64_t out_stride_b, out_stride_s, out_stride_h, lse_stride_b, lse_stride_h;
+    } a, b;
+    int64_t batch;
+    int s_q, h_q, d_v;
+    DType dtype;
+};
+
+struct FwdParams {
+    void* out;                 // [b, s_q, h_q, 512], contiguous
+    float* lse;                // [b, h_q, s_q], contiguous
+    const void* q;             // [b, s_q, h_q, 576]
+    const void* kv_cache;      // [num_pages, page_size, h_k, 576]
+    const int* block_table;    // [b, max_pages]
+    const int* cache_seqlens;  // [b]
+    const int* metadata;       // [kMaxParts, kColumns]
+    float* partial_out;        // [2 * split_parts, row_tiles, 64, 512]: normalised outputs of split rows
+    float* partial_lse;        // [2 * split_parts, row_tiles, 64]: their log-sum-exp, base 2
+    int64_t q_stride_b, q_stride_s, q_stride_h;
+    int64_t cache_stride_page, cache_stride_token, cache_stride_head;
+    int64_t table_stride;
+    int64_t num_pages;
+    int b, s_q, h_q, h_k, page_size;
+    int max_len;      // keys that a row of the table reaches: longer lengths clamp to it
+    int group;        // h_q / h_k
+    int rows;         // s_q * group: query rows of one key head, in the order (s_q, group)
+    int row_tiles;    // h_k * ceil(rows / kRowTile)
+    int grid_parts;   // parts at work at once
+    int plan_parts;   // parts that the plan may use
+    int split_parts;  // parts that the workspace has room for; a plan that uses others is executed unsplit
+    float softmax_scale_log2;
+    bool causal;
+    DType dtype;
+};
+
+struct StreamParams {
+    const void* kv_cache;  // [num_pages, page_bytes], contiguous
+    const int* pages;      // [n]
+    int64_t num_pages;
+    int n;
+    int page_bytes;
+};
+
+void get_mla_metadata(const MetadataParams& params, cudaStream_t stream);
+void concat_and_cache_mla(const AppendParams& params, cudaStream_t stream);
+void merge_attn_states(const MergeParams& params, cudaStream_t stream);
+
+namespace sm90 {
+void fwd_kvcache_mla(const FwdParams& params, cudaStream_t stream);
+void fwd_kvcache_mla_combine(const FwdParams& params, cudaStream_t stream);
+void paged_stream(const StreamParams& params, cudaStream_t stream);
+}  // namespace sm90
+
+}  // namespace flashmla

@@ -1,0 +1,62 @@
+// Instructions that cuda::ptx (CCCL, shipped with nvcc) lacks, one a function. Sections are those of the PTX ISA
+// manual.
+#pragma once
+
+#include <cstdint>
+
+namespace flashmla::ptx {
+
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// This thread's lane, computed where it is asked for. "%laneid"
+__device__ __forceinline__ int lane() {
+    int lane;
+    asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+    return lane;
+}
+
+// 16 bytes from global to shared memory, asynchronously; zeros, and no read, where !valid. "cp.async"
+__device__ __forceinline__ void cp_async_16(uint32_t to, const void* from, bool valid) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0) : "memory");
+}
+
+// Waits for all of the thread's cp.async. "cp.async.wait_all"
+__device__ __forceinline__ void cp_async_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// Four 8x8 matrices of 16-bit values; lane l gives the address of row l % 8 of matrix l / 8. "stmatrix"
+__device__ __forceinline__ void stmatrix_x4(uint32_t to, uint32_t m0, uint32_t m1, uint32_t m2, uint32_t m3) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(m0), "r"(m1),
+                 "r"(m2), "r"(m3)
+                 : "memory");
+}
+
+// A barrier among the CTA's first arrivals of `threads` threads; barrier 0 is __syncthreads's. "bar.sync"
+__device__ __forceinline__ void named_barrier(int barrier, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
+// Hands a warpgroup's registers back, or takes more of them. "setmaxnreg"
+template <int kRegisters>
+__device__ __forceinline__ void decrease_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+template <int kRegisters>
+__device__ __forceinline__ void increase_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+// 2^x to 2 ulp; 0 at -inf. "ex2"
+__device__ __forceinline__ float exp2_approx(float x) {
+    float result;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+    return result;
+}
+
+// Brings a tensor map into the descriptor cache. "prefetch.tensormap"
+__device__ __forceinline__ void prefetch_tensor_map(const void* map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
+}  // namespace flashmla::ptx

@@ -1,0 +1,228 @@
+// The compiled library's private ops, flashmla_sm90::*. They take outputs as arguments and trust their callers:
+// flashmla_ops/ops.py has checked every shape, dtype, device and stride, and flashmla_ops/backends/sm90.py calls them.
+//
+// Only the stable ABI of torch is used, so that one build serves every later torch and every Python.
+
+#include <cuda_runtime.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+#include <tuple>
+
+#include "check.h"
+#include "params.h"
+
+namespace flashmla {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// ----------------------------------------------------------------------------------------------------------- helpers
+
+constexpr int kVectorBytes = 16;
+constexpr int64_t kWorkspaceTiles = 1024;  // of 64 x 512 fp32: 128 MiB
+constexpr int64_t kDimV = 512;
+
+DType dtype_of(const Tensor& t) {
+    switch (t.scalar_type()) {
+        case ScalarType::BFloat16: return DType::kBF16;
+        case ScalarType::Half: return DType::kFP16;
+        default: return DType::kFP32;
+    }
+}
+
+// Makes the tensor's device current, and finds the stream that torch is on there.
+struct OnDevice {
+    torch::stable::accelerator::DeviceGuard guard;
+    cudaStream_t stream;
+
+    explicit OnDevice(const Tensor& t) : guard(t.get_device_index()) {
+        void* current = nullptr;
+        TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &current));
+        stream = static_cast<cudaStream_t>(current);
+    }
+};
+
+// Sizes and strides in vectors of 16 bytes.
+int64_t vectors(const Tensor& t, int64_t elements) {
+    return elements * static_cast<int64_t>(t.element_size()) / kVectorBytes;
+}
+
+// --------------------------------------------------------------------------------------------------------------- ops
+
+void get_mla_metadata_op(Tensor tile_scheduler_metadata, Tensor num_splits, const Tensor cache_seqlens,
+                         int64_t num_parts) {
+    const OnDevice on(cache_seqlens);
+    get_mla_metadata({.metadata = static_cast<int*>(tile_scheduler_metadata.data_ptr()),
+                      .num_splits = static_cast<int*>(num_splits.data_ptr()),
+                      .cache_seqlens = static_cast<const int*>(cache_seqlens.data_ptr()),
+                      .b = static_cast<int>(cache_seqlens.size(0)),
+                      .num_parts = static_cast<int>(num_parts)},
+                     on.stream);
+}
+
+// num_parts: parts at work at once; plan_parts: how many the plan may use.
+void fwd_kvcache_mla_op(Tensor out, Tensor lse, const Tensor q, const Tensor kv_cache, const Tensor block_table,
+                        const Tensor cache_seqlens, double softmax_scale, bool causal,
+                        const Tensor tile_scheduler_metadata, int64_t num_parts, int64_t plan_parts) {
+    if (out.numel() == 0) return;
+    const OnDevice on(q);
+    const int64_t b = q.size(0), s_q = q.size(1), h_q = q.size(2);
+    const int64_t num_pages = kv_cache.size(0), page_size = kv_cache.size(1), h_k = kv_cache.size(2);
+    const int64_t rows = s_q * (h_q / h_k);
+    const int64_t row_tiles = h_k * ((rows + kRowTile - 1) / kRowTile);
+    constexpr int64_t kLongest = std::numeric_limits<int>::max() - kTile;  // so that no tile ends beyond an int
+    const int64_t max_len = num_pages == 0 ? 0 : std::min(block_table.size(1) * page_size, kLongest);
+    // A part has at least one tile, or a row without keys: so many parts are enough for any valid plan.
+    const int64_t possible_parts = b * ((max_len + kTile - 1) / kTile + 1);
+    // A plan of one part splits nothing.
+    const int64_t split_parts =
+        plan_parts == 1 ? 0 : std::min({plan_parts, possible_parts, kWorkspaceTiles / (2 * row_tiles)});
+    const int64_t places = 2 * split_parts * row_tiles * kRowTile;
+    const Tensor workspace = torch::stable::empty({places * (kDimV + 1)}, ScalarType::Float, std::nullopt, q.device());
+    float* partial_out = static_cast<float*>(workspace.data_ptr());
+
+    const FwdParams params = {
+        .out = out.data_ptr(),
+        .lse = static_cast<float*>(lse.data_ptr()),
+        .q = q.data_ptr(),
+        .kv_cache = kv_cache.data_ptr(),
+        .block_table = static_cast<const int*>(block_table.data_ptr()),
+        .cache_seqlens = static_cast<const int*>(cache_seqlens.data_ptr()),
+        .metadata = static_cast<const int*>(tile_scheduler_metadata.data_ptr()),
+        .partial_out = partial_out,
+        .partial_lse = partial_out + places * kDimV,
+        .q_stride_b = q.stride(0),
+        .q_stride_s = q.stride(1),
+        .q_stride_h = q.stride(2),
+        .cache_stride_page = kv_cache.stride(0),
+        .cache_stride_token = kv_cache.stride(1),
+        .cache_stride_head = kv_cache.stride(2),
+        .table_stride = block_table.stride(0),
+        .num_pages = num_pages,
+        .b = static_cast<int>(b),
+        .s_q = static_cast<int>(s_q),
+        .h_q = static_cast<int>(h_q),
+        .h_k = static_cast<int>(h_k),
+        .page_size = static_cast<int>(page_size),
+        .max_len = static_cast<int>(max_len),
+        .group = static_cast<int>(h_q / h_k),
+        .rows = static_cast<int>(rows),
+        .row_tiles = static_cast<int>(row_tiles),
+        .grid_parts = static_cast<int>(num_parts),
+        .plan_parts = static_cast<int>(plan_parts),
+        .split_parts = static_cast<int>(split_parts),
+        .softmax_scale_log2 = static_cast<float>(softmax_scale * 1.4426950408889634),
+        .causal = causal,
+        .dtype = dtype_of(q),
+    };
+    sm90::fwd_kvcache_mla(params, on.stream);
+    if (places > 0) sm90::fwd_kvcache_mla_combine(params, on.stream);
+}
+
+void concat_and_cache_mla_op(Tensor kv_cache, const Tensor kv_c, const Tensor k_pe, const Tensor slot_mapping) {
+    if (slot_mapping.numel() == 0) return;
+    const OnDevice on(kv_cache);
+    concat_and_cache_mla({.kv_cache = kv_cache.data_ptr(),
+                          .kv_c = kv_c.data_ptr(),
+                          .k_pe = k_pe.data_ptr(),
+                          .slot_mapping = static_cast<const int64_t*>(slot_mapping.data_ptr()),
+                          .n = slot_mapping.size(0),
+                          .num_slots = kv_cache.size(0) * kv_cache.size(1),
+                          .page_size = kv_cache.size(1),
+                          .page_stride = vectors(kv_cache, kv_cache.stride(0)),
+                          .token_stride = vectors(kv_cache, kv_cache.stride(1)),
+                          .kv_c_stride = vectors(kv_c, kv_c.stride(0)),
+                          .k_pe_stride = vectors(k_pe, k_pe.stride(0)),
+                          .kv_c_vectors = static_cast<int>(vectors(kv_c, kv_c.size(1))),
+                          .k_pe_vectors = static_cast<int>(vectors(k_pe, k_pe.size(1)))},
+                         on.stream);
+}
+
+void merge_attn_states_op(Tensor out, Tensor lse, const Tensor out_a, const Tensor lse_a, const Tensor out_b,
+                          const Tensor lse_b) {
+    if (out.numel() == 0) return;
+    const OnDevice on(out);
+    const auto side = [](const Tensor& out, const Tensor& lse) {
+        return MergeParams::Side{.out = out.data_ptr(),
+                                 .lse = static_cast<const float*>(lse.data_ptr()),
+                                 .out_stride_b = out.stride(0),
+                                 .out_stride_s = out.stride(1),
+                                 .out_stride_h = out.stride(2),
+                                 .lse_stride_b = lse.stride(0),
+                                 .lse_stride_h = lse.stride(1)};
+    };
+    merge_attn_states({.out = out.data_ptr(),
+                       .lse = static_cast<float*>(lse.data_ptr()),
+                       .a = side(out_a, lse_a),
+                       .b = side(out_b, lse_b),
+                       .batch = out.size(0),
+                       .s_q = static_cast<int>(out.size(1)),
+                       .h_q = static_cast<int>(out.size(2)),
+                       .d_v = static_cast<int>(out.size(3)),
+                       .dtype = dtype_of(out)},
+                      on.stream);
+}
+
+// The benchmark's ceiling: `pages` [n] int32 of a contiguous cache.
+void paged_stream_op(const Tensor kv_cache, const Tensor pages) {
+    if (pages.numel() == 0) return;
+    const OnDevice on(kv_cache);
+    const int64_t num_pages = kv_cache.size(0);
+    const int64_t page_bytes = kv_cache.numel() / std::max<int64_t>(num_pages, 1) * kv_cache.element_size();
+    sm90::paged_stream({.kv_cache = kv_cache.data_ptr(),
+                        .pages = static_cast<const int*>(pages.data_ptr()),
+                        .num_pages = num_pages,
+                        .n = static_cast<int>(pages.size(0)),
+                        .page_bytes = static_cast<int>(page_bytes)},
+                       on.stream);
+}
+
+// What the driver supports and what the library was built with, as CUDA numbers them (13000 is 13.0).
+std::tuple<int64_t, int64_t> cuda_versions_op() {
+    int driver = 0, runtime = 0;
+    cuda_check(cudaDriverGetVersion(&driver), "cudaDriverGetVersion");
+    cuda_check(cudaRuntimeGetVersion(&runtime), "cudaRuntimeGetVersion");
+    return {driver, runtime};
+}
+
+}  // namespace
+}  // namespace flashmla
+
+// ------------------------------------------------------------------------------------------------------ registration
+
+STABLE_TORCH_LIBRARY_FRAGMENT(flashmla_sm90, m) {
+    m.def(
+        "get_mla_metadata(Tensor(a!) tile_scheduler_metadata, Tensor(b!) num_splits, Tensor cache_seqlens, int "
+        "num_parts) "
+        "-> ()");
+    m.def(
+        "fwd_kvcache_mla(Tensor(a!) out, Tensor(b!) lse, Tensor q, Tensor kv_cache, Tensor block_table, "
+        "Tensor cache_seqlens, float softmax_scale, bool causal, Tensor tile_scheduler_metadata, int num_parts, "
+        "int plan_parts) -> ()");
+    m.def("concat_and_cache_mla(Tensor(a!) kv_cache, Tensor kv_c, Tensor k_pe, Tensor slot_mapping) -> ()");
+    m.def(
+        "merge_attn_states(Tensor(a!) out, Tensor(b!) lse, Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) "
+        "-> ()");
+    m.def("paged_stream(Tensor kv_cache, Tensor pages) -> ()");
+    m.def("cuda_versions() -> (int driver, int runtime)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(flashmla_sm90, CUDA, m) {
+    m.impl("get_mla_metadata", TORCH_BOX(&flashmla::get_mla_metadata_op));
+    m.impl("fwd_kvcache_mla", TORCH_BOX(&flashmla::fwd_kvcache_mla_op));
+    m.impl("concat_and_cache_mla", TORCH_BOX(&flashmla::concat_and_cache_mla_op));
+    m.impl("merge_attn_states", TORCH_BOX(&flashmla::merge_attn_states_op));
+    m.impl("paged_stream", TORCH_BOX(&flashmla::paged_stream_op));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(flashmla_sm90, CompositeExplicitAutograd, m) {
+    m.impl("cuda_versions", TORCH_BOX(&flashmla::cuda_versions_op));
+}
