@@ -105,6 +105,7 @@ def make_decode_case(
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str = "cpu",
     causal: bool = False,
+    softmax_scale: float | None = None,
     peaked: str | None = None,
     seed: int = 0,
     poison: bool = True,
@@ -113,8 +114,10 @@ def make_decode_case(
     """Rows of the given lengths, their pages dealt at random over a cache with a few pages to spare.
 
     Args:
-        peaked: None for scores of std 1; 'first', 'middle' or 'last' for scores of std 10 to 30 whose largest lie in
-            that 64-key tile of each row. Flat scores alone would pass a kernel that never rescales its accumulator.
+        softmax_scale: d_qk ** -0.5 if None.
+        peaked: None for scores of std 1 (at that scale); 'first', 'middle' or 'last' for scores of std 10 to 30 whose
+            largest lie in that 64-key tile of each row. Flat scores alone would pass a kernel that never rescales its
+            accumulator.
         poison: fill what must not be read with NaN and huge page numbers.
         strided: make q and kv_cache views with gaps and swapped dimensions, within the contract.
     """
@@ -154,7 +157,8 @@ def make_decode_case(
     if strided:
         q = with_gaps(q.transpose(1, 2)).transpose(1, 2)
         kv_cache = with_gaps(kv_cache)
-    return DecodeCase(q, kv_cache, block_table.int(), lengths.int(), d_v, d_qk**-0.5, causal)
+    scale = d_qk**-0.5 if softmax_scale is None else softmax_scale
+    return DecodeCase(q, kv_cache, block_table.int(), lengths.int(), d_v, scale, causal)
 
 
 def make_append_case(

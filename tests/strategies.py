@@ -74,6 +74,9 @@ def decode_calls(draw, target: Target, **fixed) -> dict:
         "dtype": draw(st.sampled_from(target.dtypes)),
         "device": target.device,
         "causal": draw(st.booleans()),
+        "softmax_scale": draw(
+            st.sampled_from([None, None, 192**-0.5, 0.03])
+        ),  # 128 + 64: DeepSeek's, before absorption
         "peaked": draw(st.sampled_from([None, None, None, "first", "middle", "last"])),
         "strided": draw(st.booleans()),
         "seed": draw(seeds),

@@ -1,7 +1,7 @@
 """Checks and times the main op: `python tests/test_flash_mla.py`, half a minute, on the GPU if there is one.
 
 Each line of its table is a batch of sequences of varied lengths. It is right if its error against float64, with flat
-and with peaked scores, is within what `check_decode` allows. Times are of calls one after another, planned before, so the
+and with peaked scores, is within what `check_decode` allows. Times are of calls one after another, planned before; the
 cache may be warm.
 """
 

@@ -49,6 +49,14 @@ def test_opcheck(target, op, mode, data):
         torch.library.opcheck(getattr(torch.ops.flashmla, op).default, (), call)
 
 
+@pytest.mark.parametrize("op", OPS)
+def test_tags(op):
+    """needs_exact_strides keeps Inductor from handing over other strides than those the fake saw."""
+    tags = getattr(torch.ops.flashmla, op).default.tags
+    assert {torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides} <= set(tags)
+    assert not {torch.Tag.maybe_aliasing_or_mutating, torch.Tag.out, torch.Tag.cudagraph_unsafe} & set(tags)
+
+
 def layout(outputs) -> list[tuple]:
     return [(t.shape, t.stride(), t.dtype) for t in outputs or ()]
 

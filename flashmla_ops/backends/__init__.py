@@ -11,9 +11,9 @@ from types import ModuleType
 
 from torch import Tensor
 
-from . import cpu
+from . import cpu, sm90
 
-ALL: dict[str, ModuleType] = {"cpu": cpu}  # in order of preference
+ALL: dict[str, ModuleType] = {"sm90": sm90, "cpu": cpu}  # in order of preference
 
 _chosen = tuple(ALL.values())
 _forced = False
