@@ -11,6 +11,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import ClassVar
 
 from setuptools import Command, setup
 from setuptools.command.build_py import build_py
@@ -146,7 +147,7 @@ class BuildPyAndKernels(build_py):
 
 class Kernels(Command):
     description = "build the CUDA library into the checkout"
-    user_options = ()
+    user_options: ClassVar[list] = []
 
     def initialize_options(self):
         pass

@@ -33,17 +33,17 @@ struct SplitRow {
 
 struct SharedStorage {
     SplitRow rows[kMaxParts];
-    uint32_t continuing[kWarps];  // bit p: part p continues a row
-    int begun[kWarps];            // split rows that each warp's parts begin
+    uint32_t passing[kWarps];  // bit p: part p takes a row over and passes it on
+    int begun[kWarps];         // split rows that each warp's parts begin
 };
 
 // ---------------------------------------------------------------------------------------------------- device helpers
 
-// How many parts from `part` on continue a row.
-__device__ int run_of_continuing(const SharedStorage& shared, int part) {
+// How many parts from `part` on pass one row on, each to the next.
+__device__ int run_of_passing(const SharedStorage& shared, int part) {
     int end = part;
     while (end < kMaxParts) {
-        const uint32_t rest = ~shared.continuing[end / 32] >> end % 32;
+        const uint32_t rest = ~shared.passing[end / 32] >> end % 32;
         if (rest != 0) return end + __ffs(rest) - 1 - part;
         end = (end / 32 + 1) * 32;
     }
@@ -54,12 +54,11 @@ __device__ int run_of_continuing(const SharedStorage& shared, int part) {
 __device__ int list_split_rows(const FwdParams& params, SharedStorage& shared) {
     const int part = threadIdx.x, warp = part / 32, lane = part % 32;
     const Part p = part < params.split_parts ? load_part(params, part) : Part{0, 0, -1, 0};
-    const bool continues = !p.empty() && p.first_tile > 0;
-    const bool begins =
-        !p.empty() && !p.continues(p.last_row) && p.last_tile < num_tiles(clamped_length(params, p.last_row));
-    const uint32_t continuing = __ballot_sync(~0u, continues), begun = __ballot_sync(~0u, begins);
+    const bool cut = !p.empty() && p.last_tile < num_tiles(clamped_length(params, p.last_row));
+    const bool passes = cut && p.continues(p.last_row), begins = cut && !passes;
+    const uint32_t passing = __ballot_sync(~0u, passes), begun = __ballot_sync(~0u, begins);
     if (lane == 0) {
-        shared.continuing[warp] = continuing;
+        shared.passing[warp] = passing;
         shared.begun[warp] = __popc(begun);
     }
     __syncthreads();
@@ -70,7 +69,9 @@ __device__ int list_split_rows(const FwdParams& params, SharedStorage& shared) {
     }
     if (begins) {
         const int i = before + __popc(begun & ((1u << lane) - 1));
-        shared.rows[i] = {p.last_row, part, 1 + run_of_continuing(shared, part + 1)};
+        // the part that begins it, those that pass it on, the one that ends it
+        const int shares = 2 + run_of_passing(shared, part + 1);
+        shared.rows[i] = {p.last_row, part, min(shares, params.split_parts - part)};
     }
     __syncthreads();
     return total;
