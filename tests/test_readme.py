@@ -1,6 +1,7 @@
 """What README.md shows runs as it stands: its Python blocks here, the test command in .ci/run, the scripts in
 test_examples.py."""
 
+import json
 import re
 import subprocess
 import sys
@@ -61,3 +62,9 @@ def test_command_runs(command):
 def test_table_names_every_example():
     shown = set(re.findall(r"`examples/(\w+\.py)`", README))
     assert shown == {path.name for path in (ROOT / "examples").glob("*.py")}
+
+
+def test_benchmark_table_is_the_committed_result():
+    rows = json.loads((ROOT / "tests/results/cpu.json").read_text())["rows"]
+    table = dict(re.findall(r"^\| ([^|]+) \| ([\d.]+) \|", README, re.MULTILINE))
+    assert table == {row["case"]: f"{row['us']:.1f}" for row in rows}

@@ -15,7 +15,7 @@ from . import cpu, sm90
 
 ALL: dict[str, ModuleType] = {"sm90": sm90, "cpu": cpu}  # in order of preference
 
-_chosen = tuple(ALL.values())
+in_use = tuple(ALL.values())
 _forced = False
 
 
@@ -28,11 +28,11 @@ def use_backend(name: str | None) -> None:
     Raises:
         RuntimeError: there is no backend of this name.
     """
-    global _chosen, _forced
+    global in_use, _forced
     if name is not None and name not in ALL:
         raise RuntimeError(f"backend: expected one of {', '.join(ALL)} or None, got {name!r}")
     _forced = name is not None
-    _chosen = (ALL[name],) if _forced else tuple(ALL.values())
+    in_use = (ALL[name],) if _forced else tuple(ALL.values())
 
 
 def choose(op: str, tensor: Tensor, **facts) -> ModuleType:
@@ -41,10 +41,10 @@ def choose(op: str, tensor: Tensor, **facts) -> ModuleType:
     Raises:
         NotImplementedError: none does; the message has each one's reason.
     """
-    for backend in _chosen:
+    for backend in in_use:
         if backend.refusal(op, tensor, **facts) is None:
             return backend
-    reasons = "; ".join(f"{name}: {b.refusal(op, tensor, **facts)}" for name, b in ALL.items() if b in _chosen)
+    reasons = "; ".join(f"{name}: {b.refusal(op, tensor, **facts)}" for name, b in ALL.items() if b in in_use)
     which = "the forced backend does not serve" if _forced else "no backend serves"
     raise NotImplementedError(f"flashmla::{op}: {which} this call. {reasons}")
 
