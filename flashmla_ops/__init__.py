@@ -8,6 +8,7 @@ from .functional import (
     flash_mla_with_kvcache,
     fwd_kvcache_mla,
     get_mla_metadata,
+    get_mla_metadata_,
     merge_attn_states,
 )
 from .kv_cache import PagedKVCache, mark_kv_cache
@@ -21,6 +22,7 @@ __all__ = [
     "flash_mla_with_kvcache",
     "fwd_kvcache_mla",
     "get_mla_metadata",
+    "get_mla_metadata_",
     "mark_kv_cache",
     "merge_attn_states",
     "use_backend",

@@ -16,6 +16,7 @@ __all__ = [
     "flash_mla_with_kvcache",
     "fwd_kvcache_mla",
     "get_mla_metadata",
+    "get_mla_metadata_",
     "merge_attn_states",
 ]
 
@@ -69,6 +70,33 @@ def get_mla_metadata(
         if value is None:
             raise RuntimeError(f"{name}: expected a value (give {', '.join(given)}, or nothing), got None")
     return torch.ops.flashmla.get_mla_metadata(cache_seqlens, num_heads_per_head_k, num_heads_k)
+
+
+def get_mla_metadata_(
+    cache_seqlens: Tensor,
+    num_heads_per_head_k: int,
+    num_heads_k: int,
+    *,
+    tile_scheduler_metadata: Tensor,
+    num_splits: Tensor,
+) -> None:
+    """Plans as `get_mla_metadata` does, into the tensors of an earlier plan for as many rows.
+
+    For a plan that is made outside a captured CUDA graph which reads it: replan in place, then replay.
+
+    Args:
+        cache_seqlens, num_heads_per_head_k, num_heads_k: as of `get_mla_metadata`.
+        tile_scheduler_metadata: [256, 8] int32, overwritten. num_splits: [b + 1] int32, overwritten.
+    Raises:
+        RuntimeError: what is wrong with which argument; nothing is written then.
+    """
+    torch.ops.flashmla.get_mla_metadata_(
+        cache_seqlens,
+        num_heads_per_head_k,
+        num_heads_k,
+        tile_scheduler_metadata=tile_scheduler_metadata,
+        num_splits=num_splits,
+    )
 
 
 def fwd_kvcache_mla(

@@ -173,6 +173,45 @@ _define(
 )
 
 
+def _replan_error(cache_seqlens, num_heads_per_head_k, num_heads_k, tile_scheduler_metadata, num_splits) -> str | None:
+    return _metadata_error(cache_seqlens, num_heads_per_head_k, num_heads_k) or _plan_shape_error(
+        tile_scheduler_metadata, num_splits, cache_seqlens, "cache_seqlens"
+    )
+
+
+def _get_mla_metadata_(cache_seqlens, num_heads_per_head_k, num_heads_k, *, tile_scheduler_metadata, num_splits):
+    plan = tile_scheduler_metadata, num_splits
+    _refuse(_replan_error(cache_seqlens, num_heads_per_head_k, num_heads_k, *plan))
+    backend = backends.choose("get_mla_metadata", cache_seqlens)
+    backend.get_mla_metadata(*plan, cache_seqlens, num_heads_per_head_k, num_heads_k)
+
+
+def _get_mla_metadata__fake(cache_seqlens, num_heads_per_head_k, num_heads_k, *, tile_scheduler_metadata, num_splits):
+    _refuse(_replan_error(cache_seqlens, num_heads_per_head_k, num_heads_k, tile_scheduler_metadata, num_splits))
+
+
+def _plan_shape_error(tile_scheduler_metadata, num_splits, of: Tensor, like: str) -> str | None:
+    """What is wrong with a plan for the rows of `of`, the argument called `like`."""
+    name, device = "tile_scheduler_metadata", of.device
+    return (
+        _misplaced(name, tile_scheduler_metadata, "[MAX_PARTS, COLUMNS]", torch.int32, device, like)
+        or _size(name, tile_scheduler_metadata, 0, MAX_PARTS, "as get_mla_metadata makes it")
+        or _size(name, tile_scheduler_metadata, 1, COLUMNS, "as get_mla_metadata makes it")
+        or _strided(name, tile_scheduler_metadata)
+        or _misplaced("num_splits", num_splits, "[b + 1]", torch.int32, device, like)
+        or _size("num_splits", num_splits, 0, of.shape[0] + 1, f"{like}'s batch + 1")
+        or _strided("num_splits", num_splits)
+    )
+
+
+_define(
+    "get_mla_metadata_(Tensor cache_seqlens, SymInt num_heads_per_head_k, SymInt num_heads_k, *, "
+    "Tensor(a!) tile_scheduler_metadata, Tensor(b!) num_splits) -> ()",
+    _get_mla_metadata_,
+    _get_mla_metadata__fake,
+)
+
+
 # -------------------------------------------------------------------------------------------------- fwd_kvcache_mla
 
 
@@ -215,16 +254,7 @@ def _plan_error(tile_scheduler_metadata, num_splits, q) -> str | None:
     if tile_scheduler_metadata is None or num_splits is None:
         missing = "tile_scheduler_metadata" if tile_scheduler_metadata is None else "num_splits"
         return f"{missing}: expected the other half of get_mla_metadata's plan (give both or neither), got None"
-    name, dims, device = "tile_scheduler_metadata", "[MAX_PARTS, COLUMNS]", q.device
-    return (
-        _misplaced(name, tile_scheduler_metadata, dims, torch.int32, device, "q")
-        or _size(name, tile_scheduler_metadata, 0, MAX_PARTS, "as get_mla_metadata makes it")
-        or _size(name, tile_scheduler_metadata, 1, COLUMNS, "as get_mla_metadata makes it")
-        or _strided(name, tile_scheduler_metadata)
-        or _misplaced("num_splits", num_splits, "[b + 1]", torch.int32, device, "q")
-        or _size("num_splits", num_splits, 0, q.shape[0] + 1, "q's batch + 1")
-        or _strided("num_splits", num_splits)
-    )
+    return _plan_shape_error(tile_scheduler_metadata, num_splits, q, "q")
 
 
 def _new_out_lse(q: Tensor, head_dim_v: int) -> tuple[Tensor, Tensor]:

@@ -147,7 +147,9 @@ def layers_written(first_layer: int, dynamic_pages: bool) -> list[int]:
 
 
 def test_a_slice_in_the_graph_of_a_cache_of_symbolic_size_is_refused(needs_inductor):
-    with pytest.raises(RuntimeError, match="kv_cache: expected a tensor of its own, got a view inside a graph"):
+    # torch 2.11 refuses such a slice before any fake sees it
+    refusal = "kv_cache: expected a tensor of its own, got a view inside a graph|Could not guard on data-dependent"
+    with pytest.raises(RuntimeError, match=refusal):
         layers_written(0, dynamic_pages=True)
 
 

@@ -18,9 +18,10 @@ def calls(device: str = "cpu") -> dict[str, dict]:
     """A good call of each op: bf16, 2 rows, 4 query heads on 2 key heads where there are such."""
     decode = make_decode_case([70, 3], h_q=4, h_k=2, device=device)
     plan = dict(zip(("tile_scheduler_metadata", "num_splits"), get_mla_metadata(*decode.plan_args), strict=True))
-    plan_args = zip(("cache_seqlens", "num_heads_per_head_k", "num_heads_k"), decode.plan_args, strict=True)
+    plan_args = list(zip(("cache_seqlens", "num_heads_per_head_k", "num_heads_k"), decode.plan_args, strict=True))
     return {
         "get_mla_metadata": dict(plan_args),
+        "get_mla_metadata_": dict(plan_args) | {name: t.clone() for name, t in plan.items()},
         "fwd_kvcache_mla": decode.kwargs() | plan,
         "concat_and_cache_mla": make_append_case(3, device=device).kwargs(),
         "merge_attn_states": make_merge_case(2, 3, 4, device=device).kwargs(),
@@ -72,6 +73,13 @@ SHAPES = [
     ("get_mla_metadata", {"cache_seqlens": gapped}, "cache_seqlens: expected the stride of dimension 0 to be 1, got 2"),
     ("get_mla_metadata", {"num_heads_per_head_k": lambda n: 0}, "num_heads_per_head_k: expected at least 1, got 0"),
     ("get_mla_metadata", {"num_heads_k": lambda n: -1}, "num_heads_k: expected at least 1, got -1"),
+    ("get_mla_metadata_", {"cache_seqlens": first}, "num_splits: expected dimension 0 to be 2 .*, got .*3"),
+    (
+        "get_mla_metadata_",
+        {"tile_scheduler_metadata": first},
+        "tile_scheduler_metadata: expected .* 256 .*, got .*1, 8",
+    ),
+    ("get_mla_metadata_", {"num_heads_k": lambda n: 0}, "num_heads_k: expected at least 1, got 0"),
     ("fwd_kvcache_mla", {"q": lambda t: t[:, :, :3]}, r"kv_cache: expected h_k .* to divide q's 3 heads, got 2"),
     ("fwd_kvcache_mla", {"q": lambda t: t[:, :, :0]}, r"kv_cache: expected h_k .* to divide q's 0 heads, got 2"),
     ("fwd_kvcache_mla", {"kv_cache": lambda t: t[:, :, :0]}, r"kv_cache: expected h_k .* to divide q's 4 heads, got 0"),
@@ -180,7 +188,7 @@ def test_fakes_refuse(op, changes, message):
 @pytest.mark.parametrize("op", TENSORS)
 def test_the_unchanged_calls_are_good(target, op):
     run(op, calls(target.device)[op])
-    run(op, {name: meta(value) for name, value in calls()[op].items()})
+    run(op, {name: meta(value) for name, value in calls(target.device)[op].items()})
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import lengths_of_many_rows
 
-from flashmla_ops import get_mla_metadata, plan
+from flashmla_ops import get_mla_metadata, get_mla_metadata_, plan
 from flashmla_ops.plan import make_plan, max_parts, row_tiles
 
 part_counts = st.one_of(st.integers(1, plan.MAX_PARTS), st.sampled_from([1, 2, 16, 132, 256]))
@@ -61,6 +61,9 @@ def test_the_op_makes_such_a_plan(target, lengths, heads):
     check_plan(metadata.cpu(), num_splits.cpu(), lengths, most_parts_of(target, heads))
     again = get_mla_metadata(cache_seqlens, *heads)
     assert torch.equal(again[0], metadata) and torch.equal(again[1], num_splits)
+    in_place = torch.full_like(metadata, -7), torch.full_like(num_splits, -7)
+    get_mla_metadata_(cache_seqlens, *heads, tile_scheduler_metadata=in_place[0], num_splits=in_place[1])
+    assert torch.equal(in_place[0], metadata) and torch.equal(in_place[1], num_splits)
 
 
 def most_parts_of(target, heads) -> int:

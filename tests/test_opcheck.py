@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map_only
 from flashmla_ops import get_mla_metadata
 from flashmla_ops.testing import make_append_case, make_decode_case, make_merge_case
 
-OPS = ("get_mla_metadata", "fwd_kvcache_mla", "concat_and_cache_mla", "merge_attn_states")
+OPS = ("get_mla_metadata", "get_mla_metadata_", "fwd_kvcache_mla", "concat_and_cache_mla", "merge_attn_states")
 MODES = {"grad": torch.enable_grad, "inference": torch.inference_mode}
 
 
@@ -23,10 +23,14 @@ def run(op: str, call: dict):
 
 def draw_call(data, op: str, target) -> dict:
     """Good arguments of an op, drawn; without NaN, since opcheck compares values."""
-    if op == "get_mla_metadata":
+    if op.startswith("get_mla_metadata"):
         lengths = data.draw(lengths_of_many_rows)
         cache_seqlens = torch.tensor(lengths, dtype=torch.int32, device=target.device)
-        return {"cache_seqlens": cache_seqlens, "num_heads_per_head_k": len(lengths) + 1, "num_heads_k": 1}
+        call = {"cache_seqlens": cache_seqlens, "num_heads_per_head_k": len(lengths) + 1, "num_heads_k": 1}
+        if op == "get_mla_metadata":
+            return call
+        plan = cache_seqlens.new_zeros(256, 8), cache_seqlens.new_zeros(len(lengths) + 1)
+        return call | dict(zip(("tile_scheduler_metadata", "num_splits"), plan, strict=True))
     if op == "concat_and_cache_mla":
         return make_append_case(**data.draw(append_calls(target))).kwargs()
     if op == "merge_attn_states":
@@ -54,7 +58,7 @@ def test_tags(op):
     """needs_exact_strides keeps Inductor from handing over other strides than those the fake saw."""
     tags = getattr(torch.ops.flashmla, op).default.tags
     assert {torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides} <= set(tags)
-    assert not {torch.Tag.maybe_aliasing_or_mutating, torch.Tag.out, torch.Tag.cudagraph_unsafe} & set(tags)
+    assert not {"maybe_aliasing_or_mutating", "out", "cudagraph_unsafe"} & {tag.name for tag in tags}
 
 
 def layout(outputs) -> list[tuple]:
