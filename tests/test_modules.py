@@ -432,7 +432,8 @@ def test_prefill_attends_through_cudnn(compiled):
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("needs a Hopper GPU: elsewhere other kernels may be the fast ones")
     dims = {"qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128, "kv_lora_rank": 512}
-    config = MLAConfig(vocab_size=32, hidden_size=256, intermediate_size=256, num_hidden_layers=1, **dims)
+    sizes = {"vocab_size": 32, "hidden_size": 256, "intermediate_size": 256}
+    config = MLAConfig(**sizes, num_hidden_layers=1, num_attention_heads=4, **dims)
     model = DeepseekModel(config, dtype=torch.bfloat16, device="cuda")
     ids = torch.randint(32, (2, 256), device="cuda")
     cache = [torch.zeros(16, 64, 1, 576, dtype=torch.bfloat16, device="cuda")]
