@@ -2,6 +2,8 @@
 
 A case makes its inputs and returns the contenders, which take turns. Each row has the median time, TFLOP/s and GB/s
 of ours and the ratio of ours to the case's yardstick. `--json FILE` writes every figure and the machine.
+
+These are the cases of a machine without a GPU; benchmark_cuda.py has those of one with a GPU.
 """
 
 import argparse
@@ -10,13 +12,13 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
-from . import __version__, backends, ops
+from . import __version__, backends, benchmark_cuda, ops
 from .functional import concat_and_cache_mla, fwd_kvcache_mla, get_mla_metadata, merge_attn_states
 from .modules import MLAConfig, MoE
 from .testing import make_append_case, make_decode_case, make_merge_case
@@ -252,16 +254,7 @@ def machine() -> dict:
     }
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m flashmla_ops.benchmark", description=__doc__.splitlines()[0])
-    parser.add_argument("filter", nargs="*", help="run the cases whose name contains one of these words")
-    parser.add_argument("--json", metavar="FILE", help="write every figure and the machine")
-    parser.add_argument("--list", action="store_true", help="name the cases and stop")
-    args = parser.parse_args()
-    names = [name for name in CASES if not args.filter or any(word in name for word in args.filter)]
-    if args.list or not names:
-        print("\n".join(names) or f"no case matches {' '.join(args.filter)}")
-        return 0 if names else 1
+def run(names: list[str], write: Callable[[dict], None]) -> int:
     print(", ".join(f"{k} {v}" for k, v in machine().items()))
     rows: list[Row] = []
 
@@ -272,11 +265,65 @@ def main() -> int:
 
     for line in _lines(running()):
         print(line, flush=True)
-    if args.json:
-        path = Path(args.json)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"machine": machine(), "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+    write({"machine": machine(), "rows": [asdict(row) for row in rows]})
     return 0
+
+
+def _peer_library(value: str) -> str:
+    peer, _, path = value.partition("=")
+    if peer != "sgl" or not Path(path).is_file():
+        raise argparse.ArgumentTypeError(f"expected sgl=PATH of an existing library, got {value}")
+    return path
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m flashmla_ops.benchmark", description=__doc__.splitlines()[0])
+    parser.add_argument("filter", nargs="*", help="run the cases whose name contains one of these words")
+    parser.add_argument("--json", metavar="FILE", help="write every figure and the machine")
+    parser.add_argument("--list", action="store_true", help="name the cases and stop")
+    gpu = parser.add_argument_group("on a GPU")
+    gpu.add_argument("--peer", metavar="sgl=PATH", type=_peer_library, help="time FlashMLA too: its _C_legacy.abi3.so")
+    gpu.add_argument("--plot", metavar="FILE", help="draw a roofline and each row's time over its floor")
+    gpu.add_argument("--from", metavar="FILE", dest="measured", help="with --plot: draw what --json wrote, run nothing")
+    gpu.add_argument("--row", action="append", help=argparse.SUPPRESS)  # what a row's own process is asked for
+    return parser
+
+
+def main() -> int:
+    parser = _parser()
+    args = parser.parse_args()
+    if args.row:
+        benchmark_cuda.run_rows(args.row, args.peer)
+        return 0
+    if args.measured:
+        if not args.plot:
+            parser.error("--from needs --plot")
+        benchmark_cuda.plot(json.loads(Path(args.measured).read_text()), args.plot)
+        return 0
+
+    def matching(names: Iterable[str]) -> list[str]:
+        return [name for name in names if not args.filter or any(word in name for word in args.filter)]
+
+    def write(document: dict) -> None:
+        if args.json:
+            path = Path(args.json)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(document, indent=1) + "\n")
+
+    # Words that name CPU cases only, such as "overhead", run those on any machine.
+    on_gpu = matching(benchmark_cuda.NAMES) if torch.cuda.is_available() else []
+    names = on_gpu or matching(CASES)
+    if args.list or not names:
+        print("\n".join(names) or f"no case matches {' '.join(args.filter)}")
+        return 0 if names else 1
+    if not on_gpu:
+        if args.peer or args.plot:
+            parser.error("--peer and --plot need cases that run on a GPU (--plot also takes --from FILE)")
+        return run(names, write)
+    document, status = benchmark_cuda.run(names, args.peer, write)
+    if args.plot and document:
+        benchmark_cuda.plot(document, args.plot)
+    return status
 
 
 if __name__ == "__main__":

@@ -165,13 +165,23 @@ __device__ __forceinline__ void load_queries(const FwdParams& params, SharedStor
     const int lane = threadIdx.x % 32;
     const T* q = static_cast<const T*>(params.q) + segment.row * params.q_stride_b;
     wait(&shared.queries_freed, (done.segments & 1) ^ 1);
-#pragma unroll 1
-    for (int r = warp; r < kRowTile; r += kQueryWarps) {
-        const int row = rows.first_row + r;
-        const bool valid = row < params.rows;
-        const int s = row / params.group, h = rows.head * params.group + row % params.group;
-        const T* from = valid ? q + s * params.q_stride_s + h * params.q_stride_h : q;
-        for (int chunk = lane; chunk < kChunks; chunk += 32) {
+    // lane i works out where the warp's i-th row lies: two divisions a row by every lane took 5 us a segment
+    constexpr int kRowsPerWarp = (kRowTile + kQueryWarps - 1) / kQueryWarps;
+    static_assert(kRowsPerWarp <= 32);
+    const int row = rows.first_row + warp + lane * kQueryWarps;
+    const int s = row / params.group, h = rows.head * params.group + row % params.group;
+    const int64_t my_offset = row < params.rows ? s * params.q_stride_s + h * params.q_stride_h : -1;
+#pragma unroll 2
+    for (int i = 0; i < kRowsPerWarp; ++i) {
+        const int r = warp + i * kQueryWarps;
+        const int64_t offset = __shfl_sync(~0u, my_offset, i);
+        if (r >= kRowTile) break;
+        const bool valid = offset >= 0;
+        const T* from = valid ? q + offset : q;
+#pragma unroll
+        for (int first = 0; first < kChunks; first += 32) {
+            const int chunk = first + lane;
+            if (chunk >= kChunks) break;
             const uint32_t to = ptx::shared_address(shared.sQ[chunk / 8]) + wgmma::swizzled(r, chunk % 8);
             ptx::cp_async_16(to, from + chunk * 8, valid);
         }

@@ -1,0 +1,519 @@
+"""The benchmark's cases on a GPU: each call as one node of a CUDA graph, with a cold L2, against its floor and a peer.
+
+Each decode case has a process of its own, so that a crash or a hang costs one row, and prints one JSON line. A case is
+built several times at fresh addresses, since times move by up to 15 % with where an allocation lands; the floor, the
+peer and ours take turns on the same tensors.
+
+The floor of a decode call is the larger of two times: `paged_stream` of exactly its pages (what it would take if
+arithmetic cost nothing), and its FLOP at the highest matrix rate seen so far in the run. The floor of any other op is
+an empty graph, or its bytes at the rate of a copy.
+"""
+
+import json
+import math
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import __version__
+from .backends import cpu, sm90
+from .functional import concat_and_cache_mla, fwd_kvcache_mla, get_mla_metadata, merge_attn_states
+from .plan import make_plan, max_parts, row_tiles
+from .testing import (
+    DecodeCase,
+    check_decode,
+    make_append_case,
+    make_decode_case,
+    make_merge_case,
+    relative_error,
+    varied_lengths,
+)
+
+ALLOCATIONS = 5
+REPLAYS = 21  # per allocation; the median counts
+HOST_CALLS = 200
+FLUSH_BYTES = 512 << 20  # ten times the L2 of a Hopper
+PROCESS_SECONDS = 90  # a row takes a few seconds
+MATMUL = 8192
+CEILINGS = "ceilings"
+# Paged streaming of 128 and 16384 pages and the matrix rate of sound cards: floors of a slower run do not count.
+STREAM_US = {"H100": (5.5, 393.0), "H200": (5.0, 279.0)}
+MATRIX_TFLOPS = 680
+
+# ------------------------------------------------------------------------------------------------------------- cases
+
+
+@dataclass(frozen=True)
+class DecodeShape:
+    group: str
+    b: int
+    h_q: int
+    s_q: int
+    s_k: int
+    varied: bool
+    dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def name(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"fwd_kvcache_mla b{self.b} h{self.h_q} s{self.s_q} k{self.s_k} {dtype}"
+
+    def make(self, seed: int) -> DecodeCase:
+        lengths = varied_lengths(self.b, self.s_k, self.s_q) if self.varied else [self.s_k] * self.b
+        shape = {"s_q": self.s_q, "h_q": self.h_q, "dtype": self.dtype, "causal": self.s_q > 1}
+        return make_decode_case(lengths, **shape, device="cuda", seed=seed, poison=False)
+
+
+def _shapes() -> Iterator[DecodeShape]:
+    for s_k in (4096, 8192, 16384):
+        yield DecodeShape("b128 h128 s1", 128, 128, 1, s_k, varied=True)
+    for b, s_q, s_k in ((128, 2, 4096), (128, 2, 8192), (128, 2, 16384), (32, 4, 8192)):
+        yield DecodeShape("h128 s>1", b, 128, s_q, s_k, varied=True)
+    for h_q in (16, 32, 64):
+        for s_k in (2048, 8192):
+            yield DecodeShape("b128 h16/32/64", 128, h_q, 1, s_k, varied=True)
+    for h_q in (128, 16):
+        for b, s_k in ((1, 1024), (1, 8192), (1, 65536), (4, 4096), (16, 4096)):
+            yield DecodeShape("small batch", b, h_q, 1, s_k, varied=False)
+    yield DecodeShape("small batch", 32, 64, 1, 2048, varied=False)
+    yield DecodeShape("small batch", 64, 128, 1, 1024, varied=False)
+    yield DecodeShape("other", 64, 16, 4, 8192, varied=True)
+    for h_q in (16, 128):
+        yield DecodeShape("other", 1, h_q, 1, 131072, varied=False)
+    for h_q in (8, 12, 20):
+        yield DecodeShape("other", 32, h_q, 1, 4096, varied=True)
+    yield DecodeShape("other", 128, 128, 1, 8192, True, torch.float16)
+
+
+@dataclass
+class OpCase:
+    """A call that returns what it wrote, and what is wrong with that: `check` raises, or returns the error."""
+
+    run: Callable[[], tuple[Tensor, ...]]
+    check: Callable[..., float]
+    bytes_moved: int = 0
+
+
+def _plan(b: int, seed: int) -> OpCase:
+    lengths = torch.randint(1, 8192, (b,), dtype=torch.int32, generator=torch.Generator().manual_seed(seed))
+    on_device = lengths.cuda()
+
+    def check(*plan: Tensor) -> float:
+        multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
+        wanted = make_plan(lengths, max_parts(multiprocessors, row_tiles(128, 1)))
+        assert all(torch.equal(x.cpu(), y) for x, y in zip(plan, wanted, strict=True)), "not the plan of make_plan"
+        return 0.0
+
+    return OpCase(lambda: get_mla_metadata(on_device, 128, 1), check)
+
+
+def _append(num_tokens: int, seed: int) -> OpCase:
+    c = make_append_case(num_tokens, device="cuda", seed=seed)
+
+    def run() -> tuple[Tensor]:
+        concat_and_cache_mla(**c.kwargs())
+        return (c.kv_cache,)
+
+    def check(kv_cache: Tensor) -> float:
+        written = kv_cache.flatten(0, 2)[c.slot_mapping]
+        assert torch.equal(written, torch.cat([c.kv_c, c.k_pe], 1)), "the cache does not hold the tokens"
+        return 0.0
+
+    return OpCase(run, check, c.bytes_moved())
+
+
+def _merge(b: int, seed: int) -> OpCase:
+    c = make_merge_case(b, h_q=128, device="cuda", seed=seed, poison=False)
+
+    def check(out: Tensor, lse: Tensor) -> float:
+        assert not out.isnan().any() and not lse.isnan().any(), "out or lse was not written everywhere"
+        few = [t[:: max(1, b // 64)].double().cpu() for t in (c.out_a, c.lse_a, c.out_b, c.lse_b, out, lse)]
+        wanted, wanted_lse = torch.empty_like(few[4]), torch.empty_like(few[5])
+        cpu.merge_attn_states(wanted, wanted_lse, *few[:4])
+        error, lse_error = relative_error(few[4], wanted), relative_error(few[5], wanted_lse)
+        assert error < 4e-3 and lse_error < 1e-6, f"error {error:.1e} of out, {lse_error:.1e} of lse"
+        return error
+
+    return OpCase(lambda: merge_attn_states(**c.kwargs()), check, c.bytes_moved())
+
+
+DECODE = {shape.name: shape for shape in _shapes()}
+OPS: dict[str, Callable[[int], OpCase]] = {  # by seed
+    **{f"get_mla_metadata b{b}": lambda seed, b=b: _plan(b, seed) for b in (1, 32, 128, 512, 2048)},
+    **{f"concat_and_cache_mla n{n} bfloat16": lambda seed, n=n: _append(n, seed) for n in (128, 8192, 500_000)},
+    **{f"merge_attn_states b{b} h128 bfloat16": lambda seed, b=b: _merge(b, seed) for b in (128, 16384)},
+}
+NAMES = [*DECODE, *OPS]
+
+# ------------------------------------------------------------------------------------------------------------ timing
+
+
+class Replay:
+    """A call captured in a CUDA graph, and kept: the graph reads its tensors."""
+
+    def __init__(self, run: Callable):
+        self.run = run
+        run()
+        torch.cuda.synchronize()  # what run reads may have been made on another stream than the capture's
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            outputs = run()
+        self.outputs: tuple[Tensor, ...] = tuple(outputs or ())
+
+    def time(self, flush: Callable[[], object]) -> float:
+        """Microseconds of one replay; no output of an earlier one is left, in L2 or elsewhere."""
+        for t in self.outputs:
+            t.fill_(math.nan if t.is_floating_point() else -(2**31))
+        flush()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        self.graph.replay()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) * 1e3
+
+
+class ColdL2:
+    """Evicts L2 by a read: a write would leave dirty lines, whose way to memory the next kernel would pay."""
+
+    def __init__(self):
+        assert 2 * torch.cuda.get_device_properties(0).L2_cache_size <= FLUSH_BYTES
+        self.buffer = torch.randn(FLUSH_BYTES // 4, device="cuda")
+        self.sum = torch.empty((), device="cuda")
+
+    def __call__(self) -> None:
+        torch.sum(self.buffer, (0,), out=self.sum)
+
+
+def median_us(replays: Sequence[Replay], flush: ColdL2) -> list[float]:
+    """The median of each, taking turns."""
+    times = [[replay.time(flush) for replay in replays] for _ in range(REPLAYS)]
+    return [statistics.median(column) for column in zip(*times, strict=True)]
+
+
+def host_us(run: Callable) -> float:
+    """What an eager call costs the host; it never waits for the GPU."""
+    with torch.inference_mode():
+        for _ in range(20):
+            run()
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(HOST_CALLS):
+            run()
+        seconds = time.perf_counter() - start
+    torch.cuda.synchronize()
+    return seconds / HOST_CALLS * 1e6
+
+
+def matrix_tflops(flush: ColdL2) -> float:
+    a, b = (torch.randn(MATMUL, MATMUL, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    return 2 * MATMUL**3 / median_us([Replay(lambda: (a @ b,))], flush)[0] / 1e6
+
+
+def measure_ceilings(flush: ColdL2) -> dict:
+    source = torch.randn(1 << 29, device="cuda")  # 2 GiB
+    target, total = torch.empty_like(source), torch.empty((), device="cuda")
+    kv_cache = torch.randn(16384, 64, 1, 576, dtype=torch.bfloat16, device="cuda")
+    pages = torch.randperm(16384, device="cuda").int()
+    calls = {
+        "launch_us": lambda: (total.fill_(0.0),),
+        "read": lambda: (torch.sum(source, (0,), out=total),),
+        "copy": lambda: (target.copy_(source),),
+        "stream_128_pages_us": lambda: torch.ops.flashmla_sm90.paged_stream(kv_cache, pages[:128]),
+        "stream_16384_pages_us": lambda: torch.ops.flashmla_sm90.paged_stream(kv_cache, pages),
+    }
+    us = {name: median_us([Replay(run)], flush)[0] for name, run in calls.items()}
+    read, copy = us.pop("read"), us.pop("copy")
+    rates = {"read_gbs": source.nbytes / read / 1e3, "copy_gbs": 2 * source.nbytes / copy / 1e3}
+    return {**us, **rates, "matrix_tflops": matrix_tflops(flush)}
+
+
+# -------------------------------------------------------------------------------------------------- one row, a process
+
+
+def _peer(case: DecodeCase) -> Replay:
+    op = torch.ops.flash_mla_legacy.dense_decode_fwd
+    args = (case.q, case.kv_cache, case.head_dim_v, case.cache_seqlens, case.block_table)
+    args = (*args, case.softmax_scale, case.causal)
+    plan = op(*args, None, None)[2:]
+    return Replay(lambda: op(*args, *plan)[:2])
+
+
+def _stream(case: DecodeCase) -> Replay:
+    """The pages of the rows and no others, in the order of the table."""
+    column = torch.arange(case.block_table.shape[1], device="cuda")
+    pages = case.block_table[column * case.kv_cache.shape[1] < case.cache_seqlens[:, None]]
+    return Replay(lambda: torch.ops.flashmla_sm90.paged_stream(case.kv_cache, pages))
+
+
+def _ours(case: DecodeCase) -> Replay:
+    metadata, num_splits = get_mla_metadata(*case.plan_args)
+    args = {**case.kwargs(), "tile_scheduler_metadata": metadata, "num_splits": num_splits}
+    return Replay(lambda: fwd_kvcache_mla(**args))
+
+
+def decode_row(shape: DecodeShape, flush: ColdL2, peer: bool) -> dict:
+    makers = {"stream": _stream, **({"peer": _peer} if peer else {}), "ours": _ours}
+    medians: dict[str, list[float]] = {name: [] for name in makers}
+    errors: list[float] = []
+    peer_wrong = None
+    kept = []  # so that the next round's memory is other memory
+    for seed in range(ALLOCATIONS):
+        case = shape.make(seed)
+        replays = {name: make(case) for name, make in makers.items()}
+        kept.append(replays)
+        for name, us in zip(replays, median_us(list(replays.values()), flush), strict=True):
+            medians[name].append(us)
+        errors.append(check_decode(case, *replays["ours"].outputs))
+        if peer:
+            try:
+                check_decode(case, *replays["peer"].outputs)
+            except AssertionError as wrong:
+                peer_wrong = str(wrong)
+    return {
+        "group": shape.group,
+        "lengths": "varied" if shape.varied else "equal",
+        "us": statistics.median(medians["ours"]),
+        "stream_us": statistics.median(medians["stream"]),
+        "peer_us": min(medians["peer"]) if peer else None,
+        "peer_wrong": peer_wrong,
+        "medians_us": medians,
+        "flops": case.flops(),
+        "bytes": case.bytes_moved(),
+        "error": max(errors),
+        "host_us": host_us(kept[-1]["ours"].run),
+        "matmul_tflops": matrix_tflops(flush),
+    }
+
+
+def op_row(make: Callable[[int], OpCase], flush: ColdL2) -> dict:
+    medians, errors, kept = [], [], []
+    for seed in range(ALLOCATIONS):
+        c = make(seed)
+        replay = Replay(c.run)
+        kept.append(replay)
+        medians += median_us([replay], flush)
+        errors.append(c.check(*replay.outputs))
+    us = {"us": statistics.median(medians), "medians_us": {"ours": medians}, "host_us": host_us(c.run)}
+    return {"group": "ops", **us, "flops": 0, "bytes": c.bytes_moved, "error": max(errors)}
+
+
+def run_rows(names: Sequence[str], peer: str | None) -> None:
+    """The work of a row's process: a JSON line for each name."""
+    sys.stdin.readline()  # Python and torch are loaded while the row before is measured; this line ends that wait
+    torch.manual_seed(0)
+    if (status := sm90.status()) != "ready":
+        raise RuntimeError(status)
+    if peer:
+        torch.ops.load_library(peer)
+    flush = ColdL2()
+    for name in names:
+        try:
+            if name == CEILINGS:
+                row = {"machine": machine(), "ceilings": measure_ceilings(flush)}
+            else:
+                row = decode_row(DECODE[name], flush, bool(peer)) if name in DECODE else op_row(OPS[name], flush)
+        except Exception as error:  # one op's failure must not hide the others'
+            row = {"failed": f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]}
+        torch.cuda.empty_cache()
+        print(json.dumps({"case": name, **row}), flush=True)
+
+
+class RowProcess:
+    """Starts at once, and measures when asked to."""
+
+    def __init__(self, names: list[str], peer: str | None):
+        flags = [flag for name in names for flag in ("--row", name)] + (["--peer", f"sgl={peer}"] if peer else [])
+        command = [sys.executable, "-m", f"{__package__}.benchmark", *flags]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        self.names = names
+        self.process = subprocess.Popen(command, text=True, **pipes)
+
+    def rows(self) -> list[dict]:
+        try:
+            out, err = self.process.communicate("\n", PROCESS_SECONDS)
+            reason = f"exit status {self.process.returncode}: {(err.strip().splitlines() or ['no message'])[-1]}"
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            out, _ = self.process.communicate()
+            reason = f"no result within {PROCESS_SECONDS} s"
+        lines = [json.loads(line) for line in out.splitlines() if line.startswith("{") and line.endswith("}")]
+        done = {line["case"]: line for line in lines}
+        return [done.get(name, {"case": name, "failed": reason}) for name in self.names]
+
+
+def measured(names: list[str], peer: str | None) -> Iterator[dict]:
+    """The ceilings, then the rows: each decode case in a process of its own, the other ops together in one."""
+    ops = [name for name in names if name in OPS]
+    batches = [[CEILINGS], *([name] for name in names if name in DECODE), *([ops] if ops else [])]
+    following = RowProcess(batches[0], peer)
+    try:
+        for i in range(len(batches)):
+            current, following = following, RowProcess(batches[i + 1], peer) if i + 1 < len(batches) else None
+            yield from current.rows()
+    finally:
+        if following:
+            following.process.kill()
+
+
+# -------------------------------------------------------------------------------------------------------------- table
+
+
+def machine() -> dict:
+    driver, runtime = (f"{v // 1000}.{v % 1000 // 10}" for v in torch.ops.flashmla_sm90.cuda_versions())
+    checkout = Path(__file__).resolve().parent.parent
+    return {
+        "flashmla_ops": __version__,
+        "commit": _said("git", "-C", str(checkout), "rev-parse", "HEAD") if (checkout / ".git").exists() else None,
+        "torch": torch.__version__,
+        "gpu": torch.cuda.get_device_name(),
+        "driver": _said("nvidia-smi", "--id=0", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "driver_cuda": driver,
+        "cuda": runtime,
+        "cpus": os.cpu_count(),
+    }
+
+
+def _said(*command: str) -> str | None:
+    """What a command prints; None if it is missing or fails."""
+    if shutil.which(command[0]) is None:
+        return None
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def complete(row: dict, ceilings: dict) -> None:
+    """Adds the rates, the floor and the ratios, and raises the highest matrix rate if this row reached more."""
+    us, peer_us = row["us"], row.get("peer_us")
+    row["tflops"], row["gbs"] = row["flops"] / us / 1e6, row["bytes"] / us / 1e3
+    reached = [row["tflops"], row.get("matmul_tflops", 0.0)]
+    if peer_us and not row["peer_wrong"]:
+        row["peer_over_ours"] = peer_us / us
+        reached.append(row["flops"] / peer_us / 1e6)
+    ceilings["matrix_tflops"] = max(ceilings["matrix_tflops"], *reached)
+    memory_us = row.get("stream_us") or max(ceilings["launch_us"], row["bytes"] / ceilings["copy_gbs"] / 1e3)
+    row["floor_us"] = max(memory_us, row["flops"] / ceilings["matrix_tflops"] / 1e6)
+    row["of_floor"] = row["floor_us"] / us
+
+
+def header(peer: bool) -> str:
+    line = f"{'case':46} {'us':>8} {'TFLOP/s':>8} {'GB/s':>6} {'floor us':>9} {'% of floor':>10}"
+    return line + (f" {'peer us':>8} {'peer/ours':>9}" if peer else "") + f" {'error':>8} {'host us':>8}"
+
+
+def line(row: dict, peer: bool) -> str:
+    if "failed" in row:
+        return f"{row['case']:46} FAILED: {row['failed']}"
+    text = f"{row['case']:46} {row['us']:8.1f} {row['tflops']:8.1f} {row['gbs']:6.0f}"
+    text += f" {row['floor_us']:9.1f} {100 * row['of_floor']:10.0f}"
+    if peer:
+        peer_us = f"{row['peer_us']:.1f}" if row.get("peer_us") else ""
+        ratio = f"{row['peer_over_ours']:.2f}" if "peer_over_ours" in row else "wrong" if peer_us else ""
+        text += f" {peer_us:>8} {ratio:>9}"
+    return text + f" {row['error']:8.1e} {row['host_us']:8.1f}"
+
+
+def summary(rows: list[dict], ceilings: dict, gpu: str) -> Iterator[str]:
+    compared = [row for row in rows if "peer_over_ours" in row]
+    for group in dict.fromkeys([*(row["group"] for row in compared), "all"] if compared else []):
+        ratios = [row["peer_over_ours"] for row in compared if group in (row["group"], "all")]
+        yield f"peer/ours, {group:15} geometric mean {statistics.geometric_mean(ratios):.3f} of {len(ratios)} rows"
+    figure = "peer_over_ours" if compared else "of_floor"
+    if worst := min((row for row in rows if figure in row), key=lambda row: row[figure], default=None):
+        yield f"worst row: {worst['case']}, {figure.replace('_', ' ')} {worst[figure]:.2f}"
+    yield (
+        f"ceilings: read {ceilings['read_gbs']:.0f} GB/s, matrix product {ceilings['matrix_tflops']:.0f} TFLOP/s, "
+        f"copy {ceilings['copy_gbs']:.0f} GB/s, launch {ceilings['launch_us']:.1f} us"
+    )
+    few, many = ceilings["stream_128_pages_us"], ceilings["stream_16384_pages_us"]
+    text = f"paged streaming: 128 pages {few:.1f} us, 16384 pages {many:.0f} us"
+    if card := next((card for card in STREAM_US if card in gpu), None):
+        sound_few, sound_many = STREAM_US[card]
+        counts = few <= sound_few / 0.9 and many <= sound_many / 0.95 and ceilings["matrix_tflops"] >= MATRIX_TFLOPS
+        text += f"; the floors {'count' if counts else 'do not count: the machine is slow'}"
+        text += f" (a sound {card}: {sound_few:g} us, {sound_many:g} us, {MATRIX_TFLOPS} TFLOP/s)"
+    yield text
+
+
+def run(names: list[str], peer: str | None, write: Callable[[dict], None]) -> tuple[dict, int]:
+    """Measures and prints; calls `write` with all there is after every row. Returns that and the exit status."""
+    results = measured(names, peer)
+    first = next(results)
+    if "failed" in first:
+        print(f"the ceilings: FAILED: {first['failed']}")
+        return {}, 1
+    document = {"machine": first["machine"], "ceilings": first["ceilings"], "rows": (rows := [])}
+    print(", ".join(f"{k} {v}" for k, v in document["machine"].items()), header(bool(peer)), sep="\n", flush=True)
+    for row in _with_progress(results, len(names)):
+        if "failed" not in row:
+            complete(row, document["ceilings"])
+        rows.append(row)
+        print(line(row, bool(peer)), flush=True)
+        write(document)
+    print(*summary(rows, document["ceilings"], document["machine"]["gpu"]), sep="\n", flush=True)
+    return document, int(any("failed" in row for row in rows))
+
+
+def _with_progress(rows: Iterator[dict], total: int) -> Iterator[dict]:
+    """A bar on stderr while the next row is awaited, if somebody watches."""
+    for done in range(total + 1):
+        if sys.stderr.isatty() and done < total:
+            print(f"\r[{'#' * (40 * done // total):40}] {done}/{total}", end="", file=sys.stderr, flush=True)
+        row = next(rows, None)
+        if sys.stderr.isatty():
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+        if row is None:
+            return
+        yield row
+
+
+# --------------------------------------------------------------------------------------------------------------- plot
+
+
+def plot(document: dict, path: str) -> None:
+    """A roofline of the decode rows, and each row's time over its floor."""
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise SystemExit('--plot needs matplotlib: pip install "flashmla_ops[bench]"') from error
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in document["rows"] if row.get("stream_us")]
+    if not rows:
+        raise SystemExit("--plot: there are no rows of fwd_kvcache_mla measured on a GPU")
+    ceilings = document["ceilings"]
+    figure, (roofline, bars) = plt.subplots(1, 2, figsize=(16, 8), layout="constrained")
+    figure.suptitle(f"fwd_kvcache_mla on {document['machine']['gpu']}")
+
+    intensity = [2.0**i for i in range(2, 10)]
+    roof = [min(ceilings["matrix_tflops"], x * ceilings["read_gbs"] / 1e3) for x in intensity]
+    roofline.loglog(intensity, roof, "k-", label="read bandwidth, matrix product")
+    for group in dict.fromkeys(row["group"] for row in rows):
+        mine = [row for row in rows if row["group"] == group]
+        x, y = [row["flops"] / row["bytes"] for row in mine], [row["tflops"] for row in mine]
+        roofline.loglog(x, y, "o", label=group)
+    roofline.set(xlabel="FLOP / byte", ylabel="TFLOP/s", title="Roofline")
+    roofline.legend()
+
+    places = range(len(rows))
+    bars.barh([p - 0.2 for p in places], [1 / row["of_floor"] for row in rows], 0.4, label="flashmla_ops")
+    peers = [(p, row) for p, row in zip(places, rows, strict=True) if "peer_over_ours" in row]
+    if peers:
+        ratios = [row["peer_us"] / row["floor_us"] for _, row in peers]
+        bars.barh([p + 0.2 for p, _ in peers], ratios, 0.4, label="FlashMLA")
+    bars.axvline(1, color="black")
+    bars.set_yticks(places, [row["case"].removeprefix("fwd_kvcache_mla ") for row in rows])
+    bars.invert_yaxis()
+    bars.set(xlabel="time / floor", title="Time over the floor (1: nothing faster is possible)")
+    bars.legend()
+    figure.savefig(path, dpi=120)
