@@ -1,13 +1,16 @@
 // get_mla_metadata: deals rows of given lengths to parts of equal load (the plan, flashmla_ops/plan.py).
 //
 // Row r costs kRowCost + tiles(r), tiles(r) = ceil(cache_seqlens[r] / 64). The rows lie end to end on a line of cost of
-// length `total`; cut p stands at p * total / parts_used and falls into the row r with
+// length `total`; cut p stands at floor(p * total / parts_used) and falls into the row r with
 // row_begin(r) <= position < row_end(r), at tile max(position - row_begin(r) - kRowCost, 0). Part p lies between the
 // cuts p and p + 1. num_splits is the prefix sum of the parts that touch each row: 1 + the cuts inside it.
 //
-// Grid: one CTA. It sums the costs, then walks the batch in blocks of kThreads rows: a scan puts the row ends of a
-// block into shared memory, and every cut that stands inside the block (one thread each) finds its row by bisection.
-// Any architecture.
+// Grid: one CTA, each thread with as many consecutive rows as it takes. A scan gives every row its place on the line,
+// and that its cuts: those below a position x are ceil(x * parts_used / total), so nothing is searched. A row leaves a
+// mark at the first of its cuts; every part reads the marks at its own and at the next cut. Any architecture.
+//
+// It runs once a decode step, before everything else, on one multiprocessor: what counts is the length of the chain of
+// dependent instructions, and that they be few, since none of them is in the instruction cache.
 
 #include "check.h"
 #include "params.h"
@@ -15,15 +18,36 @@
 namespace flashmla {
 namespace {
 
-constexpr int kThreads = 1024;
-constexpr int kWarps = kThreads / 32;
+constexpr int kFewThreads = kMaxParts;  // one a part, at least
+constexpr int kManyThreads = 1024;
+constexpr int kWords = kMaxParts / 32;
 
 struct SharedStorage {
-    int64_t row_end[kThreads];   // of the block's rows
-    int cuts_inside[kThreads];   // how many cuts split each of the block's rows
-    int cut_row[kMaxParts + 1];  // b where no row holds the cut
-    int cut_tile[kMaxParts + 1];
-    int64_t warp_sum[kWarps];
+    int64_t cost_sum[32], split_sum[32];  // of the warps
+    uint32_t marked[kWords];              // bit p: cut p is the first of its row
+    int marked_row[kMaxParts];            // at the marks: the row,
+    int64_t marked_begin[kMaxParts];      // and where on the line it begins
+};
+
+// The line of cost and its division.
+struct Line {
+    int64_t total;
+    int parts;  // parts_used
+    float cuts_per_cost;
+
+    __device__ int64_t position(int cut) const {
+        const int64_t step = total / parts;
+        return cut * step + cut * static_cast<int>(total - step * parts) / parts;
+    }
+
+    // How many cuts stand below x, 0 <= x <= total: ceil(x * parts / total), from an estimate that is off by few.
+    __device__ int cuts_below(int64_t x) const {
+        const int64_t wanted = x * parts;
+        int cuts = static_cast<int>(static_cast<float>(x) * cuts_per_cost);
+        while (cuts * total < wanted) ++cuts;
+        while (cuts > 0 && (cuts - 1) * total >= wanted) --cuts;
+        return cuts;
+    }
 };
 
 // ---------------------------------------------------------------------------------------------------- device helpers
@@ -33,103 +57,111 @@ __device__ int num_tiles(const MetadataParams& params, int row) {
     return length / kTile + (length % kTile != 0);
 }
 
-template <typename V>
-__device__ V warp_scan(V value) {
+__device__ int64_t warp_scan(int64_t value) {
     for (int offset = 1; offset < 32; offset *= 2) {
-        const V below = __shfl_up_sync(~0u, value, offset);
+        const int64_t below = __shfl_up_sync(~0u, value, offset);
         if (threadIdx.x % 32 >= offset) value += below;
     }
     return value;
 }
 
-// Inclusive sum over the CTA's threads in order; `total` is the sum of all.
-__device__ int64_t block_scan(int64_t value, int64_t* warp_sum, int64_t& total) {
+// The sum over the CTA's threads before this one; `total` is that of all. `warp_sum` is used for nothing else.
+__device__ int64_t sum_before(int64_t value, int64_t (&warp_sum)[32], int64_t& total) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    int64_t sum = warp_scan(value);
-    __syncthreads();  // the last scan's readers of warp_sum are done
+    const int64_t sum = warp_scan(value);
     if (lane == 31) warp_sum[warp] = sum;
     __syncthreads();
-    const int64_t warps = warp_scan(warp_sum[lane]);
-    total = __shfl_sync(~0u, warps, kWarps - 1);
-    return sum + (warp > 0 ? __shfl_sync(~0u, warps, max(warp - 1, 0)) : 0);
+    const int64_t warps = warp_scan(lane < blockDim.x / 32 ? warp_sum[lane] : 0);
+    total = __shfl_sync(~0u, warps, 31);
+    const int64_t below = __shfl_sync(~0u, warps, max(warp - 1, 0));
+    return sum - value + (warp > 0 ? below : 0);
 }
 
-// The first of n ascending values that is above `limit` (upper) or not below it; n if there is none.
-template <bool kUpper, typename V>
-__device__ int bisect(const V* values, int n, V limit) {
-    int low = 0, high = n;
-    while (low < high) {
-        const int middle = (low + high) / 2;
-        if (kUpper ? values[middle] > limit : values[middle] >= limit) {
-            high = middle;
-        } else {
-            low = middle + 1;
-        }
+// A row on the line: its cuts are first .. end - 1, and those from `inside` on split it.
+struct RowCuts {
+    int first, inside, end;
+
+    __device__ RowCuts(const Line& line, int64_t begin, int64_t next) {
+        first = line.cuts_below(begin);
+        end = line.cuts_below(next);
+        inside = first < end ? min(line.cuts_below(min(begin + kRowCost + 1, next)), end) : end;
     }
-    return low;
+};
+
+struct Cut {
+    int row, tile, first;  // first: of the cuts of that row
+    bool splits_at_first;  // whether that one splits it
+};
+
+__device__ Cut cut_at(const MetadataParams& params, const SharedStorage& shared, const Line& line, int cut) {
+    if (cut >= line.parts || params.b == 0) return {params.b, 0, cut, false};
+    int word = cut / 32;
+    uint32_t marks = shared.marked[word] & (~0u >> (31 - cut % 32));
+    while (marks == 0) marks = shared.marked[--word];  // the first row's is at cut 0
+    const int first = word * 32 + 31 - __clz(marks);
+    const int64_t first_tile = shared.marked_begin[first] + kRowCost;
+    const int64_t tile = line.position(cut) - first_tile;
+    return {shared.marked_row[first], static_cast<int>(max(tile, int64_t{0})), first,
+            line.position(first) > first_tile};
 }
 
 // ------------------------------------------------------------------------------------------------------------ kernel
 
 // Part p's columns, from its cut and the next one.
-__device__ void write_part(const MetadataParams& params, const SharedStorage& shared, int p, int parts_used) {
-    const int row = shared.cut_row[p], tile = shared.cut_tile[p];
-    const int next_row = shared.cut_row[p + 1], next_tile = shared.cut_tile[p + 1];
-    int columns[kColumns] = {0, 0, -1, 0, 0, 0, 0, 0};
-    if (p < parts_used && row < params.b) {
-        const bool whole = next_tile == 0;  // the next part starts with a row of its own
-        columns[kFirstRow] = row;
-        columns[kFirstTile] = tile;
-        columns[kLastRow] = whole ? next_row - 1 : next_row;
-        columns[kLastTile] = whole ? num_tiles(params, next_row - 1) : next_tile;
-        // its index among the cuts of its row; the first of them may stand at the row's start and then splits nothing
-        const int first = bisect<false>(shared.cut_row, kMaxParts + 1, row);
-        columns[kFirstSplit] = p - first + (shared.cut_tile[first] > 0);
+__device__ void write_part(const MetadataParams& params, const SharedStorage& shared, const Line& line, int p) {
+    const Cut cut = cut_at(params, shared, line, p);
+    int4 work = {0, 0, -1, 0};  // first_row, first_tile, last_row, last_tile
+    int first_split = 0;
+    if (cut.row < params.b) {
+        const Cut next = cut_at(params, shared, line, p + 1);
+        const bool whole = next.tile == 0;  // the next part starts with a row of its own
+        const int last_row = whole ? next.row - 1 : next.row;
+        work = {cut.row, cut.tile, last_row, whole ? num_tiles(params, last_row) : next.tile};
+        first_split = p - cut.first + cut.splits_at_first;
     }
-#pragma unroll
-    for (int c = 0; c < kColumns; ++c) params.metadata[p * kColumns + c] = columns[c];
+    static_assert(kFirstRow == 0 && kFirstTile == 1 && kLastRow == 2 && kLastTile == 3 && kFirstSplit == 4);
+    int4* columns = reinterpret_cast<int4*>(params.metadata + p * kColumns);
+    columns[0] = work;
+    columns[1] = {first_split, 0, 0, 0};
 }
 
-__global__ void __launch_bounds__(kThreads) get_mla_metadata_kernel(const MetadataParams params) {
+__global__ void __launch_bounds__(kManyThreads) get_mla_metadata_kernel(const MetadataParams params, int per_thread) {
     __shared__ SharedStorage shared;
     const int tid = threadIdx.x;
+    const int first_row = min(tid * per_thread, params.b), end_row = min(first_row + per_thread, params.b);
 
-    int64_t total = 0;
-    for (int row = tid; row < params.b; row += kThreads) total += kRowCost + num_tiles(params, row);
-    block_scan(total, shared.warp_sum, total);
-    const int parts_used =
-        static_cast<int>(max(int64_t{1}, min(int64_t{params.num_parts}, total / (kMinTiles + kRowCost))));
+    int64_t cost = 0;
+    for (int row = first_row; row < end_row; ++row) cost += kRowCost + num_tiles(params, row);
+    if (tid < kWords) shared.marked[tid] = 0;
+    Line line;
+    const int64_t cost_before = sum_before(cost, shared.cost_sum, line.total);
+    line.parts = static_cast<int>(max(int64_t{1}, min(int64_t{params.num_parts}, line.total / (kMinTiles + kRowCost))));
+    line.cuts_per_cost = line.parts / static_cast<float>(line.total);
 
-    const int64_t position = tid < parts_used ? tid * total / parts_used : total;  // of cut number tid
-    if (tid <= kMaxParts) {
-        shared.cut_row[tid] = params.b;
-        shared.cut_tile[tid] = 0;
-    }
-    if (tid == 0) params.num_splits[0] = 0;
-
-    int64_t cost_before = 0, splits_before = 0, block_total;
-    for (int first = 0; first < params.b; first += kThreads) {
-        const int row = first + tid;
-        const int64_t cost = row < params.b ? kRowCost + num_tiles(params, row) : 0;
-        shared.row_end[tid] = cost_before + block_scan(cost, shared.warp_sum, block_total);
-        shared.cuts_inside[tid] = 0;
-        __syncthreads();
-        if (tid < parts_used && position >= cost_before && position < cost_before + block_total) {
-            const int i = bisect<true>(shared.row_end, kThreads, position);
-            const int64_t tile = position - (i > 0 ? shared.row_end[i - 1] : cost_before) - kRowCost;
-            shared.cut_row[tid] = first + i;
-            shared.cut_tile[tid] = static_cast<int>(max(tile, int64_t{0}));
-            if (tile > 0) atomicAdd(&shared.cuts_inside[i], 1);
+    int64_t splits = 0;
+    for (int64_t row = first_row, begin = cost_before; row < end_row; ++row) {
+        const int64_t next = begin + kRowCost + num_tiles(params, row);
+        const RowCuts cuts(line, begin, next);
+        splits += 1 + cuts.end - cuts.inside;
+        if (cuts.first < cuts.end) {
+            atomicOr(&shared.marked[cuts.first / 32], 1u << cuts.first % 32);
+            shared.marked_row[cuts.first] = row;
+            shared.marked_begin[cuts.first] = begin;
         }
-        cost_before += block_total;
-        __syncthreads();
-        const int64_t splits = row < params.b ? 1 + shared.cuts_inside[tid] : 0;
-        const int64_t splits_here = splits_before + block_scan(splits, shared.warp_sum, block_total);
-        if (row < params.b) params.num_splits[row + 1] = static_cast<int>(splits_here);
-        splits_before += block_total;
+        begin = next;
     }
-    __syncthreads();
-    if (tid < kMaxParts) write_part(params, shared, tid, parts_used);
+    int64_t all_splits;
+    int64_t splits_before = sum_before(splits, shared.split_sum, all_splits);
+
+    if (tid < kMaxParts) write_part(params, shared, line, tid);
+    if (tid == 0) params.num_splits[0] = 0;
+    for (int64_t row = first_row, begin = cost_before; row < end_row; ++row) {
+        const int64_t next = begin + kRowCost + num_tiles(params, row);
+        const RowCuts cuts(line, begin, next);
+        splits_before += 1 + cuts.end - cuts.inside;
+        params.num_splits[row + 1] = static_cast<int>(splits_before);
+        begin = next;
+    }
 }
 
 }  // namespace
@@ -137,7 +169,8 @@ __global__ void __launch_bounds__(kThreads) get_mla_metadata_kernel(const Metada
 // ---------------------------------------------------------------------------------------------------------- launcher
 
 void get_mla_metadata(const MetadataParams& params, cudaStream_t stream) {
-    get_mla_metadata_kernel<<<1, kThreads, 0, stream>>>(params);
+    const int threads = params.b <= 2 * kFewThreads ? kFewThreads : kManyThreads;
+    get_mla_metadata_kernel<<<1, threads, 0, stream>>>(params, (params.b + threads - 1) / threads);
     cuda_check(cudaGetLastError(), "get_mla_metadata");
 }
 

@@ -182,6 +182,7 @@ def _replan_error(cache_seqlens, num_heads_per_head_k, num_heads_k, tile_schedul
 def _get_mla_metadata_(cache_seqlens, num_heads_per_head_k, num_heads_k, *, tile_scheduler_metadata, num_splits):
     plan = tile_scheduler_metadata, num_splits
     _refuse(_replan_error(cache_seqlens, num_heads_per_head_k, num_heads_k, *plan))
+    _refuse_misaligned(("tile_scheduler_metadata", tile_scheduler_metadata))
     backend = backends.choose("get_mla_metadata", cache_seqlens)
     backend.get_mla_metadata(*plan, cache_seqlens, num_heads_per_head_k, num_heads_k)
 
