@@ -1,4 +1,4 @@
-"""The benchmark's cases on a GPU: each call as one node of a CUDA graph, with a cold L2, against its floor and a peer.
+"""The benchmark's cases on a GPU: each call as a node of a CUDA graph, from a cold L2, against its floor and a peer.
 
 Each decode case has a process of its own, so that a crash or a hang costs one row, and prints one JSON line. A case is
 built several times at fresh addresses, since times move by up to 15 % with where an allocation lands; the floor, the
@@ -9,6 +9,7 @@ arithmetic cost nothing), and its FLOP at the highest matrix rate seen so far in
 a launch inside a graph, or its bytes at the rate of a copy.
 """
 
+import itertools
 import json
 import math
 import os
@@ -40,7 +41,9 @@ from .testing import (
 
 ALLOCATIONS = 5
 REPLAYS = 21  # per allocation; the median counts
-# An op that takes 2 us is timed as one of many nodes of a graph: starting the graph would else count for more.
+# A short call is timed as one of many nodes of a graph, each with tensors of its own: starting the graph would else
+# count for 2 us, as much as the call.
+DECODE_NODES, DECODE_BYTES = 16, 200 << 20
 OP_NODES, OP_BYTES = 32, 2 << 30
 HOST_CALLS = 200
 FLUSH_BYTES = 512 << 20  # ten times the L2 of a Hopper
@@ -160,20 +163,20 @@ NAMES = [*DECODE, *OPS]
 
 
 class Replay:
-    """A call captured in a CUDA graph, and kept: the graph reads its tensors."""
+    """Calls captured in a CUDA graph, one after the other, and kept: the graph reads their tensors."""
 
-    def __init__(self, run: Callable):
-        self.run = run
-        run()
-        torch.cuda.synchronize()  # what run reads may have been made on another stream than the capture's
+    def __init__(self, calls: Sequence[Callable]):
+        self.calls = calls
+        for call in calls:
+            call()
+        torch.cuda.synchronize()  # what they read may have been made on another stream than the capture's
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph):
-            outputs = run()
-        self.outputs: tuple[Tensor, ...] = tuple(outputs or ())
+            self.outputs: list[tuple[Tensor, ...]] = [tuple(call() or ()) for call in calls]
 
     def time(self, flush: Callable[[], object]) -> float:
-        """Microseconds of one replay; no output of an earlier one is left, in L2 or elsewhere."""
-        for t in self.outputs:
+        """Microseconds a call in one replay; no output of an earlier one is left, in L2 or elsewhere."""
+        for t in itertools.chain.from_iterable(self.outputs):
             t.fill_(math.nan if t.is_floating_point() else -(2**31))
         flush()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -181,7 +184,7 @@ class Replay:
         self.graph.replay()
         end.record()
         end.synchronize()
-        return start.elapsed_time(end) * 1e3
+        return start.elapsed_time(end) * 1e3 / len(self.calls)
 
 
 class ColdL2:
@@ -218,7 +221,7 @@ def host_us(run: Callable) -> float:
 
 def matrix_tflops(flush: ColdL2) -> float:
     a, b = (torch.randn(MATMUL, MATMUL, dtype=torch.bfloat16, device="cuda") for _ in range(2))
-    return 2 * MATMUL**3 / median_us([Replay(lambda: (a @ b,))], flush)[0] / 1e6
+    return 2 * MATMUL**3 / median_us([Replay([lambda: (a @ b,)])], flush)[0] / 1e6
 
 
 def measure_ceilings(flush: ColdL2) -> dict:
@@ -226,42 +229,46 @@ def measure_ceilings(flush: ColdL2) -> dict:
     target, total = torch.empty_like(source), torch.empty((), device="cuda")
     kv_cache = torch.randn(16384, 64, 1, 576, dtype=torch.bfloat16, device="cuda")
     pages = torch.randperm(16384, device="cuda").int()
-    calls = {
-        "launches": lambda: [total.fill_(0.0) for _ in range(OP_NODES)],
-        "read": lambda: (torch.sum(source, (0,), out=total),),
-        "copy": lambda: (target.copy_(source),),
-        "stream_128_pages_us": lambda: torch.ops.flashmla_sm90.paged_stream(kv_cache, pages[:128]),
-        "stream_16384_pages_us": lambda: torch.ops.flashmla_sm90.paged_stream(kv_cache, pages),
+    stream = torch.ops.flashmla_sm90.paged_stream
+    graphs = {
+        "read": [lambda: (torch.sum(source, (0,), out=total),)],
+        "copy": [lambda: (target.copy_(source),)],
+        "launch_us": [lambda: (total.fill_(0.0),)] * OP_NODES,
+        "stream_128_pages_us": [lambda i=i: stream(kv_cache, pages[128 * i : 128 * (i + 1)]) for i in range(16)],
+        "stream_16384_pages_us": [lambda: stream(kv_cache, pages)],
     }
-    us = {name: median_us([Replay(run)], flush)[0] for name, run in calls.items()}
-    launch_us = us.pop("launches") / OP_NODES
+    us = {name: median_us([Replay(calls)], flush)[0] for name, calls in graphs.items()}
     read, copy = us.pop("read"), us.pop("copy")
     rates = {"read_gbs": source.nbytes / read / 1e3, "copy_gbs": 2 * source.nbytes / copy / 1e3}
-    return {"launch_us": launch_us, **us, **rates, "matrix_tflops": matrix_tflops(flush)}
+    return {**us, **rates, "matrix_tflops": matrix_tflops(flush)}
 
 
 # -------------------------------------------------------------------------------------------------- one row, a process
 
 
-def _peer(case: DecodeCase) -> Replay:
+def _peer(case: DecodeCase) -> Callable:
     op = torch.ops.flash_mla_legacy.dense_decode_fwd
     args = (case.q, case.kv_cache, case.head_dim_v, case.cache_seqlens, case.block_table)
     args = (*args, case.softmax_scale, case.causal)
     plan = op(*args, None, None)[2:]
-    return Replay(lambda: op(*args, *plan)[:2])
+    return lambda: op(*args, *plan)[:2]
 
 
-def _stream(case: DecodeCase) -> Replay:
+def _stream(case: DecodeCase) -> Callable:
     """The pages of the rows and no others, in the order of the table."""
     column = torch.arange(case.block_table.shape[1], device="cuda")
     pages = case.block_table[column * case.kv_cache.shape[1] < case.cache_seqlens[:, None]]
-    return Replay(lambda: torch.ops.flashmla_sm90.paged_stream(case.kv_cache, pages))
+    return lambda: torch.ops.flashmla_sm90.paged_stream(case.kv_cache, pages)
 
 
-def _ours(case: DecodeCase) -> Replay:
+def _ours(case: DecodeCase) -> Callable:
     metadata, num_splits = get_mla_metadata(*case.plan_args)
     args = {**case.kwargs(), "tile_scheduler_metadata": metadata, "num_splits": num_splits}
-    return Replay(lambda: fwd_kvcache_mla(**args))
+    return lambda: fwd_kvcache_mla(**args)
+
+
+def _nodes(most: int, most_bytes: int, bytes_moved: int) -> int:
+    return max(1, min(most, most_bytes // max(bytes_moved, 1)))
 
 
 def decode_row(shape: DecodeShape, flush: ColdL2, peer: bool) -> dict:
@@ -269,22 +276,25 @@ def decode_row(shape: DecodeShape, flush: ColdL2, peer: bool) -> dict:
     medians: dict[str, list[float]] = {name: [] for name in makers}
     errors: list[float] = []
     peer_wrong = None
+    nodes = _nodes(DECODE_NODES, DECODE_BYTES, shape.make(0).bytes_moved())
     kept = []  # so that the next round's memory is other memory
     for seed in range(ALLOCATIONS):
-        case = shape.make(seed)
-        replays = {name: make(case) for name, make in makers.items()}
+        cases = [shape.make(seed * nodes + i) for i in range(nodes)]
+        replays = {name: Replay([make(case) for case in cases]) for name, make in makers.items()}
         kept.append(replays)
         for name, us in zip(replays, median_us(list(replays.values()), flush), strict=True):
             medians[name].append(us)
-        errors.append(check_decode(case, *replays["ours"].outputs))
-        if peer:
+        for i, case in enumerate(cases):
+            errors.append(check_decode(case, *replays["ours"].outputs[i]))
             try:
-                check_decode(case, *replays["peer"].outputs)
+                if peer:
+                    check_decode(case, *replays["peer"].outputs[i])
             except AssertionError as wrong:
                 peer_wrong = str(wrong)
     return {
         "group": shape.group,
         "lengths": "varied" if shape.varied else "equal",
+        "nodes": nodes,
         "us": statistics.median(medians["ours"]),
         "stream_us": statistics.median(medians["stream"]),
         "peer_us": min(medians["peer"]) if peer else None,
@@ -293,22 +303,20 @@ def decode_row(shape: DecodeShape, flush: ColdL2, peer: bool) -> dict:
         "flops": case.flops(),
         "bytes": case.bytes_moved(),
         "error": max(errors),
-        "host_us": host_us(kept[-1]["ours"].run),
+        "host_us": host_us(kept[-1]["ours"].calls[0]),
         "matmul_tflops": matrix_tflops(flush),
     }
 
 
 def op_row(make: Callable[[int], OpCase], flush: ColdL2) -> dict:
-    """A call's share of a graph of `nodes` of them one after the other, each with tensors of its own."""
     medians, errors = [], []
-    c = make(0)
-    nodes = max(1, min(OP_NODES, int(OP_BYTES // max(c.bytes_moved, 1))))
+    nodes = _nodes(OP_NODES, OP_BYTES, make(0).bytes_moved)
     for seed in range(ALLOCATIONS):
         cases = [make(seed * nodes + i) for i in range(nodes)]
-        replay = Replay(lambda cases=cases: [t for c in cases for t in c.run()])
-        medians += [us / nodes for us in median_us([replay], flush)]
-        each = len(replay.outputs) // nodes
-        errors += [c.check(*replay.outputs[i * each : (i + 1) * each]) for i, c in enumerate(cases)]
+        replay = Replay([c.run for c in cases])
+        medians += median_us([replay], flush)
+        errors += [c.check(*outputs) for c, outputs in zip(cases, replay.outputs, strict=True)]
+    c = cases[0]
     us = {"us": statistics.median(medians), "medians_us": {"ours": medians}, "nodes": nodes, "host_us": host_us(c.run)}
     return {"group": "ops", **us, "flops": 0, "bytes": c.bytes_moved, "error": max(errors)}
 
