@@ -17,7 +17,7 @@ inline void cuda_check(cudaError_t error, const char* what) {
 
 // Multiprocessors of the current device: what the grids that loop over their work are sized by.
 inline int multiprocessors() {
-    int device, count;
+    int device = 0, count = 0;
     cuda_check(cudaGetDevice(&device), "cudaGetDevice");
     cuda_check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
     return count;

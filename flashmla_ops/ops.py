@@ -274,13 +274,16 @@ def _fwd_kvcache_mla(
     tile_scheduler_metadata=None,
     num_splits=None,
 ):
-    signature = (_signature("fwd_kvcache_mla", q, kv_cache, block_table, cache_seqlens), head_dim_v)
+    signature = _signature("fwd_kvcache_mla", q, kv_cache, block_table, cache_seqlens), head_dim_v
+    if tile_scheduler_metadata is not None and num_splits is not None:
+        for t in (tile_scheduler_metadata, num_splits):
+            signature = *signature, t.shape, t.stride(), t.dtype, t.device
     backend = _served.get(signature)
     if backend is None:
         _refuse(_fwd_error(q, kv_cache, block_table, cache_seqlens, head_dim_v))
     if (q.data_ptr() | kv_cache.data_ptr()) % ALIGNMENT:
         _refuse_misaligned(("q", q), ("kv_cache", kv_cache))
-    if tile_scheduler_metadata is not None or num_splits is not None:
+    if backend is None or (tile_scheduler_metadata is None) != (num_splits is None):
         _refuse(_plan_error(tile_scheduler_metadata, num_splits, q))
     if backend is None:
         backend = backends.choose("fwd_kvcache_mla", q, kv_cache=kv_cache, head_dim_v=head_dim_v)
