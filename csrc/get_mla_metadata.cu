@@ -33,12 +33,18 @@ struct SharedStorage {
 struct Line {
     int64_t total;
     int parts;  // parts_used
+    int64_t step;  // total = step * parts + rest
+    int rest;
     float cuts_per_cost;
 
-    __device__ int64_t position(int cut) const {
-        const int64_t step = total / parts;
-        return cut * step + cut * static_cast<int>(total - step * parts) / parts;
-    }
+    __device__ Line(int64_t total, int num_parts)
+        : total(total),
+          parts(static_cast<int>(max(int64_t{1}, min(int64_t{num_parts}, total / (kMinTiles + kRowCost))))),
+          step(total / parts),
+          rest(static_cast<int>(total - step * parts)),
+          cuts_per_cost(parts / static_cast<float>(total)) {}
+
+    __device__ int64_t position(int cut) const { return cut * step + cut * rest / parts; }
 
     // How many cuts stand below x, 0 <= x <= total: ceil(x * parts / total), from an estimate that is off by few.
     __device__ int cuts_below(int64_t x) const {
@@ -133,10 +139,9 @@ __global__ void __launch_bounds__(kManyThreads) get_mla_metadata_kernel(const Me
     int64_t cost = 0;
     for (int row = first_row; row < end_row; ++row) cost += kRowCost + num_tiles(params, row);
     if (tid < kWords) shared.marked[tid] = 0;
-    Line line;
-    const int64_t cost_before = sum_before(cost, shared.cost_sum, line.total);
-    line.parts = static_cast<int>(max(int64_t{1}, min(int64_t{params.num_parts}, line.total / (kMinTiles + kRowCost))));
-    line.cuts_per_cost = line.parts / static_cast<float>(line.total);
+    int64_t total;
+    const int64_t cost_before = sum_before(cost, shared.cost_sum, total);
+    const Line line(total, params.num_parts);
 
     int64_t splits = 0;
     for (int64_t row = first_row, begin = cost_before; row < end_row; ++row) {
