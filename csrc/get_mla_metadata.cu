@@ -32,7 +32,7 @@ struct SharedStorage {
 // The line of cost and its division.
 struct Line {
     int64_t total;
-    int parts;  // parts_used
+    int parts;     // parts_used
     int64_t step;  // total = step * parts + rest
     int rest;
     float cuts_per_cost;
