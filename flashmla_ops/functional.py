@@ -3,6 +3,11 @@
 Shapes: b rows (sequences), s_q queries a row, h_q query heads, h_k key heads (1 in MLA), d_qk key width (kv_lora_rank +
 qk_rope_head_dim, 576 for DeepSeek V2/V3), d_v value width (kv_lora_rank, 512). Bad input raises RuntimeError, which
 names the tensor, what was expected and what came, before anything is written.
+
+Values are bad input too: a length below 0 or beyond the table, a page outside the cache, a slot out of range or given
+twice. They raise on the CPU, and on CUDA if FLASHMLA_DEBUG=1 is set when flashmla_ops is imported: each call then waits
+for the device. Otherwise on CUDA lengths clamp to the table, bad pages read as zeros and bad slots are skipped. Calls
+that are being captured into a CUDA graph are never checked.
 """
 
 from dataclasses import dataclass
@@ -53,7 +58,9 @@ def get_mla_metadata(
         tile_scheduler_metadata [256, 8] int32, num_splits [b + 1] int32.
         Called with nothing (FlashMLA's 2026 form): (FlashMLASchedMeta(), None), and each call plans for itself.
     Raises:
-        RuntimeError: bad shape, dtype or head count. NotImplementedError: topk or an fp8 cache is asked for.
+        RuntimeError: bad shape, dtype or head count; on the CPU, and on CUDA under FLASHMLA_DEBUG=1, also a negative
+            length.
+        NotImplementedError: topk or an fp8 cache is asked for.
     """
     _not_served(topk=topk, is_fp8_kvcache=is_fp8_kvcache or None)
     if num_q_tokens_per_head_k is not None:
@@ -132,7 +139,8 @@ def fwd_kvcache_mla(
     Returns:
         out [b, s_q, h_q, d_v] in q's dtype and lse [b, h_q, s_q] fp32 (natural logarithm), both contiguous.
     Raises:
-        RuntimeError: what is wrong with which tensor; on the CPU also a length or a page number out of range.
+        RuntimeError: what is wrong with which tensor; on the CPU, and on CUDA under FLASHMLA_DEBUG=1, also a length or
+            a page number out of range.
         NotImplementedError: no backend serves this call; the message says why not.
     """
     if softmax_scale is None:
@@ -211,7 +219,8 @@ def concat_and_cache_mla(kv_cache: Tensor, kv_c: Tensor, k_pe: Tensor, slot_mapp
         k_pe: [n, d_rope], the rotated shared key part; d_rope may be 0.
         slot_mapping: [n] int64, page * page_size + position in the page; -1 skips the token.
     Raises:
-        RuntimeError: what is wrong with which tensor; on the CPU also a slot out of range or given twice.
+        RuntimeError: what is wrong with which tensor; on the CPU, and on CUDA under FLASHMLA_DEBUG=1, also a slot out
+            of range or given twice.
     """
     torch.ops.flashmla.concat_and_cache_mla(kv_cache, kv_c, k_pe, slot_mapping)
 

@@ -7,10 +7,12 @@ import re
 
 import pytest
 import torch
+from test_backends import python
 from torch import Tensor
 from torch.nn.functional import pad
 
-from flashmla_ops import get_mla_metadata
+from flashmla_ops import backends, get_mla_metadata
+from flashmla_ops.backends import values
 from flashmla_ops.testing import make_append_case, make_decode_case, make_merge_case
 
 
@@ -236,7 +238,7 @@ def test_inputs_that_require_grad_are_refused_in_grad_mode(target, op, name):
         run(op, call)
 
 
-# --------------------------------------------------------------------------------------------------- values, on the CPU
+# --------------------------------------------------------------------------------------------------------------- values
 
 
 def with_value(index, value):
@@ -250,6 +252,7 @@ def with_value(index, value):
 
 VALUES = [
     ("get_mla_metadata", {"cache_seqlens": with_value(1, -5)}, "cache_seqlens: expected lengths of at least 0, got -5"),
+    ("get_mla_metadata_", {"cache_seqlens": with_value(0, -5)}, "cache_seqlens: expected lengths .* 0, got -5"),
     (
         "fwd_kvcache_mla",
         {"cache_seqlens": with_value(1, -5)},
@@ -279,5 +282,41 @@ VALUES = [
 
 
 @pytest.mark.parametrize("op, changes, message", VALUES, ids=name_of)
-def test_values_are_refused_on_the_cpu(op, changes, message):
-    check_refused(op, changed("cpu", op, changes), message)
+def test_values_are_refused(target, monkeypatch, op, changes, message):
+    """On the CPU always, elsewhere under FLASHMLA_DEBUG=1."""
+    monkeypatch.setattr(values, "DEBUG", target.device != "cpu")
+    check_refused(op, changed(target.device, op, changes), message)
+
+
+@pytest.mark.parametrize("op", TENSORS)
+def test_good_values_pass_the_checks(target, monkeypatch, op):
+    monkeypatch.setattr(values, "DEBUG", True)
+    run(op, calls(target.device)[op])
+
+
+@pytest.mark.parametrize("setting, expected", [(None, False), ("", False), ("0", False), ("1", True)])
+def test_the_environment_switches_the_checks_on(setting, expected):
+    environment = {} if setting is None else {"FLASHMLA_DEBUG": setting}
+    code = "from flashmla_ops.backends import values; print(values.DEBUG)"
+    code = code if environment else f"import os; os.environ.pop('FLASHMLA_DEBUG', None); {code}"
+    assert python("-c", code, **environment).stdout == f"{expected}\n"
+
+
+@pytest.mark.gpu
+def test_a_capture_is_not_checked(monkeypatch):
+    """Reading a value would end it. What is captured is replayed with other values anyway."""
+    if (status := backends.ALL["sm90"].status()) != "ready":
+        pytest.skip(f"sm90: {status}")
+    for op, call in calls("cuda").items():  # loads the kernels, which a capture may not
+        run(op, call)
+    monkeypatch.setattr(values, "DEBUG", True)
+    call = changed("cuda", "fwd_kvcache_mla", {"cache_seqlens": with_value(1, 257)})
+    append = changed("cuda", "concat_and_cache_mla", {"slot_mapping": with_value(1, -2)})
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, lse = run("fwd_kvcache_mla", call)
+        run("concat_and_cache_mla", append)
+    call["cache_seqlens"][1] = 3
+    graph.replay()
+    for actual, expected in zip((out, lse), run("fwd_kvcache_mla", call), strict=True):
+        assert torch.equal(actual, expected)

@@ -1,7 +1,7 @@
 """The CPU backend: vectorised torch, one function per op. It serves CPU tensors of every shape in the contract.
 
-It also checks values, which no other backend can do without waiting for the device: lengths beyond the table, pages
-outside the cache and bad slots raise here, before anything is written.
+It always checks values, which other backends cannot do without waiting for the device (values.py): lengths beyond the
+table, pages outside the cache and bad slots raise here, before anything is written.
 """
 
 from typing import NamedTuple
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..plan import CPU_PARTS, FIRST_ROW, FIRST_TILE, LAST_ROW, LAST_TILE, MAX_PARTS, TILE, make_plan
+from .values import check_lengths, check_lengths_and_pages, check_slots
 
 BLOCK_BYTES = 128 << 20  # working set of one block of rows and queries
 STEP_KEYS = 4096  # keys gathered in one step, over all rows: 9 MB of 576 fp32, which stays in a last-level cache
@@ -36,8 +37,7 @@ def get_mla_metadata(
     num_heads_per_head_k: int,
     num_heads_k: int,
 ) -> None:
-    if cache_seqlens.numel() and (shortest := int(cache_seqlens.min())) < 0:
-        raise RuntimeError(f"cache_seqlens: expected lengths of at least 0, got {shortest}")
+    check_lengths(cache_seqlens)
     plan, splits = make_plan(cache_seqlens, CPU_PARTS)
     tile_scheduler_metadata.copy_(plan)
     num_splits.copy_(splits)
@@ -67,7 +67,7 @@ def fwd_kvcache_mla(
     plan: tuple[Tensor, Tensor] | None,
 ) -> None:
     """Blocks of rows x queries, as many as fit in BLOCK_BYTES, each an online softmax over its rows' chunks."""
-    _check_lengths_and_pages(kv_cache, block_table, cache_seqlens)
+    check_lengths_and_pages(kv_cache, block_table, cache_seqlens)
     if out.numel() == 0:
         return
     b, s_q, _, d_v = out.shape
@@ -92,29 +92,6 @@ def fwd_kvcache_mla(
             visible = lengths[rows][:, None] - hidden
             block = _attend(q[rows, queries], kv_cache, block_table[rows], row_chunks, visible, softmax_scale, d_v)
             out[rows, queries], lse[rows, :, queries] = block[0].to(out.dtype), block[1]
-
-
-def _check_lengths_and_pages(kv_cache: Tensor, block_table: Tensor, cache_seqlens: Tensor) -> None:
-    num_pages, page_size = kv_cache.shape[:2]
-    b, max_pages = block_table.shape
-    if b == 0:
-        return
-    shortest, longest = (int(v) for v in cache_seqlens.aminmax())
-    if shortest < 0 or longest > max_pages * page_size:
-        row = int(cache_seqlens.argmin() if shortest < 0 else cache_seqlens.argmax())
-        raise RuntimeError(
-            f"cache_seqlens: expected lengths from 0 to {max_pages * page_size} ({max_pages} pages of {page_size} in "
-            f"block_table), got {int(cache_seqlens[row])} in row {row}"
-        )
-    pages_used = (cache_seqlens + (page_size - 1)) // page_size
-    table = block_table[:, : -(-longest // page_size)]
-    bad = ((table < 0) | (table >= num_pages)) & (torch.arange(table.shape[1]) < pages_used[:, None])
-    if bad.any():
-        row, column = bad.nonzero()[0].tolist()
-        raise RuntimeError(
-            f"block_table: expected pages from 0 to {num_pages - 1}, got {int(table[row, column])} in row {row}, "
-            f"column {column}, which its {int(cache_seqlens[row])} keys reach"
-        )
 
 
 def _segments(metadata: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -228,19 +205,9 @@ def _accumulate(scores: Tensor, v: Tensor, m: Tensor, l: Tensor, acc: Tensor) ->
 
 def concat_and_cache_mla(kv_cache: Tensor, kv_c: Tensor, k_pe: Tensor, slot_mapping: Tensor) -> None:
     num_pages, page_size = kv_cache.shape[:2]
-    num_slots = num_pages * page_size
-    bad = (slot_mapping < -1) | (slot_mapping >= num_slots)
-    if bad.any():
-        token = int(bad.nonzero()[0])
-        raise RuntimeError(
-            f"slot_mapping: expected slots from -1 (skip) to {num_slots - 1}, got {int(slot_mapping[token])} at {token}"
-        )
+    check_slots(slot_mapping, num_pages * page_size)
     token = (slot_mapping >= 0).nonzero()[:, 0]
     slot = slot_mapping[token]
-    ordered = slot.sort().values
-    repeated = ordered[1:] == ordered[:-1]
-    if repeated.any():
-        raise RuntimeError(f"slot_mapping: expected each slot once, got {int(ordered[1:][repeated][0])} more than once")
     page, offset = slot // page_size, slot % page_size
     kv_cache[page, offset, 0] = torch.cat([kv_c[token], k_pe[token]], dim=1)
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..plan import COLUMNS, MAX_PARTS, max_parts, row_tiles
+from . import values
 
 PACKAGE = Path(__file__).resolve().parent.parent
 LIBRARY = PACKAGE / "libflashmla_sm90.so"
@@ -116,6 +117,8 @@ def get_mla_metadata(
     num_heads_per_head_k: int,
     num_heads_k: int,
 ) -> None:
+    if values.DEBUG:
+        values.check_lengths(cache_seqlens)
     parts = _parts(cache_seqlens.device, num_heads_per_head_k, num_heads_k)
     torch.ops.flashmla_sm90.get_mla_metadata(tile_scheduler_metadata, num_splits, cache_seqlens, parts)
 
@@ -131,6 +134,8 @@ def fwd_kvcache_mla(
     causal: bool,
     plan: tuple[Tensor, Tensor] | None,
 ) -> None:
+    if values.DEBUG:
+        values.check_lengths_and_pages(kv_cache, block_table, cache_seqlens)
     b, s_q, h_q, _ = q.shape
     h_k = kv_cache.shape[2]
     parts = _parts(q.device, s_q * h_q // h_k, h_k) if out.numel() else 1
@@ -146,6 +151,8 @@ def fwd_kvcache_mla(
 
 
 def concat_and_cache_mla(kv_cache: Tensor, kv_c: Tensor, k_pe: Tensor, slot_mapping: Tensor) -> None:
+    if values.DEBUG:
+        values.check_slots(slot_mapping, kv_cache.shape[0] * kv_cache.shape[1])
     torch.ops.flashmla_sm90.concat_and_cache_mla(kv_cache, kv_c, k_pe, slot_mapping)
 
 
