@@ -3,7 +3,8 @@
 A case makes its inputs and returns the contenders, which take turns. Each row has the median time, TFLOP/s and GB/s
 of ours and the ratio of ours to the case's yardstick. `--json FILE` writes every figure and the machine.
 
-These are the cases of a machine without a GPU; benchmark_cuda.py has those of one with a GPU.
+These are the cases of a machine without a GPU; benchmark_cuda.py has those of one with a GPU, and benchmark_sweep.py
+what `--sweep` runs there.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from . import __version__, backends, benchmark_cuda, ops
+from . import __version__, backends, benchmark_cuda, benchmark_sweep, ops
 from .functional import concat_and_cache_mla, fwd_kvcache_mla, get_mla_metadata, merge_attn_states
 from .modules import MLAConfig, MoE
 from .testing import make_append_case, make_decode_case, make_merge_case
@@ -283,7 +284,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--list", action="store_true", help="name the cases and stop")
     gpu = parser.add_argument_group("on a GPU")
     gpu.add_argument("--peer", metavar="sgl=PATH", type=_peer_library, help="time FlashMLA too: its _C_legacy.abi3.so")
-    gpu.add_argument("--plot", metavar="FILE", help="draw a roofline and each row's time over its floor")
+    gpu.add_argument("--sweep", action="store_true", help="instead: the decode op over lengths, batches and heads")
+    gpu.add_argument("--plot", metavar="FILE", help="draw a roofline and each row's time over its floor, or the sweeps")
     gpu.add_argument("--from", metavar="FILE", dest="measured", help="with --plot: draw what --json wrote, run nothing")
     gpu.add_argument("--row", action="append", help=argparse.SUPPRESS)  # what a row's own process is asked for
     return parser
@@ -298,7 +300,7 @@ def main() -> int:
     if args.measured:
         if not args.plot:
             parser.error("--from needs --plot")
-        benchmark_cuda.plot(json.loads(Path(args.measured).read_text()), args.plot)
+        _plot(json.loads(Path(args.measured).read_text()), args.plot)
         return 0
 
     def matching(names: Iterable[str]) -> list[str]:
@@ -310,6 +312,12 @@ def main() -> int:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(document, indent=1) + "\n")
 
+    if args.sweep:
+        if args.filter or args.peer or args.list:
+            parser.error("--sweep goes with --json and --plot only")
+        if not torch.cuda.is_available():
+            parser.error("--sweep needs a GPU")
+        return _finish(*benchmark_sweep.run(benchmark_cuda.machine, write), args.plot)
     # Words that name CPU cases only, such as "overhead", run those on any machine.
     on_gpu = matching(benchmark_cuda.NAMES) if torch.cuda.is_available() else []
     names = on_gpu or matching(CASES)
@@ -320,10 +328,17 @@ def main() -> int:
         if args.peer or args.plot:
             parser.error("--peer and --plot need cases that run on a GPU (--plot also takes --from FILE)")
         return run(names, write)
-    document, status = benchmark_cuda.run(names, args.peer, write)
-    if args.plot and document:
-        benchmark_cuda.plot(document, args.plot)
+    return _finish(*benchmark_cuda.run(names, args.peer, write), args.plot)
+
+
+def _finish(document: dict, status: int, plot_path: str | None) -> int:
+    if plot_path and document:
+        _plot(document, plot_path)
     return status
+
+
+def _plot(document: dict, path: str) -> None:
+    (benchmark_sweep if "sweeps" in document else benchmark_cuda).plot(document, path)
 
 
 if __name__ == "__main__":

@@ -6,18 +6,15 @@ peer and ours take turns on the same tensors.
 
 The floor of a decode call is the larger of two times: `paged_stream` of exactly its pages (what it would take if
 arithmetic cost nothing), and its FLOP at the highest matrix rate seen so far in the run. The floor of any other op is
-a launch inside a graph, or its bytes at the rate of a copy.
+a launch inside a graph, or its bytes at the rate of a copy. benchmark_layer.py has whole steps of a layer.
 """
 
-import itertools
 import json
-import math
 import os
 import shutil
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +24,19 @@ from torch import Tensor
 
 from . import __version__
 from .backends import cpu, sm90
+from .benchmark_layer import LAYER, LAYER_SECONDS, complete_parts, layer_line, layer_row, within_limit
+from .benchmark_timing import (
+    ALLOCATIONS,
+    DECODE_BYTES,
+    DECODE_NODES,
+    ColdL2,
+    Replay,
+    host_us,
+    matrix_tflops,
+    median_us,
+    nodes_for,
+    pages_in_use,
+)
 from .functional import concat_and_cache_mla, fwd_kvcache_mla, get_mla_metadata, merge_attn_states
 from .plan import make_plan, max_parts, row_tiles
 from .testing import (
@@ -39,16 +49,8 @@ from .testing import (
     varied_lengths,
 )
 
-ALLOCATIONS = 5
-REPLAYS = 21  # per allocation; the median counts
-# A short call is timed as one of many nodes of a graph, each with tensors of its own: starting the graph would else
-# count for 2 us, as much as the call.
-DECODE_NODES, DECODE_BYTES = 16, 200 << 20
 OP_NODES, OP_BYTES = 32, 2 << 30
-HOST_CALLS, HOST_ROUNDS = 50, 10
-FLUSH_BYTES = 512 << 20  # ten times the L2 of a Hopper
 PROCESS_SECONDS = 90  # a row takes a few seconds
-MATMUL = 8192
 CEILINGS = "ceilings"
 # Paged streaming of 128 and 16384 pages and the matrix rate of sound cards: floors of a slower run do not count.
 STREAM_US = {"H100": (5.5, 393.0), "H200": (5.0, 279.0)}
@@ -81,22 +83,22 @@ class DecodeShape:
 def _shapes() -> Iterator[DecodeShape]:
     for s_k in (4096, 8192, 16384):
         yield DecodeShape("b128 h128 s1", 128, 128, 1, s_k, varied=True)
+    yield DecodeShape("b128 h128 s1", 128, 128, 1, 8192, True, torch.float16)
     for b, s_q, s_k in ((128, 2, 4096), (128, 2, 8192), (128, 2, 16384), (32, 4, 8192)):
         yield DecodeShape("h128 s>1", b, 128, s_q, s_k, varied=True)
     for h_q in (16, 32, 64):
         for s_k in (2048, 8192):
-            yield DecodeShape("b128 h16/32/64", 128, h_q, 1, s_k, varied=True)
+            yield DecodeShape("h16/32/64", 128, h_q, 1, s_k, varied=True)
+    yield DecodeShape("h16/32/64", 64, 16, 4, 8192, varied=True)
     for h_q in (128, 16):
         for b, s_k in ((1, 1024), (1, 8192), (1, 65536), (4, 4096), (16, 4096)):
             yield DecodeShape("small batch", b, h_q, 1, s_k, varied=False)
     yield DecodeShape("small batch", 32, 64, 1, 2048, varied=False)
     yield DecodeShape("small batch", 64, 128, 1, 1024, varied=False)
-    yield DecodeShape("other", 64, 16, 4, 8192, varied=True)
     for h_q in (16, 128):
         yield DecodeShape("other", 1, h_q, 1, 131072, varied=False)
     for h_q in (8, 12, 20):
         yield DecodeShape("other", 32, h_q, 1, 4096, varied=True)
-    yield DecodeShape("other", 128, 128, 1, 8192, True, torch.float16)
 
 
 @dataclass
@@ -157,73 +159,9 @@ OPS: dict[str, Callable[[int], OpCase]] = {  # by seed
     **{f"concat_and_cache_mla n{n} bfloat16": lambda seed, n=n: _append(n, seed) for n in (128, 8192, 500_000)},
     **{f"merge_attn_states b{b} h128 bfloat16": lambda seed, b=b: _merge(b, seed) for b in (128, 16384)},
 }
-NAMES = [*DECODE, *OPS]
+NAMES = [*DECODE, *OPS, *LAYER]
 
-# ------------------------------------------------------------------------------------------------------------ timing
-
-
-class Replay:
-    """Calls captured in a CUDA graph, one after the other, and kept: the graph reads their tensors."""
-
-    def __init__(self, calls: Sequence[Callable]):
-        self.calls = calls
-        for call in calls:
-            call()
-        torch.cuda.synchronize()  # what they read may have been made on another stream than the capture's
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.outputs: list[tuple[Tensor, ...]] = [tuple(call() or ()) for call in calls]
-
-    def time(self, flush: Callable[[], object]) -> float:
-        """Microseconds a call in one replay; no output of an earlier one is left, in L2 or elsewhere."""
-        for t in itertools.chain.from_iterable(self.outputs):
-            t.fill_(math.nan if t.is_floating_point() else -(2**31))
-        flush()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        self.graph.replay()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) * 1e3 / len(self.calls)
-
-
-class ColdL2:
-    """Evicts L2 by a read: a write would leave dirty lines, whose way to memory the next kernel would pay."""
-
-    def __init__(self):
-        assert 2 * torch.cuda.get_device_properties(0).L2_cache_size <= FLUSH_BYTES
-        self.buffer = torch.randn(FLUSH_BYTES // 4, device="cuda")
-        self.sum = torch.empty((), device="cuda")
-
-    def __call__(self) -> None:
-        torch.sum(self.buffer, (0,), out=self.sum)
-
-
-def median_us(replays: Sequence[Replay], flush: ColdL2) -> list[float]:
-    """The median of each, taking turns."""
-    times = [[replay.time(flush) for replay in replays] for _ in range(REPLAYS)]
-    return [statistics.median(column) for column in zip(*times, strict=True)]
-
-
-def host_us(run: Callable) -> float:
-    """What an eager call costs the host, which never waits for the GPU: the least of some means, since other work on
-    the machine only ever adds."""
-    means = []
-    with torch.inference_mode():
-        run()
-        for _ in range(HOST_ROUNDS):
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            for _ in range(HOST_CALLS):
-                run()
-            means.append((time.perf_counter() - start) / HOST_CALLS)
-    torch.cuda.synchronize()
-    return min(means) * 1e6
-
-
-def matrix_tflops(flush: ColdL2) -> float:
-    a, b = (torch.randn(MATMUL, MATMUL, dtype=torch.bfloat16, device="cuda") for _ in range(2))
-    return 2 * MATMUL**3 / median_us([Replay([lambda: (a @ b,)])], flush)[0] / 1e6
+# ----------------------------------------------------------------------------------------------------------- ceilings
 
 
 def measure_ceilings(flush: ColdL2) -> dict:
@@ -257,9 +195,7 @@ def _peer(case: DecodeCase) -> Callable:
 
 
 def _stream(case: DecodeCase) -> Callable:
-    """The pages of the rows and no others, in the order of the table."""
-    column = torch.arange(case.block_table.shape[1], device="cuda")
-    pages = case.block_table[column * case.kv_cache.shape[1] < case.cache_seqlens[:, None]]
+    pages = pages_in_use(case.block_table, case.cache_seqlens, case.kv_cache.shape[1])
     return lambda: torch.ops.flashmla_sm90.paged_stream(case.kv_cache, pages)
 
 
@@ -269,16 +205,12 @@ def _ours(case: DecodeCase) -> Callable:
     return lambda: fwd_kvcache_mla(**args)
 
 
-def _nodes(most: int, most_bytes: int, bytes_moved: int) -> int:
-    return max(1, min(most, most_bytes // max(bytes_moved, 1)))
-
-
 def decode_row(shape: DecodeShape, flush: ColdL2, peer: bool) -> dict:
     makers = {"stream": _stream, **({"peer": _peer} if peer else {}), "ours": _ours}
     medians: dict[str, list[float]] = {name: [] for name in makers}
     errors: list[float] = []
     peer_wrong = None
-    nodes = _nodes(DECODE_NODES, DECODE_BYTES, shape.make(0).bytes_moved())
+    nodes = nodes_for(DECODE_NODES, DECODE_BYTES, shape.make(0).bytes_moved())
     kept = []  # so that the next round's memory is other memory
     for seed in range(ALLOCATIONS):
         cases = [shape.make(seed * nodes + i) for i in range(nodes)]
@@ -312,7 +244,7 @@ def decode_row(shape: DecodeShape, flush: ColdL2, peer: bool) -> dict:
 
 def op_row(make: Callable[[int], OpCase], flush: ColdL2) -> dict:
     medians, errors = [], []
-    nodes = _nodes(OP_NODES, OP_BYTES, make(0).bytes_moved)
+    nodes = nodes_for(OP_NODES, OP_BYTES, make(0).bytes_moved)
     for seed in range(ALLOCATIONS):
         cases = [make(seed * nodes + i) for i in range(nodes)]
         replay = Replay([c.run for c in cases])
@@ -321,6 +253,12 @@ def op_row(make: Callable[[int], OpCase], flush: ColdL2) -> dict:
     c = cases[0]
     us = {"us": statistics.median(medians), "medians_us": {"ours": medians}, "nodes": nodes, "host_us": host_us(c.run)}
     return {"group": "ops", **us, "flops": 0, "bytes": c.bytes_moved, "error": max(errors)}
+
+
+def _row(name: str, flush: ColdL2, peer: bool) -> dict:
+    if name in DECODE:
+        return decode_row(DECODE[name], flush, peer)
+    return layer_row(LAYER[name], flush) if name in LAYER else op_row(OPS[name], flush)
 
 
 def run_rows(names: Sequence[str], peer: str | None) -> None:
@@ -337,7 +275,7 @@ def run_rows(names: Sequence[str], peer: str | None) -> None:
             if name == CEILINGS:
                 row = {"machine": machine(), "ceilings": measure_ceilings(flush)}
             else:
-                row = decode_row(DECODE[name], flush, bool(peer)) if name in DECODE else op_row(OPS[name], flush)
+                row = _row(name, flush, bool(peer))
         except Exception as error:  # one op's failure must not hide the others'
             row = {"failed": f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]}
         torch.cuda.empty_cache()
@@ -352,25 +290,27 @@ class RowProcess:
         command = [sys.executable, "-m", f"{__package__}.benchmark", *flags]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         self.names = names
+        self.seconds = LAYER_SECONDS if names[0] in LAYER else PROCESS_SECONDS
         self.process = subprocess.Popen(command, text=True, **pipes)
 
     def rows(self) -> list[dict]:
         try:
-            out, err = self.process.communicate("\n", PROCESS_SECONDS)
+            out, err = self.process.communicate("\n", self.seconds)
             reason = f"exit status {self.process.returncode}: {(err.strip().splitlines() or ['no message'])[-1]}"
         except subprocess.TimeoutExpired:
             self.process.kill()
             out, _ = self.process.communicate()
-            reason = f"no result within {PROCESS_SECONDS} s"
+            reason = f"no result within {self.seconds} s"
         lines = [json.loads(line) for line in out.splitlines() if line.startswith("{") and line.endswith("}")]
         done = {line["case"]: line for line in lines}
         return [done.get(name, {"case": name, "failed": reason}) for name in self.names]
 
 
 def measured(names: list[str], peer: str | None) -> Iterator[dict]:
-    """The ceilings, then the rows: each decode case in a process of its own, the other ops together in one."""
+    """The ceilings, then the rows: each in a process of its own; the ops other than decoding share one."""
     ops = [name for name in names if name in OPS]
     batches = [[CEILINGS], *([name] for name in names if name in DECODE), *([ops] if ops else [])]
+    batches += [[name] for name in names if name in LAYER]
     following = RowProcess(batches[0], peer)
     try:
         for i in range(len(batches)):
@@ -416,8 +356,11 @@ def complete(row: dict, ceilings: dict) -> None:
         row["peer_over_ours"] = peer_us / us
         reached.append(row["flops"] / peer_us / 1e6)
     ceilings["matrix_tflops"] = max(ceilings["matrix_tflops"], *reached)
-    memory_us = row.get("stream_us") or max(ceilings["launch_us"], row["bytes"] / ceilings["copy_gbs"] / 1e3)
-    row["floor_us"] = max(memory_us, row["flops"] / ceilings["matrix_tflops"] / 1e6)
+    if "parts" in row:
+        row["floor_us"] = complete_parts(row["parts"], ceilings)
+    else:
+        memory_us = row.get("stream_us") or max(ceilings["launch_us"], row["bytes"] / ceilings["copy_gbs"] / 1e3)
+        row["floor_us"] = max(memory_us, row["flops"] / ceilings["matrix_tflops"] / 1e6)
     row["of_floor"] = row["floor_us"] / us
 
 
@@ -435,7 +378,8 @@ def line(row: dict, peer: bool) -> str:
         peer_us = f"{row['peer_us']:.1f}" if row.get("peer_us") else ""
         ratio = f"{row['peer_over_ours']:.2f}" if "peer_over_ours" in row else "wrong" if peer_us else ""
         text += f" {peer_us:>8} {ratio:>9}"
-    return text + f" {row['error']:8.1e} {row['host_us']:8.1f}"
+    text += f" {row['error']:8.1e} {row['host_us']:8.1f}"
+    return f"{text}\n{layer_line(row)}" if "parts" in row else text
 
 
 def summary(rows: list[dict], ceilings: dict, gpu: str) -> Iterator[str]:
@@ -444,8 +388,11 @@ def summary(rows: list[dict], ceilings: dict, gpu: str) -> Iterator[str]:
         ratios = [row["peer_over_ours"] for row in compared if group in (row["group"], "all")]
         yield f"peer/ours, {group:15} geometric mean {statistics.geometric_mean(ratios):.3f} of {len(ratios)} rows"
     figure = "peer_over_ours" if compared else "of_floor"
-    if worst := min((row for row in rows if figure in row), key=lambda row: row[figure], default=None):
+    layers = [row for row in rows if "parts" in row]
+    if worst := min((r for r in rows if figure in r and r not in layers), key=lambda row: row[figure], default=None):
         yield f"worst row: {worst['case']}, {figure.replace('_', ' ')} {worst[figure]:.2f}"
+    if layers:
+        yield f"layer steps within their limits: {sum(map(within_limit, layers))} of {len(layers)}"
     yield (
         f"ceilings: read {ceilings['read_gbs']:.0f} GB/s, matrix product {ceilings['matrix_tflops']:.0f} TFLOP/s, "
         f"copy {ceilings['copy_gbs']:.0f} GB/s, launch {ceilings['launch_us']:.1f} us"

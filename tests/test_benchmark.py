@@ -1,0 +1,373 @@
+"""The benchmark's registry, arithmetic, tables and plots, on made-up measurements; its layer's parts, on the CPU."""
+
+import json
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+import torch
+
+from flashmla_ops import benchmark, benchmark_cuda, benchmark_layer, benchmark_sweep
+from flashmla_ops.modules import MLAConfig
+
+CEILINGS = {
+    "matrix_tflops": 700.0,
+    "read_gbs": 3000.0,
+    "copy_gbs": 2500.0,
+    "launch_us": 1.0,
+    "stream_128_pages_us": 5.5,
+    "stream_16384_pages_us": 393.0,
+}
+
+
+def decode_row(case: str = "fwd_kvcache_mla b1 h16 s1 k1024 bfloat16", **changes) -> dict:
+    row = {"case": case, "group": "small batch", "us": 10.0, "stream_us": 5.0, "flops": 10**9, "bytes": 10**7}
+    return row | {"peer_us": 20.0, "peer_wrong": None, "error": 2e-3, "host_us": 9.0, "matmul_tflops": 690.0} | changes
+
+
+def layer_row(**changes) -> dict:
+    names = ("norm", "wo", "plan", "attention", "rope")
+    parts = [{"part": name, "us": 4.0 + i, "flops": 0, "bytes": 10**6} for i, name in enumerate(names)]
+    parts[1]["bytes"], parts[3]["stream_us"] = 15 * 10**6, 6.5  # 5 us of reading
+    row = {"case": "layer step b1 h16 k4096 bfloat16", "group": "layer", "us": 20.0, "eager_us": 25.0, "limit": 2.0}
+    row |= {"compiled_us": 20.0, "compile_failed": None, "parts": parts, "flops": 0, "bytes": 19 * 10**6}
+    return row | {"error": 1e-2, "host_us": 300.0, "matmul_tflops": 690.0} | changes
+
+
+# ------------------------------------------------------------------------------------------------------------ registry
+
+
+def test_names_are_unique():
+    shapes = [shape.name for shape in benchmark_cuda._shapes()]
+    names = [*shapes, *benchmark_cuda.OPS, *benchmark_layer.LAYER]
+    assert len(set(names)) == len(names) and names == benchmark_cuda.NAMES
+    sweeps = [sweep.name for sweep in benchmark_sweep.SWEEPS]
+    assert len(set(sweeps)) == len(sweeps)
+
+
+def test_groups():
+    sizes = Counter(shape.group for shape in benchmark_cuda.DECODE.values())
+    assert sizes == {"b128 h128 s1": 4, "h128 s>1": 4, "h16/32/64": 7, "small batch": 12, "other": 5}
+    for shape in benchmark_cuda.DECODE.values():
+        in_group = {
+            "b128 h128 s1": (shape.b, shape.h_q, shape.s_q) == (128, 128, 1) and shape.varied,
+            "h128 s>1": shape.h_q == 128 and shape.s_q > 1,
+            "h16/32/64": shape.h_q in (16, 32, 64) and shape.b >= 64 and shape.varied,
+            "small batch": shape.b <= 64 and not shape.varied and shape.s_k <= 65536,
+            "other": shape.s_k == 131072 or shape.h_q in (8, 12, 20),
+        }
+        assert [group for group, fits in in_group.items() if fits] == [shape.group], shape
+
+
+def test_layer_limits():
+    limits = {(shape.b, shape.h_q): shape.limit for shape in benchmark_layer.LAYER.values()}
+    assert limits.pop((1, 16)) == 2.0 and set(limits.values()) == {1.6} and len(limits) == 5
+
+
+# ---------------------------------------------------------------------------------------------------------- arithmetic
+
+
+def test_a_decode_row_is_held_against_its_floor():
+    row, ceilings = decode_row(), dict(CEILINGS)
+    benchmark_cuda.complete(row, ceilings)
+    assert (row["floor_us"], row["of_floor"], row["peer_over_ours"]) == (5.0, 0.5, 2.0)
+    assert (row["tflops"], row["gbs"], ceilings) == (100.0, 1000.0, CEILINGS)
+    faster = decode_row(flops=10**10, stream_us=12.0)  # 1000 TFLOP/s: the ceiling was too low
+    benchmark_cuda.complete(faster, ceilings)
+    assert ceilings["matrix_tflops"] == 1000.0 and faster["floor_us"] == 12.0
+
+
+def test_a_layer_row_is_held_against_the_sum_of_its_parts_floors():
+    row = layer_row()
+    benchmark_cuda.complete(row, dict(CEILINGS))
+    floors = {part["part"]: part["floor_us"] for part in row["parts"]}
+    assert floors == {"norm": 1.0, "wo": 5.0, "plan": 1.0, "attention": 6.5, "rope": 1.0}
+    assert row["floor_us"] == 14.5 and row["of_floor"] == 14.5 / 20
+    own, below = benchmark_cuda.line(row, False).splitlines()
+    assert own.startswith(row["case"]) and "300.0" in own
+    assert "1.38 x the sum of its parts' floors (limit 2: kept)" in below
+    assert "captured 25.0 us, compiled 20.0 us" in below
+    assert below.endswith("most over their floors: rope +7.0 us, plan +5.0 us, norm +3.0 us")
+
+
+def test_a_layer_row_that_was_not_compiled_says_why():
+    row = layer_row(us=30.0, compiled_us=None, compile_failed="RuntimeError: no compiler")
+    benchmark_cuda.complete(row, dict(CEILINGS))
+    text = benchmark_cuda.line(row, True)
+    assert "limit 2: MISSED" in text and "not compiled: RuntimeError: no compiler" in text
+
+
+def test_line_and_summary():
+    rows = [decode_row(), decode_row(us=4.0, group="other"), layer_row(), {"case": "x", "failed": "it broke"}]
+    for row in rows[:3]:
+        benchmark_cuda.complete(row, dict(CEILINGS))
+    lines = [benchmark_cuda.line(row, True).splitlines()[0] for row in rows]
+    assert len({len(line) for line in lines[:3]} | {len(benchmark_cuda.header(True))}) == 1
+    assert lines[3].endswith("FAILED: it broke")
+    text = "\n".join(benchmark_cuda.summary(rows, CEILINGS, "NVIDIA H100 80GB HBM3"))
+    assert "peer/ours, small batch     geometric mean 2.000 of 1 rows" in text
+    assert "peer/ours, all             geometric mean 3.162 of 2 rows" in text
+    assert "worst row: fwd_kvcache_mla b1 h16 s1 k1024 bfloat16, peer over ours 2.00" in text
+    assert "layer steps within their limits: 1 of 1" in text and "the floors count" in text
+
+
+def test_summary_of_layer_rows_alone():
+    row = layer_row()
+    benchmark_cuda.complete(row, dict(CEILINGS))
+    text = "\n".join(benchmark_cuda.summary([row], CEILINGS, "another GPU"))
+    assert "worst row" not in text and "peer/ours" not in text and "layer steps" in text
+
+
+# --------------------------------------------------------------------------------------------------------------- layer
+
+
+def tiny(h_q: int = 4) -> MLAConfig:
+    return MLAConfig(
+        vocab_size=96,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=1,
+        num_attention_heads=h_q,
+        q_lora_rank=32,
+        kv_lora_rank=64,
+        qk_nope_head_dim=32,
+        qk_rope_head_dim=16,
+        v_head_dim=48,
+    )
+
+
+def tiny_step(seed: int = 0, b: int = 3, dtype: torch.dtype = torch.float32) -> benchmark_layer.StepArgs:
+    return benchmark_layer.make_step(tiny(), b, 130, dtype, "cpu", seed)
+
+
+def test_the_parts_of_a_step_are_the_step():
+    args = tiny_step()
+    before = args.kv_cache.clone()
+    wanted = benchmark_layer.step(*args)
+    appended = args.kv_cache.clone()
+    args.kv_cache.copy_(before)
+    parts, out = benchmark_layer.parts_of(args)
+    torch.testing.assert_close(out, wanted)
+    torch.testing.assert_close(args.kv_cache, appended)
+    assert not torch.equal(before, appended)
+    names = "plan norm wq_a q_norm wq_b wkv_a kv_norm rope append absorb attention up wo"
+    assert [part.name for part in parts] == names.split()
+
+
+def test_parts_run_again_on_copies():
+    """As the nodes of their graphs do: each gives what it gave, whatever tensors it is given."""
+    args = tiny_step()
+    parts, out = benchmark_layer.parts_of(args)
+    for part in parts:
+        copies = benchmark_layer._copies(part)
+        assert len(copies) == benchmark_layer.DECODE_NODES
+        first, last = part.run(*copies[0]), part.run(*copies[-1])
+        assert isinstance(first, tuple)
+        assert all(a.data_ptr() != b.data_ptr() for a, b in zip(copies[0], copies[-1], strict=True))
+        for a, b in zip(first, last, strict=True):
+            torch.testing.assert_close(a, b)
+    torch.testing.assert_close(first[0], out)
+
+
+def test_bytes_and_flops_of_parts():
+    """In float32: h 4, b 3, r 64, d_nope 32, d_rope 16, d_v 48, s_k 130."""
+    parts = {part.name: part for part in benchmark_layer.parts_of(tiny_step())[0]}
+    figures = {name: (part.bytes_moved, part.flops) for name, part in parts.items()}
+    assert figures["wq_a"] == (4 * (3 * 64 + 64 * 32 + 3 * 32), 2 * 3 * 64 * 32)
+    assert figures["kv_norm"] == (4 * (3 * 64 + 64 + 3 * 64), 0)
+    assert figures["rope"] == (4 * (2 * 3 * (4 + 1) * 16 + 2 * 3 * 8), 0)
+    assert figures["append"] == (3 * (2 * 80 * 4 + 8), 0)
+    assert figures["absorb"] == (4 * (3 * 4 * (32 + 16) + 4 * 32 * 64 + 3 * 4 * 80), 2 * 3 * 4 * 32 * 64)
+    assert figures["up"] == (4 * (3 * 4 * 64 + 4 * 48 * 64 + 3 * 4 * 48), 2 * 3 * 4 * 48 * 64)
+    attention = 4 * (3 * 4 * 80 + 3 * 130 * 80 + 3 * 4 * 64 + 3 * 4), 2 * 4 * (80 + 64) * 3 * 130
+    assert figures["attention"] == attention
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_right_step_passes_its_check(dtype):
+    args = tiny_step(dtype=dtype)
+    out = benchmark_layer.step(*args)
+    assert benchmark_layer.check_step(args, out) < benchmark_layer.TOLERANCE
+
+
+def test_a_wrong_step_fails_its_check():
+    args = tiny_step()
+    out = benchmark_layer.step(*args)
+    with pytest.raises(AssertionError, match="of the step"):
+        benchmark_layer.check_step(args, out.nan_to_num() * 1.1)
+    args.kv_cache.flatten(0, 2)[args.slots[0]] = float("nan")  # a token that was not appended
+    with pytest.raises(AssertionError, match="inf of the tokens"):
+        benchmark_layer.check_step(args, out)
+
+
+def test_pages_of_the_stream():
+    part = next(p for p in benchmark_layer.parts_of(tiny_step())[0] if p.name == "attention")
+    _, pages = benchmark_layer.stream_of(part).args
+    assert pages.dtype is torch.int32 and sorted(pages.tolist()) == sorted(set(pages.tolist()))
+    assert len(pages) == 3 * 3  # 130 tokens are 3 pages of 64
+
+
+def test_one_compile_serves_every_set_of_weights(needs_inductor):
+    run, failed = benchmark_layer._compiled(tiny_step())
+    assert failed is None
+    from torch._dynamo.utils import counters
+
+    counters.clear()
+    for seed in (1, 2):
+        args = tiny_step(seed)
+        assert benchmark_layer.check_step(args, run(*args)) < 1e-4
+    assert not counters["stats"]
+
+
+def test_fusible_parts_compile(needs_inductor):
+    for part in benchmark_layer.parts_of(tiny_step())[0]:
+        if part.fusible:
+            compiled = torch.compile(part.run, fullgraph=True, dynamic=False)
+            for a, b in zip(compiled(*part.args), part.run(*part.args), strict=True):
+                torch.testing.assert_close(a, b)
+
+
+class Eager:
+    """Stands for Replay and its graph where there is no GPU: runs the calls, into the same outputs."""
+
+    def __init__(self, calls):
+        self.calls, self.graph = calls, self
+        self.outputs = [tuple(call() or ()) for call in calls]
+
+    def replay(self):
+        for call, outputs in zip(self.calls, self.outputs, strict=True):
+            for kept, new in zip(outputs, call() or (), strict=True):
+                kept.copy_(new)
+
+    def time(self, flush) -> float:
+        for outputs in self.outputs:
+            for t in outputs:
+                t.fill_(float("nan") if t.is_floating_point() else -1)
+        self.replay()
+        return 12.5
+
+
+class TinyShape(benchmark_layer.LayerShape):
+    def make(self, seed: int) -> benchmark_layer.StepArgs:
+        return tiny_step(seed, self.b)
+
+
+def test_a_layer_row_from_end_to_end(monkeypatch, needs_inductor):
+    """All but the GPU's part of it: the row has what the table and the JSON need."""
+    monkeypatch.setattr(benchmark_layer, "Replay", Eager)
+    monkeypatch.setattr(benchmark_layer, "median_us", lambda replays, flush: [r.time(flush) for r in replays])
+    monkeypatch.setattr(benchmark_layer, "stream_of", lambda part: part)
+    monkeypatch.setattr(benchmark_layer, "host_us", lambda run: run() is not None and 1.0)
+    monkeypatch.setattr(benchmark_layer, "matrix_tflops", lambda flush: 700.0)
+    row = json.loads(json.dumps({"case": "x", **benchmark_layer.layer_row(TinyShape(2, 4), None)}))
+    assert (row["us"], row["eager_us"], row["compiled_us"]) == (12.5, 12.5, 12.5)
+    assert row["nodes"] == benchmark_layer.STEP_NODES and row["compile_failed"] is None
+    assert [part["part"] for part in row["parts"] if "stream_us" in part] == ["attention"]
+    both_ways = {part["part"] for part in row["parts"] if "compiled_us" in part}
+    assert both_ways == {"norm", "q_norm", "kv_norm", "rope", "absorb", "up"}
+    benchmark_cuda.complete(row, dict(CEILINGS))
+    assert "x the sum of its parts' floors" in benchmark_cuda.line(row, False)
+
+
+# -------------------------------------------------------------------------------------------------------------- sweeps
+
+
+def points(*pairs: tuple[float, float]) -> list[dict]:
+    return [{"x": x, "us": us} for x, us in pairs]
+
+
+def test_spikes_lie_above_the_line_between_their_neighbours():
+    assert benchmark_sweep.spikes(points((1, 10), (2, 11), (3, 12))) == []
+    (spike,) = benchmark_sweep.spikes(points((1, 10), (2, 12.7), (3, 12), (4, 13)))
+    assert spike["x"] == 2 and spike["over"] == pytest.approx(12.7 / 11)
+    assert benchmark_sweep.spikes(points((1, 10), (2, 12.6), (3, 12))) == []  # 14.5 %
+    assert benchmark_sweep.spikes(points((1, 10), (2, 5), (3, 12))) == []  # below
+    assert benchmark_sweep.spikes(points((1, 50), (2, 10))) == []  # the ends have one neighbour
+    uneven = points((16, 16), (24, 24), (88, 88))  # on a line, at uneven distances
+    assert benchmark_sweep.spikes(uneven) == []
+    assert [p["x"] for p in benchmark_sweep.spikes(points((16, 16), (24, 28), (88, 88)))] == [24]
+
+
+def test_sweeps_cover_what_they_say():
+    values = {sweep.name: sweep.values for sweep in benchmark_sweep.SWEEPS}
+    assert len(values) == 6
+    assert values["s_k with b 32, h_q 16"] == tuple(range(64, 4097, 64))
+    assert values["b with h_q 16, s_k 2048"][14:18] == (15, 16, 24, 32)
+    assert values["b with h_q 16, s_k 2048"][-1] == 256
+    assert values["h_q with b 32, s_k 2048"] == tuple(range(4, 129, 4))
+    for sweep in benchmark_sweep.SWEEPS:
+        for _, shape in sweep.points():
+            assert set(shape) == {"b", "h_q", "s_k"}
+
+
+def test_a_sweeps_calls_share_no_page():
+    b, s_k = 2, 130
+    kv_cache = torch.randn(benchmark_sweep.pages_needed(b, s_k), 64, 1, 576)
+    calls = benchmark_sweep._calls(kv_cache, b, 4, s_k)
+    assert len(calls) == benchmark_sweep.NODES
+    tables = [call.__defaults__[1] for call in calls]
+    assert len(set(torch.stack(tables).flatten().tolist())) == benchmark_sweep.pages_needed(b, s_k)
+    for call in calls:
+        out, lse = call()
+        assert out.shape == (b, 1, 4, 512) and out.isfinite().all() and lse.isfinite().all()
+
+
+def test_a_point_is_timed_and_must_be_finite(monkeypatch):
+    monkeypatch.setattr(benchmark_sweep, "Replay", Eager)
+    kv_cache = torch.randn(benchmark_sweep.pages_needed(1, 64), 64, 1, 576)
+    assert benchmark_sweep.time_point(kv_cache, None, b=1, h_q=4, s_k=64) == 12.5
+    kv_cache[3] = float("nan")
+    with pytest.raises(AssertionError, match="b 1, h_q 4, s_k 64: the result is not finite"):
+        benchmark_sweep.time_point(kv_cache, None, b=1, h_q=4, s_k=64)
+
+
+def test_a_run_writes_after_every_sweep(monkeypatch, capsys):
+    sweeps = sweeps_document()["sweeps"]
+    monkeypatch.setattr(benchmark_sweep.sm90, "status", lambda: "ready")
+    monkeypatch.setattr(benchmark_sweep, "measure", lambda _: iter(sweeps.items()))
+    written = []
+    document, status = benchmark_sweep.run(lambda: {"gpu": "made up"}, lambda d: written.append(len(d["sweeps"])))
+    assert (document, status, written) == (sweeps_document(), 0, [1, 2, 3, 4, 5, 6])
+    assert capsys.readouterr().out.count("us a call") == 6
+
+
+def sweeps_document() -> dict:
+    timed = points(*((x, 40.0 if x == 192 else 10 + x / 64) for x in range(64, 1025, 64)))
+    sweep = {"x": "s_k", "b": 1, "h_q": 16, "points": timed, "spikes": benchmark_sweep.spikes(timed)}
+    names = [s.name for s in benchmark_sweep.SWEEPS]
+    return {"machine": {"gpu": "made up"}, "sweeps": dict.fromkeys(names, sweep)}
+
+
+def test_sweeps_table():
+    name, sweep = next(iter(sweeps_document()["sweeps"].items()))
+    lines = list(benchmark_sweep.table(name, sweep))
+    assert len(lines) == 1 + 2 + 1 and lines[1].split()[:2] == ["64", "11.0"]
+    assert lines[-1] == "  s_k 192: 40.0 us, 208 % above the line between its neighbours"
+
+
+# ---------------------------------------------------------------------------------------------------------------- plots
+
+
+def rows_document() -> dict:
+    rows = [decode_row(), decode_row("fwd_kvcache_mla b4 h16 s1 k4096 bfloat16", peer_us=None), layer_row()]
+    for row in rows:
+        benchmark_cuda.complete(row, dict(CEILINGS))
+    return {"machine": {"gpu": "made up"}, "ceilings": CEILINGS, "rows": rows}
+
+
+@pytest.mark.parametrize("document", [rows_document(), sweeps_document()], ids=["rows", "sweeps"])
+def test_plots_are_drawn_from_files(document, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason='needs matplotlib: pip install "flashmla_ops[bench]"')
+    measured, picture = tmp_path / "measured.json", tmp_path / "picture.png"
+    measured.write_text(json.dumps(document))
+    monkeypatch.setattr(sys, "argv", ["benchmark", "--from", str(measured), "--plot", str(picture)])
+    assert benchmark.main() == 0
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU says")
+def test_sweep_needs_a_gpu():
+    command = [sys.executable, "-m", "flashmla_ops.benchmark", "--sweep"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and "--sweep needs a GPU" in done.stderr
