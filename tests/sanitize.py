@@ -1,0 +1,410 @@
+"""Runs every kernel of the library under compute-sanitizer: `python tests/sanitize.py`, on a machine with a GPU.
+
+    python tests/sanitize.py --tool memcheck --tool racecheck --json report.json
+    python tests/sanitize.py --cases quick --device cpu      the cases alone, without a tool; here on the CPU backend
+
+First come planted faults (faults.cu): each tool must find its own, and nothing in the same program without them. Then
+each tool watches this script's cases: small calls of every op in every dtype, shape and way of splitting that its
+kernels know, on poisoned and wrong values too. Results are compared on the CPU, because a tool slows every kernel that
+torch would compare with. The exit status is 0 if every fault was found and the cases are right and clean.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from flashmla_ops import (
+    concat_and_cache_mla,
+    fwd_kvcache_mla,
+    get_mla_metadata,
+    get_mla_metadata_,
+    merge_attn_states,
+)
+from flashmla_ops.plan import CPU_PARTS, make_plan, max_parts, row_tiles
+from flashmla_ops.testing import (
+    BAD_PAGE,
+    FP32_EPS,
+    DecodeCase,
+    attention,
+    make_append_case,
+    make_decode_case,
+    make_merge_case,
+    relative_error,
+)
+
+FAULTS = {"memcheck": "overrun", "racecheck": "race", "synccheck": "divergent", "initcheck": "unwritten"}
+QUICK = ("racecheck", "initcheck")  # the slow tools: they watch the quick cases only
+LIMIT_S = 120  # of one run under a tool
+SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+) (?:error|hazard)")
+RIGHT = re.compile(r"^(\d+) cases right$", re.MULTILINE)
+PATH = f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin:{os.environ.get('PATH', '')}"
+
+
+# -------------------------------------------------------------------------------------------------------------- cases
+
+
+class Case(NamedTuple):
+    name: str
+    quick: bool  # whether the slow tools watch it too
+    run: Callable[[str], None]  # runs it on the device of this name and raises if its result is wrong
+
+
+def moved(t: Tensor, device: str) -> Tensor:
+    """t on the device with its strides and all that lies between its elements; torch's own `to` closes gaps."""
+    storage = torch.empty(0, dtype=t.dtype).set_(t.untyped_storage()).to(device)
+    return storage.as_strided(t.shape, t.stride(), t.storage_offset())
+
+
+def moved_kwargs(case, device: str) -> dict:
+    return {name: moved(v, device) if isinstance(v, Tensor) else v for name, v in case.kwargs().items()}
+
+
+def all_cases(device: str) -> Iterator[Case]:
+    yield from metadata_cases()
+    yield from append_cases(device)
+    yield from merge_cases()
+    yield from decode_cases()
+    if device == "cuda":
+        yield from wrong_value_cases()
+        yield Case("paged_stream", True, run_paged_stream)
+
+
+# get_mla_metadata: its kernel has two sizes, for few and for many rows
+
+
+def metadata_cases() -> Iterator[Case]:
+    for b in (1, 5, 700, 3000):
+        yield Case(f"get_mla_metadata b={b}", b in (5, 700), lambda device, b=b: run_metadata(b, device))
+
+
+def run_metadata(b: int, device: str) -> None:
+    heads = 16, 1
+    lengths = (torch.arange(b, dtype=torch.int32) * 977) % 1500
+    parts = CPU_PARTS
+    if device == "cuda":
+        parts = max_parts(torch.cuda.get_device_properties(0).multi_processor_count, row_tiles(*heads))
+    expected = make_plan(lengths, parts)
+    cache_seqlens = moved(lengths, device)
+    planned = get_mla_metadata(cache_seqlens, *heads)
+    in_place = [moved(torch.full_like(t, -7), device) for t in expected]
+    get_mla_metadata_(cache_seqlens, *heads, tile_scheduler_metadata=in_place[0], num_splits=in_place[1])
+    for actual in (planned, in_place):
+        assert all(torch.equal(a.cpu(), e) for a, e in zip(actual, expected, strict=True)), "another plan"
+
+
+# concat_and_cache_mla
+
+
+def append_cases(device: str) -> Iterator[Case]:
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for n, strided in ((1, False), (70, False), (70, True)):
+            name = f"concat_and_cache_mla {dtype} n={n}" + " strided" * strided
+            bad = [2**62, 10_000, -(2**62)] if device == "cuda" and n > 1 else []  # the CPU refuses these
+
+            def run(device: str, dtype=dtype, n=n, strided=strided, bad=bad) -> None:
+                case = make_append_case(n, dtype=dtype, skip=0.2, strided=strided)
+                wrong = case.slot_mapping.clone()
+                for i, slot in enumerate(bad):
+                    wrong[10 * i], case.slot_mapping[10 * i] = slot, -1
+                call = moved_kwargs(replace(case, slot_mapping=wrong), device)
+                concat_and_cache_mla(**call)
+                concat_and_cache_mla(**case.kwargs())
+                assert torch.equal(call["kv_cache"].cpu(), case.kv_cache), "another cache"
+
+            yield Case(name, n > 1, run)
+
+
+# merge_attn_states
+
+
+def merge_cases() -> Iterator[Case]:
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for strided in (False, True):
+
+            def run(device: str, dtype=dtype, strided=strided) -> None:
+                case = make_merge_case(3, 2, 5, dtype=dtype, strided=strided)
+                merged = merge_attn_states(**moved_kwargs(case, device))
+                for actual, expected in zip(merged, merge_attn_states(**case.kwargs()), strict=True):
+                    torch.testing.assert_close(actual.cpu(), expected)
+
+            yield Case(f"merge_attn_states {dtype}" + " strided" * strided, not strided, run)
+
+
+# fwd_kvcache_mla
+
+LENGTHS = (0, 1, 63, 64, 65, 300, 1000)
+FEW_LENGTHS = (0, 1, 65, 300)
+
+
+def decode_cases() -> Iterator[Case]:
+    for dtype in (torch.bfloat16, torch.float16):
+        for h_q in (1, 8, 16, 20, 32, 64, 128):
+            for s_q, causal in ((1, False), (1, True), (2, False), (2, True)):
+                quick = (s_q, causal) in ((1, False), (2, True)) and h_q in (1, 16, 64, 128)
+                for plan in ("none", "own"):
+                    lengths = FEW_LENGTHS if quick and plan == "none" else LENGTHS
+                    call = {"lengths": lengths, "h_q": h_q, "s_q": s_q, "causal": causal, "dtype": dtype}
+                    yield decode_case(call, plan, quick and plan == "none")
+        for parts in (1, 5, 132, 256):
+            for h_q, s_q in ((16, 1), (128, 2)):
+                call = {"lengths": LENGTHS, "h_q": h_q, "s_q": s_q, "causal": s_q == 2, "dtype": dtype}
+                yield decode_case(call, parts, h_q == 16 and parts in (5, 132))
+        others = (
+            {"strided": True},
+            {"page_size": 128},
+            {"h_k": 2, "h_q": 32},
+            {"h_k": 2, "h_q": 256, "s_q": 2},
+            {"peaked": "first"},
+            {"peaked": "middle"},
+            {"peaked": "last"},
+            {"lengths": (0, 0)},
+        )
+        for other in others:
+            call = {"lengths": LENGTHS, "h_q": 20, "causal": True, "dtype": dtype} | other
+            yield decode_case(call, "own", other == {"page_size": 128} or "strided" in other)
+
+
+def decode_case(call: dict, plan: str | int, quick: bool) -> Case:
+    """A call of make_decode_case's arguments; the plan: none, the op's own, or one of so many parts."""
+
+    def run(device: str) -> None:
+        case = make_decode_case(**call)
+        run_decode(case, moved_kwargs(case, device), device, plan)
+
+    shown = " ".join(f"{name}={value}" for name, value in call.items())
+    return Case(f"fwd_kvcache_mla {shown} plan={plan}", quick, run)
+
+
+def run_decode(exact: DecodeCase, call: dict, device: str, plan: str | int) -> None:
+    """Runs the call, whose result must be that of `exact`, a case on the CPU."""
+    planned = ()
+    if plan == "own":
+        _, *heads = exact.plan_args
+        planned = get_mla_metadata(call["cache_seqlens"], *heads)
+    elif plan != "none":
+        planned = [moved(t, device) for t in make_plan(exact.cache_seqlens, plan)]
+    out, lse = fwd_kvcache_mla(**call, **dict(zip(("tile_scheduler_metadata", "num_splits"), planned, strict=False)))
+    check_result(exact, out.cpu(), lse.cpu())
+
+
+def check_result(exact: DecodeCase, out: Tensor, lse: Tensor) -> None:
+    """Looser than check_decode, which compares with PyTorch's error: here a wrong result is one of another tile."""
+    exact_out, exact_lse = attention(exact)
+    seen = exact_lse.isfinite()
+    largest = exact_lse[seen].abs().amax().item() if seen.any() else 0.0
+    floor = 64 * FP32_EPS * (1 + largest)  # an absolute error of a score is a relative one of its exp
+    error, allowed = relative_error(out, exact_out, -1), 2 * torch.finfo(out.dtype).eps + floor
+    assert error <= allowed, f"out: error {error:.2e}, allowed {allowed:.2e}"
+    assert torch.equal(lse[~seen].double(), exact_lse[~seen]), "lse: expected +inf where a query sees no key"
+    if seen.any():
+        error = (lse.double() - exact_lse)[seen].abs().amax().item()
+        assert error <= floor, f"lse: error {error:.2e}, allowed {floor:.2e}"
+
+
+# fwd_kvcache_mla on values that only CUDA bears: pages outside the cache read as zeros, lengths clamp to the table
+
+
+def wrong_value_cases() -> Iterator[Case]:
+    for dtype in (torch.bfloat16, torch.float16):
+        for h_q in (16, 128):
+            for plan in ("none", "own"):
+                quick = plan == "none"
+                yield Case(
+                    f"fwd_kvcache_mla wrong values {dtype} h_q={h_q} plan={plan}",
+                    quick,
+                    lambda device, dtype=dtype, h_q=h_q, plan=plan: run_wrong_values(dtype, h_q, plan, device),
+                )
+
+
+def run_wrong_values(dtype: torch.dtype, h_q: int, plan: str, device: str) -> None:
+    case = make_decode_case([300, 1, 70, 200, 130], h_q=h_q, dtype=dtype, causal=True, poison=False)
+    num_pages, page_size, *_ = case.kv_cache.shape
+    wrong = replace(case, block_table=case.block_table.clone(), cache_seqlens=case.cache_seqlens.clone())
+    wrong.block_table[0, 1], wrong.block_table[0, 2] = -1, -(2**31)
+    wrong.block_table[2, 0], wrong.block_table[3, 3] = num_pages, BAD_PAGE
+    wrong.cache_seqlens[1], wrong.cache_seqlens[3], wrong.cache_seqlens[4] = 2**31 - 1, 100_000, -7
+
+    zeros = torch.zeros_like(case.kv_cache[:1])
+    outside = (wrong.block_table < 0) | (wrong.block_table >= num_pages)
+    exact = replace(
+        wrong,
+        kv_cache=torch.cat([case.kv_cache, zeros]),
+        block_table=wrong.block_table.masked_fill(outside, num_pages),
+        cache_seqlens=wrong.cache_seqlens.clamp(0, wrong.block_table.shape[1] * page_size),
+    )
+    run_decode(exact, moved_kwargs(wrong, device), device, plan)
+
+
+# paged_stream, the benchmark's: it returns nothing
+
+
+def run_paged_stream(device: str) -> None:
+    pages = torch.tensor([3, -1, 0, 4, BAD_PAGE, 2], dtype=torch.int32)
+    torch.ops.flashmla_sm90.paged_stream(torch.zeros(4, 64, 1, 576, dtype=torch.bfloat16).to(device), pages.to(device))
+    torch.cuda.synchronize()
+
+
+def run_cases(which: str, device: str) -> int:
+    cases = [case for case in all_cases(device) if which == "all" or case.quick]
+    for case in cases:
+        try:
+            case.run(device)
+        except Exception as error:
+            print(f"{case.name}: {error}", flush=True)
+            return 1  # an error that a tool has found ends the CUDA context, and every case after it
+    print(f"{len(cases)} cases right")
+    return 0
+
+
+# -------------------------------------------------------------------------------------------------------------- tools
+
+
+@dataclass
+class Row:
+    """What a tool said about a program."""
+
+    tool: str
+    program: str
+    ok: bool
+    verdict: str
+    errors: int | None  # None: the tool said nothing of errors
+    seconds: float
+    cases: int
+    output: str
+
+    def line(self) -> str:
+        errors = "no summary" if self.errors is None else f"{self.errors} errors"
+        return (
+            f"{self.tool:9} {self.program:10} {errors:>10} {self.seconds:6.1f} s {self.cases:4} cases  {self.verdict}"
+        )
+
+
+def why_not() -> str | None:
+    """Why the tools cannot run here, or None."""
+    for program in ("compute-sanitizer", "nvcc"):
+        if shutil.which(program, path=PATH) is None:
+            return f"{program} was not found in CUDA_HOME or on PATH: install the CUDA toolkit"
+    if not torch.cuda.is_available():
+        return "torch finds no usable NVIDIA GPU"
+    return None
+
+
+def watch(tool: str, program: str, command: list[str], expected: Callable[[int | None, int, int], str]) -> Row:
+    """Runs a command under a tool; `expected` says what is wrong, if anything, about (errors, exit status, cases)."""
+    sanitizer = shutil.which("compute-sanitizer", path=PATH)
+    options = ["--tool", tool, "--error-exitcode", "1", "--print-limit", "20", "--target-processes", "all"]
+    if program == "cases" and tool != "initcheck":  # initcheck has to see what torch's kernels write
+        options += [kernel_filter(sanitizer), "kns=flashmla"]
+    if program == "cases" and tool == "memcheck":
+        # torch asks the driver for what it may not have; our own calls' errors are exceptions. The padding keeps a
+        # write past a tensor from landing in the next one, where it would be allowed
+        options += ["--report-api-errors", "no", "--padding", "1024"]
+    # every tensor an allocation of its own, so that memcheck and initcheck know its bounds and its beginning
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    environment.pop("FLASHMLA_DEBUG", None)  # it would refuse the wrong values
+    begin = time.perf_counter()
+    with subprocess.Popen(
+        [sanitizer, *options, *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+        start_new_session=True,  # so that a program that hangs can be ended with its tool
+    ) as process:
+        try:
+            output, late = process.communicate(timeout=LIMIT_S)[0], False
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            output, late = process.communicate()[0], True
+    summaries = SUMMARY.findall(output)
+    errors = sum(map(int, summaries)) if summaries else None
+    cases = int(right[1]) if (right := RIGHT.search(output)) else 0
+    wrong = f"took more than {LIMIT_S} s" if late else expected(errors, process.returncode, cases)
+    seconds = round(time.perf_counter() - begin, 1)
+    return Row(tool, program, not wrong, wrong or "as expected", errors, seconds, cases, output)
+
+
+def kernel_filter(sanitizer: str) -> str:
+    """The option's name, which was another one in older versions."""
+    text = subprocess.run([sanitizer, "--help"], capture_output=True, text=True).stdout
+    return "--kernel-name" if "--kernel-name " in text else "--kernel-regex"
+
+
+def plant_faults(tools: list[str]) -> Iterator[Row]:
+    """Each tool on its planted fault, and on the program without."""
+    with tempfile.TemporaryDirectory() as work:
+        faults = f"{work}/faults"
+        source = str(Path(__file__).with_name("faults.cu"))
+        subprocess.run(
+            [shutil.which("nvcc", path=PATH), "-arch=native", "-lineinfo", "-std=c++17", source, "-o", faults],
+            check=True,
+        )
+        for tool in tools:
+            yield watch(
+                tool, FAULTS[tool], [faults, FAULTS[tool]], lambda errors, status, cases: "" if errors else "NOT FOUND"
+            )
+            yield watch(
+                tool,
+                "clean",
+                [faults, "clean"],
+                lambda errors, status, cases: "" if (errors, status) == (0, 0) else f"NOT CLEAN, exit status {status}",
+            )
+
+
+def watch_cases(tool: str) -> Row:
+    which = "quick" if tool in QUICK else "all"
+    command = [sys.executable, str(Path(__file__).resolve()), "--cases", which]
+    return watch(
+        tool,
+        "cases",
+        command,
+        lambda errors, status, cases: "" if (errors, status) == (0, 0) and cases else f"FAILED, exit status {status}",
+    )
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--tool", action="append", choices=FAULTS, help="default: each in turn")
+    parser.add_argument("--json", metavar="FILE", help="write the report, with what the tools printed, to a file")
+    parser.add_argument("--cases", nargs="?", const="all", choices=["all", "quick"], help="only run the cases, here")
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="of --cases")
+    options = parser.parse_args(arguments)
+    if options.cases:
+        return run_cases(options.cases, options.device)
+    if reason := why_not():
+        print(f"sanitize: {reason}", file=sys.stderr)
+        return 2
+
+    tools = options.tool or list(FAULTS)
+    rows = []
+    for row in itertools.chain(plant_faults(tools), map(watch_cases, tools)):
+        rows.append(row)
+        print(row.line(), flush=True)
+        if not row.ok:
+            print("\n".join(row.output.splitlines()[-60:]), flush=True)
+    passed = all(row.ok for row in rows)
+    seconds = sum(row.seconds for row in rows)
+    print(f"{'passed' if passed else 'FAILED'}: {torch.cuda.get_device_name()}, {seconds:.0f} s")
+    if options.json:
+        report = {"device": torch.cuda.get_device_name(), "passed": passed, "rows": [asdict(row) for row in rows]}
+        Path(options.json).write_text(json.dumps(report, indent=1) + "\n")
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
