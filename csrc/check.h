@@ -23,4 +23,22 @@ inline int multiprocessors() {
     return count;
 }
 
+// Launches a kernel that may start while the one before it ends: it must call cudaGridDependencySynchronize() before it
+// reads what that one wrote, and before it writes.
+template <typename... Args>
+cudaError_t launch_dependent(void (*kernel)(Args...), dim3 grid, int threads, int shared_bytes, cudaStream_t stream,
+                             const Args&... args) {
+    cudaLaunchAttribute early = {};
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = grid;
+    config.blockDim = threads;
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = stream;
+    config.attrs = &early;
+    config.numAttrs = 1;
+    return cudaLaunchKernelEx(&config, kernel, args...);
+}
+
 }  // namespace flashmla

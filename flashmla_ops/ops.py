@@ -283,6 +283,8 @@ def _fwd_kvcache_mla(
         _refuse(_fwd_error(q, kv_cache, block_table, cache_seqlens, head_dim_v))
     if (q.data_ptr() | kv_cache.data_ptr()) % ALIGNMENT:
         _refuse_misaligned(("q", q), ("kv_cache", kv_cache))
+    if tile_scheduler_metadata is not None and tile_scheduler_metadata.data_ptr() % ALIGNMENT:
+        _refuse_misaligned(("tile_scheduler_metadata", tile_scheduler_metadata))
     if backend is None or (tile_scheduler_metadata is None) != (num_splits is None):
         _refuse(_plan_error(tile_scheduler_metadata, num_splits, q))
     if backend is None:

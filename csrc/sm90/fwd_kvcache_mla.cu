@@ -8,22 +8,29 @@
 //
 // Grid: (row tiles, parts at work at once); a CTA takes every gridDim.y-th part of the plan. 1 CTA a multiprocessor.
 //
-// Warp roles. Warp 8 loads key tiles with TMA into a ring of two stages; warps 9-11 load a segment's queries as soon as
-// the last tile of the one before has been scored. Warps 0-3 and 4-7 are two warpgroups that go through the tiles in
-// pairs: each scores one tile of the pair (S = Q K^T, 64 x 64 in registers), they exchange their row maxima, each
-// exponentiates its scores and writes P to shared memory, and each accumulates both tiles' P V for its half of the 512
-// output columns (64 x 256 in registers):
+// Warp roles. Warps 0-3 and 4-7 are two warpgroups, `first` and `second`. They score tiles in turn (S = Q K^T, 64 x 64
+// in registers); each accumulates P V of all tiles for its half of the 512 output columns (64 x 256 in registers): its
+// own P from registers, the other's through shared memory. So one computes its softmax while the other keeps the tensor
+// cores busy:
 //
-//     S = Q K[mine]^T, row max -> shared
-//     barrier
-//     P = exp2(S - max) -> shared, O *= exp2(old max - max)
-//     barrier
-//     O += P[0] V[0][:, half] + P[1] V[1][:, half]
+//     first                                          second
+//     S0 = Q K0^T                                    S1 = Q K1^T
+//     m = max(m, rows of S0), P0 = exp2(S0 - m)
+//     m, P0 -> shared
+//     O = O * exp2(old m - m) + P0 V0[:, left]       O = O * exp2(old m - m) + P0 V0[:, right], under which
+//                                                    m = max(m, rows of S1), P1 = exp2(S1 - m)
+//                                                    m, P1 -> shared
+//     O = O * exp2(old m - m) + P1 V1[:, left]       O = O * exp2(old m - m) + P1 V1[:, right]
+//
+// Warps 8-11 load: the segment's queries together, and each of them one of the four portions (below) of the pairs.
 //
 // Shared memory, in slices of 64 x 64 values (8 KB, wgmma.cuh): Q 9, two key tiles 2 x 9; 216 of 227 KB. A tile's ninth
-// slice holds the 64 rope values, which are no part of V: once the tile is scored its P takes that place.
+// slice holds the 64 rope values, which are no part of V: once the tile is scored, its P takes that place. A tile
+// arrives and is freed in two portions: the half of V that its scorer accumulates, which is done with first; and the
+// other half with the rope slice.
 //
-// Rows that the plan splits go to the workspace as normalised partial outputs and lse; fwd_kvcache_mla_combine.cu
+// Results leave through the portion whose V was used last: from registers to there, then as whole lines to memory. Rows
+// that the plan splits go to the workspace as normalised partial outputs and lse, and fwd_kvcache_mla_combine.cu
 // merges them. Part p has two places there, for its first and for its last row. A plan that uses more parts than the
 // workspace has room for is executed unsplit: each row by the part that holds its first tile.
 //
@@ -42,52 +49,45 @@ namespace {
 // ------------------------------------------------------------------------------------------------------------ config
 
 constexpr int kSlices = kDimQK / 64;  // 9
-constexpr int kStages = 2;            // key tiles in shared memory; Q and three of them do not fit
-constexpr int kBoxes = 3;             // TMA loads of a key tile: its first scores start when a third of it has landed
-constexpr int kBoxSlices = kSlices / kBoxes;
-constexpr int kBoxBytes = kBoxSlices * wgmma::kSliceBytes;
+constexpr int kRope = kSlices - 1;    // the slice that is no part of V
+constexpr int kHalfSlices = 4;        // slices of half of V
+constexpr int kHalfV = kDimV / 2;     // output columns of a warpgroup
+constexpr int kWarpgroup = 128;
 constexpr int kConsumerWarps = 8;
 constexpr int kConsumers = 32 * kConsumerWarps;
-constexpr int kQueryWarps = 3;
-constexpr int kThreads = kConsumers + 32 * (1 + kQueryWarps);
-constexpr int kConsumerRegisters = 224;  // O takes 128, S 32
-constexpr int kProducerRegisters = 56;   // 128 * 56 + 256 * 224 = 64512 of 65536
-constexpr int kHalfV = kDimV / 2;        // output columns of a warpgroup
+constexpr int kProducerWarps = 4;  // one a portion
+constexpr int kThreads = kConsumers + 32 * kProducerWarps;
+constexpr int kConsumerRegisters = 232;  // O takes 128, S 32, P 16
+constexpr int kProducerRegisters = 40;   // 128 * 40 + 256 * 232 = 64512 of 65536
+
+// What arrives and is freed at once, in stage s: half s of V; the other half and rope.
+enum Portion { kOwnHalf, kOtherHalf };
 
 template <typename T>
 struct SharedStorage {
     alignas(1024) T sQ[kSlices][64 * 64];
-    alignas(1024) T sK[kStages][kSlices][64 * 64];
-    float row_max[2][kRowTile];  // of the tile that each warpgroup scored
+    alignas(1024) T sK[2][kSlices][64 * 64];  // stage 0: tiles that `first` scores, 1: `second`
+    Part parts[kMaxParts];
+    float row_max[2][kRowTile];  // after the tile that each warpgroup scored
     float row_sum[2][kRowTile];  // of the tiles that each warpgroup scored
-    uint64_t landed[kStages][kBoxes];
-    uint64_t freed[kStages];
+    uint64_t landed[2][2];       // [stage][portion]
+    uint64_t freed[2][2];
     uint64_t queries_landed, queries_freed;
 };
 
 // Named barriers of the consumers, by event; 0 is __syncthreads's.
-enum Barrier { kMaximaKnown = 1, kProbabilitiesStored, kSumsKnown };
+enum Barrier { kScored = 1 /* + stage */, kStored = 3 /* + stage */, kSumsKnown = 5 };
 
-// What a role has gone through so far: tiles give a ring's stage and phase, segments (that have tiles) the queries'
-// phase.
+// How often a role has gone through each stage, and through queries: the phases of their barriers.
 struct Progress {
-    uint32_t tiles = 0, segments = 0;
+    uint32_t uses[2] = {0, 0}, segments = 0;
 };
 
 // ---------------------------------------------------------------------------------------------------- device helpers
 
-// The ring's stage and phase of the CTA's n-th tile.
-__device__ __forceinline__ int stage_of(uint32_t n) { return n % kStages; }
-__device__ __forceinline__ uint32_t phase_of(uint32_t n) { return (n / kStages) & 1; }
-
-__device__ __forceinline__ void wait(uint64_t* barrier, uint32_t phase) {
-    while (!cuda::ptx::mbarrier_try_wait_parity(barrier, phase)) {
+__device__ __forceinline__ void wait(uint64_t* barrier, uint32_t count) {
+    while (!cuda::ptx::mbarrier_try_wait_parity(barrier, count & 1)) {
     }
-}
-
-template <typename T>
-__device__ __forceinline__ void wait_for_tile(SharedStorage<T>& shared, uint32_t n) {
-    for (int box = 0; box < kBoxes; ++box) wait(&shared.landed[stage_of(n)][box], phase_of(n));
 }
 
 __device__ __forceinline__ float quad_max(float x) {
@@ -113,83 +113,86 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
     return packed;
 }
 
-// ----------------------------------------------------------------------------------------------------- producer roles
+// What exponents are taken relative to: with no key seen so far exp2(-inf - 0) = 0, where -inf - -inf would be NaN.
+__device__ __forceinline__ float base_of(float row_max) { return row_max == -INFINITY ? 0.f : row_max; }
+
+// ----------------------------------------------------------------------------------------------- producers (4 warps)
 
 // Which query rows a CTA has: rows first_row .. of key head `head`, out of params.rows.
 struct RowTile {
     int index, head, first_row;
 };
 
-// Warp 8: loads the segment's tiles, one after the other, each as soon as its stage is free. Lanes look up 32 tiles'
-// pages at once, and the next 32 before they are needed.
+// Starts this warp's share of loading the segment's queries; rows past the last are zeros.
 template <typename T>
-__device__ __forceinline__ void load_tiles(const FwdParams& params, const CUtensorMap& cache, SharedStorage<T>& shared,
-                                           const RowTile& rows, const Segment& segment, Progress& done) {
-    const int lane = threadIdx.x % 32;
-    const int tiles_per_page = params.page_size / kTile;
-    const int* table = params.block_table + segment.row * params.table_stride;
-    const auto page_of = [&](int tile) {
-        const int page = tile < segment.end ? table[tile / tiles_per_page] : -1;
-        return page >= 0 && page < params.num_pages ? page : -1;  // -1 is outside the tensor map: it reads as zeros
-    };
-    int next_page = page_of(segment.begin + lane);
-    for (int first = segment.begin; first < segment.end; first += 32) {
-        const int page = next_page;
-        const int offset = (first + lane) % tiles_per_page * kTile;
-        next_page = page_of(first + 32 + lane);
-        for (int i = 0; i < min(32, segment.end - first); ++i, ++done.tiles) {
-            const int page_i = __shfl_sync(~0u, page, i), offset_i = __shfl_sync(~0u, offset, i);
-            if (lane != 0) continue;
-            const int stage = stage_of(done.tiles);
-            wait(&shared.freed[stage], phase_of(done.tiles) ^ 1);
+__device__ __forceinline__ void start_queries(const FwdParams& params, SharedStorage<T>& shared, const RowTile& rows,
+                                              const Segment& segment, int warp, const Progress& done) {
+    const int lane = threadIdx.x % 32, chunk = lane % 8;
+    const T* q = static_cast<const T*>(params.q) + segment.row * params.q_stride_b + chunk * 8;
+    wait(&shared.queries_freed, done.segments ^ 1);
+#pragma unroll 1
+    for (int first = 0; first < kRowTile; first += 4 * kProducerWarps) {
+        const int r = first + 4 * warp + lane / 8;
+        const int row = rows.first_row + r;
+        const bool valid = row < params.rows;
+        const int s = row / params.group, h = rows.head * params.group + row % params.group;
+        const T* from = valid ? q + s * params.q_stride_s + h * params.q_stride_h : q;
+        const uint32_t to = ptx::shared_address(shared.sQ) + wgmma::swizzled(r, chunk);
 #pragma unroll
-            for (int box = 0; box < kBoxes; ++box) {
-                uint64_t* landed = &shared.landed[stage][box];
-                const int32_t where[5] = {0, offset_i, box * kBoxSlices, rows.head, page_i};
-                cuda::ptx::mbarrier_arrive_expect_tx(cuda::ptx::sem_release, cuda::ptx::scope_cta,
-                                                     cuda::ptx::space_shared, landed, kBoxBytes);
-                cuda::ptx::cp_async_bulk_tensor(cuda::ptx::space_cluster, cuda::ptx::space_global,
-                                                shared.sK[stage][box * kBoxSlices], &cache, where, landed);
-            }
+        for (int slice = 0; slice < kSlices; ++slice) {
+            ptx::cp_async_16(to + slice * wgmma::kSliceBytes, from + slice * 64, valid);
         }
-        __syncwarp();
     }
 }
 
-// Warps 9-11: load the segment's queries; rows past the last are zeros.
 template <typename T>
-__device__ __forceinline__ void load_queries(const FwdParams& params, SharedStorage<T>& shared, const RowTile& rows,
-                                             const Segment& segment, int warp, Progress& done) {
-    if (segment.begin == segment.end) return;
-    constexpr int kChunks = kDimQK * sizeof(T) / 16;
-    const int lane = threadIdx.x % 32;
-    const T* q = static_cast<const T*>(params.q) + segment.row * params.q_stride_b;
-    wait(&shared.queries_freed, (done.segments & 1) ^ 1);
-    // lane i works out where the warp's i-th row lies: two divisions a row by every lane took 5 us a segment
-    constexpr int kRowsPerWarp = (kRowTile + kQueryWarps - 1) / kQueryWarps;
-    static_assert(kRowsPerWarp <= 32);
-    const int row = rows.first_row + warp + lane * kQueryWarps;
-    const int s = row / params.group, h = rows.head * params.group + row % params.group;
-    const int64_t my_offset = row < params.rows ? s * params.q_stride_s + h * params.q_stride_h : -1;
-#pragma unroll 2
-    for (int i = 0; i < kRowsPerWarp; ++i) {
-        const int r = warp + i * kQueryWarps;
-        const int64_t offset = __shfl_sync(~0u, my_offset, i);
-        if (r >= kRowTile) break;
-        const bool valid = offset >= 0;
-        const T* from = valid ? q + offset : q;
-#pragma unroll
-        for (int first = 0; first < kChunks; first += 32) {
-            const int chunk = first + lane;
-            if (chunk >= kChunks) break;
-            const uint32_t to = ptx::shared_address(shared.sQ[chunk / 8]) + wgmma::swizzled(r, chunk % 8);
-            ptx::cp_async_16(to, from + chunk * 8, valid);
-        }
-    }
+__device__ __forceinline__ void finish_queries(SharedStorage<T>& shared) {
     ptx::cp_async_wait_all();
     cuda::ptx::fence_proxy_async(cuda::ptx::space_shared);
     __syncwarp();
-    if (lane == 0) cuda::ptx::mbarrier_arrive(&shared.queries_landed);
+    if (threadIdx.x % 32 == 0) cuda::ptx::mbarrier_arrive(&shared.queries_landed);
+}
+
+// One warp: its share of the segment's queries, and its portion of every other tile, each as soon as its place is free.
+// A lane loads one slice.
+template <typename T>
+__device__ __forceinline__ void load(const FwdParams& params, const CUtensorMap& cache, SharedStorage<T>& shared,
+                                     const RowTile& rows, const Segment& segment, int warp, Progress& done) {
+    if (segment.begin == segment.end) return;
+    const int lane = threadIdx.x % 32;
+    const int stage = warp / 2, portion = warp % 2;
+    const int half = portion == kOwnHalf ? stage : 1 - stage;
+    const int slices = kHalfSlices + (portion == kOtherHalf);
+    const int slice = lane < kHalfSlices ? half * kHalfSlices + lane : kRope;
+    uint64_t* landed = &shared.landed[stage][portion];
+    const int tiles_per_page = params.page_size / kTile;
+    const auto page_of = [&](int tile) {
+        if (tile >= segment.end) return -1;
+        const int page = params.block_table[segment.row * params.table_stride + tile / tiles_per_page];
+        return page >= 0 && page < params.num_pages ? page : -1;  // -1 is outside the tensor map: it reads as zeros
+    };
+    int tile = segment.begin + stage, page = page_of(tile);
+    start_queries(params, shared, rows, segment, warp, done);
+    bool queries_pending = true;
+    for (; tile < segment.end; tile += 2, ++done.uses[0]) {
+        const int next_page = page_of(tile + 2);  // looked up a tile ahead
+        wait(&shared.freed[stage][portion], done.uses[0] ^ 1);
+        if (lane == 0) {
+            cuda::ptx::mbarrier_arrive_expect_tx(cuda::ptx::sem_release, cuda::ptx::scope_cta, cuda::ptx::space_shared,
+                                                 landed, slices * wgmma::kSliceBytes);
+        }
+        __syncwarp();
+        if (lane < slices) {
+            const int32_t where[5] = {0, tile % tiles_per_page * kTile, slice, rows.head, page};
+            cuda::ptx::cp_async_bulk_tensor(cuda::ptx::space_cluster, cuda::ptx::space_global, shared.sK[stage][slice],
+                                            &cache, where, landed);
+        }
+        __syncwarp();
+        if (queries_pending) finish_queries(shared);
+        queries_pending = false;
+        page = next_page;
+    }
+    if (queries_pending) finish_queries(shared);
     ++done.segments;
 }
 
@@ -198,32 +201,40 @@ __device__ __forceinline__ void load_queries(const FwdParams& params, SharedStor
 // Where a consumer thread stands. A warpgroup's accumulators give a thread two rows of the row tile, 8 apart, and in
 // them the columns 8 j + 2 (lane % 4) + {0, 1}.
 struct Consumer {
-    int warpgroup, warp, lane;  // warp: of its warpgroup's 4
+    int warp, lane;  // warp: of its warpgroup's 4
 
     __device__ int row(int i) const { return warp * 16 + lane / 4 + 8 * i; }  // i = 0, 1
     __device__ int column(int j) const { return 8 * j + lane % 4 * 2; }
 };
 
-// S = Q K^T of the tile in `stage`, as its thirds land.
+// The running softmax of a thread's two rows.
+struct Softmax {
+    float max[2] = {-INFINITY, -INFINITY};  // of the scaled scores of both warpgroups' tiles, base 2
+    float sum[2] = {0.f, 0.f};              // of this thread's columns of the tiles its warpgroup scored
+};
+
+// After a warpgroup's last use of a portion.
+__device__ __forceinline__ void release(const Consumer& me, uint64_t* freed) {
+    if (me.lane == 0) cuda::ptx::mbarrier_arrive(freed);
+}
+
+// Starts S = Q K^T of the tile in `stage`, portion by portion as they land.
 template <typename T>
-__device__ __forceinline__ void score(SharedStorage<T>& shared, int stage, uint32_t phase, float (&rS)[32]) {
+__device__ __forceinline__ void score(SharedStorage<T>& shared, int stage, uint32_t uses, float (&rS)[32]) {
 #pragma unroll
-    for (int box = 0; box < kBoxes; ++box) {
-        wait(&shared.landed[stage][box], phase);
-        wgmma::fence();
+    for (int i = 0; i < kSlices; ++i) {
+        if (i == 0) wait(&shared.landed[stage][kOwnHalf], uses);
+        if (i == kHalfSlices) wait(&shared.landed[stage][kOtherHalf], uses);
+        if (i == 0 || i == kHalfSlices) wgmma::fence();
+        const int slice = i == kRope ? kRope : (i + kHalfSlices * stage) % kRope;  // its own half first
+        const uint64_t q = wgmma::k_major(shared.sQ[slice]), k = wgmma::k_major(shared.sK[stage][slice]);
 #pragma unroll
-        for (int slice = box * kBoxSlices; slice < (box + 1) * kBoxSlices; ++slice) {
-            const uint64_t q = wgmma::k_major(shared.sQ[slice]), k = wgmma::k_major(shared.sK[stage][slice]);
-#pragma unroll
-            for (int step = 0; step < 4; ++step) {
-                wgmma::m64n64k16<T>(rS, wgmma::advance(q, step * wgmma::kStepBytesKMajor),
-                                    wgmma::advance(k, step * wgmma::kStepBytesKMajor), slice + step > 0);
-            }
+        for (int step = 0; step < 4; ++step) {
+            wgmma::m64n64k16<T>(rS, wgmma::advance(q, step * wgmma::kStepBytesKMajor),
+                                wgmma::advance(k, step * wgmma::kStepBytesKMajor), i + step > 0);
         }
     }
     wgmma::commit();
-    wgmma::wait<0>();
-    wgmma::keep(rS);
 }
 
 // Scales the scores and sets those of keys that a row does not see to -inf. `visible`: keys that each of the two rows
@@ -232,7 +243,8 @@ __device__ __forceinline__ void scale_and_mask(const Consumer& me, float scale, 
                                                float (&rS)[32]) {
 #pragma unroll
     for (int k = 0; k < 32; ++k) rS[k] *= scale;
-    if ((tile + 1) * kTile <= min(visible[0], visible[1])) return;
+    // a vote is known to be uniform; wgmmas under way across a branch that may not be would be serialised (C7518)
+    if (!__any_sync(~0u, (tile + 1) * kTile > min(visible[0], visible[1]))) return;
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
 #pragma unroll
@@ -242,15 +254,36 @@ __device__ __forceinline__ void scale_and_mask(const Consumer& me, float scale, 
     }
 }
 
-// P [64, 64] in T, from accumulators to a slice.
+__device__ __forceinline__ void row_maxima(const float (&rS)[32], float (&high)[2]) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) high[i] = -INFINITY;
+#pragma unroll
+    for (int k = 0; k < 32; ++k) high[k / 2 % 2] = fmaxf(high[k / 2 % 2], rS[k]);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) high[i] = quad_max(high[i]);
+}
+
+// rS becomes exp2(rS - base), rP the same in T, as the register operand of P V; their sum is added to `sum`.
 template <typename T>
-__device__ __forceinline__ void store_probabilities(const Consumer& me, const float (&rP)[32], T* slice) {
+__device__ __forceinline__ void exponentiate(const float (&row_max)[2], float (&rS)[32], uint32_t (&rP)[16],
+                                             float (&sum)[2]) {
+    const float base[2] = {base_of(row_max[0]), base_of(row_max[1])};
+#pragma unroll
+    for (int k = 0; k < 32; ++k) {
+        rS[k] = ptx::exp2_approx(rS[k] - base[k / 2 % 2]);
+        sum[k / 2 % 2] += rS[k];
+    }
+#pragma unroll
+    for (int k = 0; k < 16; ++k) rP[k] = pack<T>(rS[2 * k], rS[2 * k + 1]);
+}
+
+// P [64, 64] to a slice.
+__device__ __forceinline__ void store_probabilities(const Consumer& me, const uint32_t (&rP)[16], void* slice) {
     const int row = me.warp * 16 + me.lane % 16;
 #pragma unroll
     for (int j = 0; j < 8; j += 2) {
-        ptx::stmatrix_x4(ptx::shared_address(slice) + wgmma::swizzled(row, j + me.lane / 16),
-                         pack<T>(rP[4 * j], rP[4 * j + 1]), pack<T>(rP[4 * j + 2], rP[4 * j + 3]),
-                         pack<T>(rP[4 * j + 4], rP[4 * j + 5]), pack<T>(rP[4 * j + 6], rP[4 * j + 7]));
+        ptx::stmatrix_x4(ptx::shared_address(slice) + wgmma::swizzled(row, j + me.lane / 16), rP[2 * j], rP[2 * j + 1],
+                         rP[2 * j + 2], rP[2 * j + 3]);
     }
 }
 
@@ -258,17 +291,36 @@ __device__ __forceinline__ void store_probabilities(const Consumer& me, const fl
 template <typename T>
 __device__ __forceinline__ void zero_values(const Consumer& me, T (&tile)[kSlices][64 * 64], int first) {
     const int rows = 64 - first;
-    for (int i = me.warp * 32 + me.lane; i < rows * 64; i += 128) {
+    for (int i = me.warp * 32 + me.lane; i < rows * 64; i += kWarpgroup) {
         const int row = first + i / 64, slice = i / 8 % 8, chunk = i % 8;
         reinterpret_cast<int4*>(tile[slice])[row * 8 + chunk] = make_int4(0, 0, 0, 0);
     }
 }
 
-// O += P V of the tile in `stage`, for this warpgroup's columns.
+__device__ __forceinline__ void rescale(const float (&factor)[2], float (&rO)[128]) {
+#pragma unroll
+    for (int k = 0; k < 128; ++k) rO[k] *= factor[k / 2 % 2];
+}
+
+// O += P V of the tile in `stage`, for this warpgroup's half of the columns, with P in registers.
 template <typename T>
-__device__ __forceinline__ void accumulate(SharedStorage<T>& shared, const Consumer& me, int stage, float (&rO)[128]) {
-    const uint64_t p = wgmma::k_major(shared.sK[stage][kSlices - 1]);
-    const uint64_t v = wgmma::mn_major(shared.sK[stage][me.warpgroup * (kHalfV / 64)]);
+__device__ __forceinline__ void accumulate(SharedStorage<T>& shared, int stage, int half, const uint32_t (&rP)[16],
+                                           float (&rO)[128]) {
+    const uint64_t v = wgmma::mn_major(shared.sK[stage][half * kHalfSlices]);
+    wgmma::fence();
+#pragma unroll
+    for (int step = 0; step < 4; ++step) {
+        wgmma::m64n256k16<T>(rO, rP + 4 * step, wgmma::advance(v, step * wgmma::kStepBytesMNMajor), true);
+    }
+    wgmma::commit();
+}
+
+// The same with P in the tile's rope slice.
+template <typename T>
+__device__ __forceinline__ void accumulate(SharedStorage<T>& shared, int stage, int half, float (&rO)[128]) {
+    const uint64_t p = wgmma::k_major(shared.sK[stage][kRope]);
+    const uint64_t v = wgmma::mn_major(shared.sK[stage][half * kHalfSlices]);
+    wgmma::fence();
 #pragma unroll
     for (int step = 0; step < 4; ++step) {
         wgmma::m64n256k16<T>(rO, wgmma::advance(p, step * wgmma::kStepBytesKMajor),
@@ -277,41 +329,280 @@ __device__ __forceinline__ void accumulate(SharedStorage<T>& shared, const Consu
     wgmma::commit();
 }
 
-// A segment's result: to its place in the workspace if it is a share of a split row, else to out and lse.
-template <typename T>
-__device__ __forceinline__ void store_result(const FwdParams& params, const RowTile& rows, const Consumer& me,
-                                             const Segment& segment, const float (&rO)[128], const float (&row_max)[2],
-                                             const float (&row_sum)[2]) {
+// Keys that each of a thread's two rows sees.
+__device__ __forceinline__ void visible_keys(const FwdParams& params, const RowTile& rows, const Consumer& me,
+                                             const Segment& segment, int (&visible)[2]) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
+        const int s = (rows.first_row + me.row(i)) / params.group;
+        visible[i] = min(segment.length, params.causal ? segment.length - params.s_q + 1 + s : segment.length);
+    }
+}
+
+// Takes a new row maximum into account: factor[i] is what the thread's row i of O is to be multiplied by.
+__device__ __forceinline__ void raise_max(Softmax& softmax, const float (&new_max)[2], float (&factor)[2]) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        factor[i] = ptx::exp2_approx(softmax.max[i] - base_of(new_max[i]));
+        softmax.max[i] = new_max[i];
+        softmax.sum[i] *= factor[i];
+    }
+}
+
+// From the scores of tile `tile`, which is in `stage`, to its P: in rP, and for the other warpgroup in the rope slice,
+// with the row maxima it is relative to.
+template <typename T>
+__device__ __forceinline__ void softmax_of(const FwdParams& params, SharedStorage<T>& shared, const Consumer& me,
+                                           const Segment& segment, int stage, int tile, const int (&visible)[2],
+                                           float (&rS)[32], uint32_t (&rP)[16], Softmax& softmax, float (&factor)[2]) {
+    float high[2];
+    scale_and_mask(me, params.softmax_scale_log2, tile, visible, rS);
+    row_maxima(rS, high);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) high[i] = fmaxf(high[i], softmax.max[i]);
+    raise_max(softmax, high, factor);
+    exponentiate<T>(softmax.max, rS, rP, softmax.sum);
+    if (me.lane % 4 == 0) {
+        shared.row_max[stage][me.row(0)] = high[0];
+        shared.row_max[stage][me.row(1)] = high[1];
+    }
+    ptx::named_barrier(kScored + stage, kWarpgroup);  // all of the warpgroup has read the rope slice
+    store_probabilities(me, rP, shared.sK[stage][kRope]);
+    const int valid = segment.length - tile * kTile;
+    if (__any_sync(~0u, valid < kTile)) {
+        zero_values(me, shared.sK[stage], valid);
+        cuda::ptx::fence_proxy_async(cuda::ptx::space_shared);
+        ptx::named_barrier(kScored + stage, kWarpgroup);
+    }
+    cuda::ptx::fence_proxy_async(cuda::ptx::space_shared);
+    ptx::named_barrier_arrive(kStored + stage, kConsumers);
+}
+
+// Waits for the other warpgroup's P of the tile in `stage`, and for its V.
+template <typename T>
+__device__ __forceinline__ void wait_for_other(SharedStorage<T>& shared, const Consumer& me, int stage, uint32_t uses,
+                                               Softmax& softmax, float (&factor)[2]) {
+    ptx::named_barrier(kStored + stage, kConsumers);
+    const float new_max[2] = {shared.row_max[stage][me.row(0)], shared.row_max[stage][me.row(1)]};
+    raise_max(softmax, new_max, factor);
+    // the other warpgroup saw its tile land; what a wgmma of this one reads, this one must have seen land too
+    wait(&shared.landed[stage][kOtherHalf], uses);
+}
+
+// Warpgroup 0: scores the segment's tiles 0, 2, ..., in stage 0. Leaves unreleased what it used last.
+template <typename T>
+__device__ __forceinline__ void attend_first(const FwdParams& params, SharedStorage<T>& shared, const RowTile& rows,
+                                             const Consumer& me, const Segment& segment, Progress& done,
+                                             Softmax& softmax, float (&rO)[128]) {
+    const int tiles = segment.end - segment.begin;
+    int visible[2];
+    visible_keys(params, rows, me, segment, visible);
+    wait(&shared.queries_landed, done.segments);
+    for (int i = 0; i < tiles; i += 2) {
+        const bool both = i + 1 < tiles, last = i + 2 >= tiles;
+        float rS[32], factor[2];
+        uint32_t rP[16];
+        score(shared, 0, done.uses[0], rS);
+        wgmma::wait<0>();
+        wgmma::keep(rS);
+        if (last && me.lane == 0) cuda::ptx::mbarrier_arrive(&shared.queries_freed);
+        softmax_of(params, shared, me, segment, 0, segment.begin + i, visible, rS, rP, softmax, factor);
+        rescale(factor, rO);
+        wgmma::keep(rO);
+        wgmma::keep(rP);
+        accumulate(shared, 0, 0, rP, rO);
+        wgmma::wait<0>();
+        wgmma::keep(rO);
+        wgmma::keep(rP);
+        ++done.uses[0];
+        if (both) {
+            release(me, &shared.freed[0][kOwnHalf]);
+            wait_for_other(shared, me, 1, done.uses[1], softmax, factor);
+            rescale(factor, rO);
+            wgmma::keep(rO);
+            accumulate(shared, 1, 0, rO);
+            wgmma::wait<0>();
+            wgmma::keep(rO);
+            if (!last) release(me, &shared.freed[1][kOtherHalf]);
+            ++done.uses[1];
+        }
+    }
+    ++done.segments;
+}
+
+// Warpgroup 1: scores the segment's tiles 1, 3, ..., in stage 1. Leaves unreleased what it used last.
+template <typename T>
+__device__ __forceinline__ void attend_second(const FwdParams& params, SharedStorage<T>& shared, const RowTile& rows,
+                                              const Consumer& me, const Segment& segment, Progress& done,
+                                              Softmax& softmax, float (&rO)[128]) {
+    const int tiles = segment.end - segment.begin;
+    int visible[2];
+    visible_keys(params, rows, me, segment, visible);
+    wait(&shared.queries_landed, done.segments);
+    float factor[2];
+    for (int i = 1; i < tiles; i += 2) {
+        float rS[32];
+        uint32_t rP[16];
+        score(shared, 1, done.uses[1], rS);
+        wgmma::wait<0>();  // ptxas lets nobody write to O, which is waited for, while another wgmma is under way
+        wgmma::keep(rS);
+        wait_for_other(shared, me, 0, done.uses[0], softmax, factor);
+        rescale(factor, rO);
+        wgmma::keep(rO);
+        accumulate(shared, 0, 1, rO);
+        if (i + 2 >= tiles && me.lane == 0) cuda::ptx::mbarrier_arrive(&shared.queries_freed);
+        softmax_of(params, shared, me, segment, 1, segment.begin + i, visible, rS, rP, softmax, factor);
+        wgmma::wait<0>();
+        wgmma::keep(rO);
+        release(me, &shared.freed[0][kOtherHalf]);
+        ++done.uses[0];
+        rescale(factor, rO);
+        wgmma::keep(rO);
+        wgmma::keep(rP);
+        accumulate(shared, 1, 1, rP, rO);
+        wgmma::wait<0>();
+        wgmma::keep(rO);
+        wgmma::keep(rP);
+        if (i + 1 < tiles) release(me, &shared.freed[1][kOwnHalf]);
+        ++done.uses[1];
+    }
+    if (tiles % 2 == 1) {  // the last tile has no partner
+        if (tiles == 1 && me.lane == 0) cuda::ptx::mbarrier_arrive(&shared.queries_freed);
+        wait_for_other(shared, me, 0, done.uses[0], softmax, factor);
+        rescale(factor, rO);
+        wgmma::keep(rO);
+        accumulate(shared, 0, 1, rO);
+        wgmma::wait<0>();
+        wgmma::keep(rO);
+        ++done.uses[0];
+    }
+    ++done.segments;
+}
+
+// Where a 16-byte chunk of a row of 512 bytes lies in `staging`, so that neither rows nor columns collide in banks.
+__device__ __forceinline__ uint8_t* staged(void* staging, int row, int chunk) {
+    return static_cast<uint8_t*>(staging) + row * 512 + ((chunk ^ (row & 7)) << 4);
+}
+
+// Where query rows go: row r of the row tile is query s of head `first_head` + g, (s, g) counting up together.
+struct OutRows {
+    int64_t at;  // [b, s_q, h_q] as one index
+    int g, group, h_q;
+
+    __device__ OutRows(const FwdParams& params, const RowTile& rows, int batch_row, int r)
+        : g((rows.first_row + r) % params.group), group(params.group), h_q(params.h_q) {
+        const int s = (rows.first_row + r) / params.group;
+        at = (int64_t{batch_row} * params.s_q + s) * params.h_q + rows.head * params.group + g;
+    }
+    __device__ void next() {
+        const bool wraps = ++g == group;
+        at += wraps ? 1 + h_q - group : 1;
+        if (wraps) g = 0;
+    }
+};
+
+// Copies `count` of a warp's 16 staged rows to memory; next() gives one after the other's address.
+template <typename Next>
+__device__ __forceinline__ void copy_rows(const Consumer& me, void* staging, int count, Next&& next) {
+    constexpr int kAtOnce = 4;
+    __syncwarp();
+    for (int first = 0; first < count; first += kAtOnce) {
+        int4 chunks[kAtOnce];
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+            chunks[i] = *reinterpret_cast<const int4*>(staged(staging, me.warp * 16 + first + i, me.lane));
+        }
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+            int4* to = reinterpret_cast<int4*>(next());
+            if (first + i < count) to[me.lane] = chunks[i];
+        }
+    }
+    __syncwarp();
+}
+
+// A segment's result: to its place in the workspace if it is a share of a split row, else to out and lse. `staging`:
+// 32 KB of the warpgroup's.
+template <typename T>
+__device__ __forceinline__ void store_result(const FwdParams& params, const RowTile& rows, const Consumer& me,
+                                             const Segment& segment, int warpgroup, const Softmax& softmax,
+                                             const float (&rO)[128], void* staging) {
+    const bool partial = segment.place >= 0;
+    const int64_t place = (int64_t{segment.place} * params.row_tiles + rows.index) * kRowTile;
+    float scale[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        const bool nothing = softmax.sum[i] == 0.f;
+        scale[i] = nothing ? 0.f : 1.f / softmax.sum[i];
         const int row = rows.first_row + me.row(i);
-        if (row >= params.rows) continue;
-        const bool nothing = row_sum[i] == 0.f;
-        const float scale = nothing ? 0.f : 1.f / row_sum[i];
-        const float lse_log2 = nothing ? -INFINITY : row_max[i] + log2f(row_sum[i]);
-        const bool writes_lse = me.warpgroup == 0 && me.lane % 4 == 0;
-        if (segment.place >= 0) {
-            const int64_t place = (int64_t{segment.place} * params.row_tiles + rows.index) * kRowTile + me.row(i);
-            float* out = params.partial_out + place * kDimV + me.warpgroup * kHalfV;
-#pragma unroll
-            for (int j = 0; j < 32; ++j) {
-                *reinterpret_cast<float2*>(out + me.column(j)) =
-                    make_float2(rO[4 * j + 2 * i] * scale, rO[4 * j + 2 * i + 1] * scale);
-            }
-            if (writes_lse) params.partial_lse[place] = lse_log2;
-        } else {
+        if (warpgroup == 0 && me.lane % 4 == 0 && row < params.rows) {
+            const float lse_log2 = nothing ? -INFINITY : softmax.max[i] + log2f(softmax.sum[i]);
             const int s = row / params.group, h = rows.head * params.group + row % params.group;
-            T* out = static_cast<T*>(params.out) + ((int64_t{segment.row} * params.s_q + s) * params.h_q + h) * kDimV +
-                     me.warpgroup * kHalfV;
-#pragma unroll
-            for (int j = 0; j < 32; ++j) {
-                *reinterpret_cast<uint32_t*>(out + me.column(j)) =
-                    pack<T>(rO[4 * j + 2 * i] * scale, rO[4 * j + 2 * i + 1] * scale);
-            }
-            if (writes_lse) {
+            if (partial) {
+                params.partial_lse[place + me.row(i)] = lse_log2;
+            } else {
                 params.lse[(int64_t{segment.row} * params.h_q + h) * params.s_q + s] =
                     nothing ? INFINITY : lse_log2 * kLn2;
             }
+        }
+    }
+
+    const int first = me.warp * 16;
+    const int count = min(16, params.rows - rows.first_row - first);  // rows of the warp that exist; may be negative
+    if (partial) {
+#pragma unroll
+        for (int round = 0; round < 2; ++round) {  // 128 columns
+#pragma unroll
+            for (int j = 0; j < 16; ++j) {
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    const int k = 4 * (16 * round + j) + 2 * i;
+                    uint8_t* at = staged(staging, me.row(i), 2 * j + me.lane % 4 / 2) + me.lane % 2 * 8;
+                    *reinterpret_cast<float2*>(at) = make_float2(rO[k] * scale[i], rO[k + 1] * scale[i]);
+                }
+            }
+            float* out = params.partial_out + (place + first) * kDimV + warpgroup * kHalfV + round * 128;
+            copy_rows(me, staging, count, [&] {
+                float* row = out;
+                out += kDimV;
+                return row;
+            });
+        }
+    } else {
+#pragma unroll
+        for (int j = 0; j < 32; j += 2) {
+            const int k = 4 * j;
+            ptx::stmatrix_x4(ptx::shared_address(staged(staging, first + me.lane % 16, j + me.lane / 16)),
+                             pack<T>(rO[k] * scale[0], rO[k + 1] * scale[0]),
+                             pack<T>(rO[k + 2] * scale[1], rO[k + 3] * scale[1]),
+                             pack<T>(rO[k + 4] * scale[0], rO[k + 5] * scale[0]),
+                             pack<T>(rO[k + 6] * scale[1], rO[k + 7] * scale[1]));
+        }
+        OutRows out(params, rows, segment.row, first);
+        copy_rows(me, staging, count, [&] {
+            T* row = static_cast<T*>(params.out) + out.at * kDimV + warpgroup * kHalfV;
+            out.next();
+            return row;
+        });
+    }
+}
+
+// The result of a segment without keys.
+template <typename T>
+__device__ __forceinline__ void store_nothing(const FwdParams& params, const RowTile& rows, const Segment& segment) {
+    for (int r = threadIdx.x / 32; r < kRowTile && rows.first_row + r < params.rows; r += kConsumerWarps) {
+        const int row = rows.first_row + r, lane = threadIdx.x % 32;
+        const int s = row / params.group, h = rows.head * params.group + row % params.group;
+        if (segment.place >= 0) {
+            const int64_t place = (int64_t{segment.place} * params.row_tiles + rows.index) * kRowTile + r;
+            float4* out = reinterpret_cast<float4*>(params.partial_out + place * kDimV);
+            for (int i = lane; i < kDimV / 4; i += 32) out[i] = make_float4(0.f, 0.f, 0.f, 0.f);
+            if (lane == 0) params.partial_lse[place] = -INFINITY;
+        } else {
+            const int64_t at = (int64_t{segment.row} * params.s_q + s) * params.h_q + h;
+            int4* out = reinterpret_cast<int4*>(static_cast<T*>(params.out) + at * kDimV);
+            for (int i = lane; i < kDimV * static_cast<int>(sizeof(T)) / 16; i += 32) out[i] = make_int4(0, 0, 0, 0);
+            if (lane == 0) params.lse[(int64_t{segment.row} * params.h_q + h) * params.s_q + s] = INFINITY;
         }
     }
 }
@@ -319,96 +610,31 @@ __device__ __forceinline__ void store_result(const FwdParams& params, const RowT
 // One segment, from its queries to its result.
 template <typename T>
 __device__ __forceinline__ void attend(const FwdParams& params, SharedStorage<T>& shared, const RowTile& rows,
-                                       const Consumer& me, const Segment& segment, Progress& done) {
-    float rO[128] = {};                         // [64, 256] of the warpgroup
-    float row_max[2] = {-INFINITY, -INFINITY};  // of the scaled scores, base 2
-    float row_sum[2] = {0.f, 0.f};              // of this thread's columns of the tiles its warpgroup scored
-    const int tiles = segment.end - segment.begin;
-    int visible[2];  // keys that each of the thread's rows sees
+                                       const Segment& segment, int warpgroup, Progress& done) {
+    if (segment.begin == segment.end) return store_nothing<T>(params, rows, segment);
+    // the lane is read anew: what derives from it would else be kept in registers across segments
+    const Consumer me = {__shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32 % 4, 0), ptx::lane()};
+    float rO[128] = {};  // [64, 256] of the warpgroup
+    Softmax softmax;
+    if (warpgroup == 0) {
+        attend_first(params, shared, rows, me, segment, done, softmax, rO);
+    } else {
+        attend_second(params, shared, rows, me, segment, done, softmax, rO);
+    }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-        const int s = (rows.first_row + me.row(i)) / params.group;
-        visible[i] = min(segment.length, params.causal ? segment.length - params.s_q + 1 + s : segment.length);
+        softmax.sum[i] = quad_sum(softmax.sum[i]);
+        if (me.lane % 4 == 0) shared.row_sum[warpgroup][me.row(i)] = softmax.sum[i];
     }
+    ptx::named_barrier(kSumsKnown, kConsumers);  // and every wgmma of both warpgroups is done
+#pragma unroll
+    for (int i = 0; i < 2; ++i) softmax.sum[i] = shared.row_sum[0][me.row(i)] + shared.row_sum[1][me.row(i)];
 
-    if (tiles > 0) wait(&shared.queries_landed, done.segments & 1);
-    for (int pair = 0; pair < tiles; pair += 2) {
-        const int mine = pair + me.warpgroup;  // the tile of this pair that this warpgroup scores, if there is one
-        const int tile = segment.begin + mine;
-        const int stage = stage_of(done.tiles + mine);
-        const bool scores = mine < tiles;
-        float rS[32];
-        float high[2] = {-INFINITY, -INFINITY};
-        if (scores) {
-            score(shared, stage, phase_of(done.tiles + mine), rS);
-            scale_and_mask(me, params.softmax_scale_log2, tile, visible, rS);
-#pragma unroll
-            for (int k = 0; k < 32; ++k) high[k / 2 % 2] = fmaxf(high[k / 2 % 2], rS[k]);
-        }
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            high[i] = quad_max(high[i]);
-            if (me.lane % 4 == 0) shared.row_max[me.warpgroup][me.row(i)] = high[i];
-        }
-        if (pair + 2 >= tiles && me.lane == 0) cuda::ptx::mbarrier_arrive(&shared.queries_freed);
-        ptx::named_barrier(kMaximaKnown, kConsumers);
-
-        float base[2], rescale[2];
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const float other = shared.row_max[1 - me.warpgroup][me.row(i)];
-            const float new_max = fmaxf(row_max[i], fmaxf(high[i], other));
-            base[i] = new_max == -INFINITY ? 0.f : new_max;  // no key seen so far: exp2(-inf - 0) = 0, not NaN
-            rescale[i] = ptx::exp2_approx(row_max[i] - base[i]);
-            row_max[i] = new_max;
-            row_sum[i] *= rescale[i];
-        }
-        if (scores) {
-#pragma unroll
-            for (int k = 0; k < 32; ++k) {
-                rS[k] = ptx::exp2_approx(rS[k] - base[k / 2 % 2]);
-                row_sum[k / 2 % 2] += rS[k];
-            }
-            store_probabilities(me, rS, shared.sK[stage][kSlices - 1]);
-            const int valid = segment.length - tile * kTile;
-            if (valid < kTile) zero_values(me, shared.sK[stage], valid);
-            cuda::ptx::fence_proxy_async(cuda::ptx::space_shared);
-        }
-#pragma unroll
-        for (int k = 0; k < 128; ++k) rO[k] *= rescale[k / 2 % 2];
-        ptx::named_barrier(kProbabilitiesStored, kConsumers);
-
-        const int first = stage_of(done.tiles + pair), second = stage_of(done.tiles + pair + 1);
-        const bool both = pair + 1 < tiles;
-        // the other warpgroup saw its tile land; what a wgmma of this one reads, this one must have seen land too
-        if (both || me.warpgroup == 1) wait_for_tile(shared, done.tiles + pair + 1 - me.warpgroup);
-        wgmma::keep(rO);
-        wgmma::fence();
-        accumulate(shared, me, first, rO);
-        if (both) {
-            wgmma::fence();
-            accumulate(shared, me, second, rO);
-        }
-        wgmma::wait<0>();
-        wgmma::keep(rO);
-        if (me.lane == 0) {
-            cuda::ptx::mbarrier_arrive(&shared.freed[first]);
-            if (both) cuda::ptx::mbarrier_arrive(&shared.freed[second]);
-        }
-    }
-    if (tiles > 0) {
-        done.tiles += tiles;
-        ++done.segments;
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            row_sum[i] = quad_sum(row_sum[i]);
-            if (me.lane % 4 == 0) shared.row_sum[me.warpgroup][me.row(i)] = row_sum[i];
-        }
-        ptx::named_barrier(kSumsKnown, kConsumers);
-#pragma unroll
-        for (int i = 0; i < 2; ++i) row_sum[i] = shared.row_sum[0][me.row(i)] + shared.row_sum[1][me.row(i)];
-    }
-    store_result<T>(params, rows, me, segment, rO, row_max, row_sum);
+    const int stage = (segment.end - segment.begin - 1) % 2;  // its half of V was used last
+    store_result<T>(params, rows, me, segment, warpgroup, softmax, rO, shared.sK[stage][warpgroup * kHalfSlices]);
+    cuda::ptx::fence_proxy_async(cuda::ptx::space_shared);
+    ptx::named_barrier(kScored + warpgroup, kWarpgroup);
+    release(me, &shared.freed[stage][stage == warpgroup ? kOwnHalf : kOtherHalf]);
 }
 
 // ------------------------------------------------------------------------------------------------------------ kernel
@@ -424,33 +650,29 @@ __global__ void __launch_bounds__(kThreads, 1)
     const RowTile rows = {row_tile, row_tile / tiles_per_head, row_tile % tiles_per_head * kRowTile};
 
     if (threadIdx.x == 0) {
-        for (int stage = 0; stage < kStages; ++stage) {
-            for (int box = 0; box < kBoxes; ++box) cuda::ptx::mbarrier_init(&shared.landed[stage][box], 1);
-            cuda::ptx::mbarrier_init(&shared.freed[stage], kConsumerWarps);
+        ptx::prefetch_tensor_map(&cache);
+        for (int i = 0; i < 4; ++i) {
+            cuda::ptx::mbarrier_init(&shared.landed[i / 2][i % 2], 1);
+            cuda::ptx::mbarrier_init(&shared.freed[i / 2][i % 2], kConsumerWarps / 2);
         }
-        cuda::ptx::mbarrier_init(&shared.queries_landed, kQueryWarps);
+        cuda::ptx::mbarrier_init(&shared.queries_landed, kProducerWarps);
         cuda::ptx::mbarrier_init(&shared.queries_freed, kConsumerWarps);
         cuda::ptx::fence_mbarrier_init(cuda::ptx::sem_release, cuda::ptx::scope_cluster);
     }
-    const bool unsplit = __syncthreads_or(uses_parts_without_workspace(params));
+    cudaGridDependencySynchronize();  // nothing above reads what an earlier kernel wrote
+    cudaTriggerProgrammaticLaunchCompletion();
+    const bool unsplit = read_plan(params, shared.parts);
 
     Progress done;
     if (warp >= kConsumerWarps) {
         ptx::decrease_registers<kProducerRegisters>();
-        if (warp == kConsumerWarps) {
-            for_each_segment(params, unsplit,
-                             [&](const Segment& segment) { load_tiles(params, cache, shared, rows, segment, done); });
-        } else {
-            for_each_segment(params, unsplit, [&](const Segment& segment) {
-                load_queries(params, shared, rows, segment, warp - kConsumerWarps - 1, done);
-            });
-        }
+        for_each_segment(params, shared.parts, unsplit, [&](const Segment& segment) {
+            load(params, cache, shared, rows, segment, warp - kConsumerWarps, done);
+        });
     } else {
         ptx::increase_registers<kConsumerRegisters>();
-        for_each_segment(params, unsplit, [&](const Segment& segment) {
-            // the lane is read anew: what derives from it would else be kept in registers across segments
-            const Consumer me = {warp / 4, warp % 4, ptx::lane()};
-            attend<T>(params, shared, rows, me, segment, done);
+        for_each_segment(params, shared.parts, unsplit, [&](const Segment& segment) {
+            attend(params, shared, rows, segment, warp / (kConsumerWarps / 2), done);
         });
     }
 }
@@ -461,13 +683,13 @@ template <typename T>
 void launch(const FwdParams& params, cudaStream_t stream) {
     const auto kernel = fwd_kvcache_mla_kernel<T>;
     constexpr int kSharedBytes = sizeof(SharedStorage<T>);
+    static_assert(kSharedBytes <= 227 * 1024);
     // no page, no key: every length is then 0, and nothing reads through the map
-    const CUtensorMap cache = params.max_len > 0 ? paged_cache_map(params, kSlices, kBoxSlices) : CUtensorMap{};
+    const CUtensorMap cache = params.max_len > 0 ? paged_cache_map(params, kSlices, 1) : CUtensorMap{};
     cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
                "fwd_kvcache_mla: shared memory");
     const dim3 grid(params.row_tiles, params.grid_parts);
-    kernel<<<grid, kThreads, kSharedBytes, stream>>>(params, cache);
-    cuda_check(cudaGetLastError(), "fwd_kvcache_mla");
+    cuda_check(launch_dependent(kernel, grid, kThreads, kSharedBytes, stream, params, cache), "fwd_kvcache_mla");
 }
 
 }  // namespace

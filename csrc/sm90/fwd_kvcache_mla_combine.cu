@@ -6,8 +6,11 @@
 // Shares are added in that order, so results repeat bitwise.
 //
 // Grid: as many CTAs as fit at once. Each first lists the split rows, one thread a part; then its warps share the
-// list's items with all others', an item being 128 columns of one query row: a lane holds 4 and has 8 shares' loads in
-// flight.
+// list's items with all others'. Where rows have few shares an item is a query row, and a lane holds 16 of its columns;
+// where they have many it is 32 columns of one, and a quarter of the warp's lanes takes every fourth share. Either way
+// a lane has 8 loads in flight.
+//
+// It is launched before the decode kernel ends, and waits for that.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -20,9 +23,8 @@ namespace {
 
 constexpr int kThreads = kMaxParts;
 constexpr int kWarps = kThreads / 32;
-constexpr int kCtasPerSm = 8;
-constexpr int kColumnsPerItem = 128;
-constexpr int kChunks = kDimV / kColumnsPerItem;
+constexpr int kCtasPerSm = 4;
+constexpr int kLoads = 8;  // of a lane, in flight
 constexpr float kNothing = -INFINITY;
 
 struct SplitRow {
@@ -97,17 +99,30 @@ __device__ void store4(__half* to, float4 v) {
     reinterpret_cast<__half2*>(to)[1] = __floats2half2_rn(v.z, v.w);
 }
 
-// One warp: columns [128 chunk, 128 chunk + 128) of row `row` of a row tile.
-template <typename T>
+// One warp: chunk `chunk` of row `row` of a row tile. Group g of its kGroups groups of lanes takes shares g,
+// g + kGroups, ...; a lane takes kVectors x 4 columns, neighbouring lanes neighbouring ones.
+template <typename T, int kGroups, int kVectors>
 __device__ void merge(const FwdParams& params, const SplitRow& split, int row_tile, int row, int chunk) {
-    const int lane = threadIdx.x % 32;
+    constexpr int kLanes = 32 / kGroups, kInFlight = kLoads / kVectors;
+    const int lane = threadIdx.x % 32, group = lane / kLanes;
     const int tiles_per_head = params.row_tiles / params.h_k;
     const int row_in_head = row_tile % tiles_per_head * kRowTile + row;
     if (row_in_head >= params.rows) return;
     const auto place = [&](int share) {
-        const int64_t at = share == 0 ? last_place(split.part) : first_place(split.part + share);
+        const int at = share == 0 ? last_place(split.part) : first_place(split.part + share);
         return (at * params.row_tiles + row_tile) * kRowTile + row;
     };
+    const auto column = [&](int v) { return ((chunk * kVectors + v) * kLanes + lane % kLanes) * 4; };
+    float4 loaded[kInFlight][kVectors];
+    const auto load = [&](int i, int share) {
+        const float* from = params.partial_out + int64_t{place(share)} * kDimV;
+#pragma unroll
+        for (int v = 0; v < kVectors; ++v) {
+            loaded[i][v] = share < split.shares ? *reinterpret_cast<const float4*>(from + column(v)) : float4{};
+        }
+    };
+#pragma unroll
+    for (int i = 0; i < kInFlight; ++i) load(i, group + i * kGroups);  // under way while the weights are worked out
 
     float high = kNothing;
     for (int i = lane; i < split.shares; i += 32) high = fmaxf(high, params.partial_lse[place(i)]);
@@ -118,22 +133,40 @@ __device__ void merge(const FwdParams& params, const SplitRow& split, int row_ti
     sum = warp_sum(sum);
     const float scale = sum == 0.f ? 0.f : 1.f / sum;
 
-    const int column = chunk * kColumnsPerItem + lane * 4;
-    float4 out = {0.f, 0.f, 0.f, 0.f};
-#pragma unroll 8
-    for (int i = 0; i < split.shares; ++i) {
-        const float weight = ptx::exp2_approx(params.partial_lse[place(i)] - base) * scale;
-        const float4 part = *reinterpret_cast<const float4*>(params.partial_out + place(i) * kDimV + column);
-        out.x += weight * part.x;
-        out.y += weight * part.y;
-        out.z += weight * part.z;
-        out.w += weight * part.w;
+    float4 out[kVectors] = {};
+    for (int first = group; first < split.shares; first += kInFlight * kGroups) {
+#pragma unroll
+        for (int i = 0; i < kInFlight; ++i) {
+            const int share = first + i * kGroups;
+            const float weight =
+                share < split.shares ? ptx::exp2_approx(params.partial_lse[place(share)] - base) * scale : 0.f;
+#pragma unroll
+            for (int v = 0; v < kVectors; ++v) {
+                out[v].x += weight * loaded[i][v].x;
+                out[v].y += weight * loaded[i][v].y;
+                out[v].z += weight * loaded[i][v].z;
+                out[v].w += weight * loaded[i][v].w;
+            }
+            load(i, share + kInFlight * kGroups);
+        }
+    }
+#pragma unroll
+    for (int offset = kLanes; offset < 32; offset *= 2) {
+        for (int v = 0; v < kVectors; ++v) {
+            out[v].x += __shfl_xor_sync(~0u, out[v].x, offset);
+            out[v].y += __shfl_xor_sync(~0u, out[v].y, offset);
+            out[v].z += __shfl_xor_sync(~0u, out[v].z, offset);
+            out[v].w += __shfl_xor_sync(~0u, out[v].w, offset);
+        }
     }
 
     const int head = row_tile / tiles_per_head;
     const int s = row_in_head / params.group, h = head * params.group + row_in_head % params.group;
-    store4(static_cast<T*>(params.out) + ((int64_t{split.row} * params.s_q + s) * params.h_q + h) * kDimV + column,
-           out);
+    T* to = static_cast<T*>(params.out) + ((int64_t{split.row} * params.s_q + s) * params.h_q + h) * kDimV;
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+        if (group == 0) store4(to + column(v), out[v]);
+    }
     if (chunk == 0 && lane == 0) {
         params.lse[(int64_t{split.row} * params.h_q + h) * params.s_q + s] =
             sum == 0.f ? INFINITY : (high + log2f(sum)) * kLn2;
@@ -142,16 +175,24 @@ __device__ void merge(const FwdParams& params, const SplitRow& split, int row_ti
 
 // ------------------------------------------------------------------------------------------------------------ kernel
 
-template <typename T>
+template <typename T, int kGroups, int kVectors>
 __global__ void __launch_bounds__(kThreads) fwd_kvcache_mla_combine_kernel(const FwdParams params) {
     __shared__ SharedStorage shared;
-    if (__syncthreads_or(uses_parts_without_workspace(params))) return;  // it was executed unsplit
-    const int64_t items = int64_t{list_split_rows(params, shared)} * params.row_tiles * kRowTile * kChunks;
-    const int warp = blockIdx.x * kWarps + threadIdx.x / 32;
-    for (int64_t item = warp; item < items; item += gridDim.x * kWarps) {
-        const int chunk = item % kChunks, row = item / kChunks % kRowTile;
-        const int tile = static_cast<int>(item / (kChunks * kRowTile));
-        merge<T>(params, shared.rows[tile / params.row_tiles], tile % params.row_tiles, row, chunk);
+    cudaGridDependencySynchronize();
+    bool unsplit = false;
+    for (int part = params.split_parts + threadIdx.x; part < params.plan_parts; part += kThreads) {
+        unsplit |= !load_part(params, part).empty();
+    }
+    const int split_rows = list_split_rows(params, shared);
+    if (__syncthreads_or(unsplit)) return;
+    constexpr int kChunks = kDimV * kGroups / (128 * kVectors);
+    const int rows_per_tile = min(kRowTile, params.rows);  // of a key head with one row tile
+    const int per_row = params.row_tiles * rows_per_tile * kChunks;
+    const int items = split_rows * per_row;  // at most 512 row tiles' (the workspace's size) 64 x 16
+    for (int item = blockIdx.x * kWarps + threadIdx.x / 32; item < items; item += gridDim.x * kWarps) {
+        const int split = item / per_row, in_row = item % per_row;
+        const int tile = in_row / (kChunks * rows_per_tile), in_tile = in_row % (kChunks * rows_per_tile);
+        merge<T, kGroups, kVectors>(params, shared.rows[split], tile, in_tile / kChunks, in_tile % kChunks);
     }
 }
 
@@ -159,11 +200,17 @@ __global__ void __launch_bounds__(kThreads) fwd_kvcache_mla_combine_kernel(const
 
 // ---------------------------------------------------------------------------------------------------------- launcher
 
+template <typename T>
+static void launch(const FwdParams& params, cudaStream_t stream) {
+    // rows have parts / b shares, more or less
+    const bool many_shares = params.split_parts > 8 * params.b;
+    const auto kernel = many_shares ? fwd_kvcache_mla_combine_kernel<T, 4, 1> : fwd_kvcache_mla_combine_kernel<T, 1, 4>;
+    const dim3 grid(kCtasPerSm * multiprocessors());
+    cuda_check(launch_dependent(kernel, grid, kThreads, 0, stream, params), "fwd_kvcache_mla_combine");
+}
+
 void fwd_kvcache_mla_combine(const FwdParams& params, cudaStream_t stream) {
-    const auto kernel = params.dtype == DType::kBF16 ? fwd_kvcache_mla_combine_kernel<__nv_bfloat16>
-                                                     : fwd_kvcache_mla_combine_kernel<__half>;
-    kernel<<<kCtasPerSm * multiprocessors(), kThreads, 0, stream>>>(params);
-    cuda_check(cudaGetLastError(), "fwd_kvcache_mla_combine");
+    params.dtype == DType::kBF16 ? launch<__nv_bfloat16>(params, stream) : launch<__half>(params, stream);
 }
 
 }  // namespace flashmla::sm90

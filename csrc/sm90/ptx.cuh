@@ -37,6 +37,16 @@ __device__ __forceinline__ void named_barrier(int barrier, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
+// Counts for a barrier that others wait at, without waiting. "bar.arrive"
+__device__ __forceinline__ void named_barrier_arrive(int barrier, int threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
+// Brings a line into L2. "prefetch"
+__device__ __forceinline__ void prefetch_l2(const void* pointer) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(pointer));
+}
+
 // Hands a warpgroup's registers back, or takes more of them. "setmaxnreg"
 template <int kRegisters>
 __device__ __forceinline__ void decrease_registers() {

@@ -22,11 +22,11 @@ __device__ __forceinline__ int swizzled(int row, int chunk) { return row * 128 +
 
 // -------------------------------------------------------------------------------------------------------- descriptors
 // Bits 0-13 address, 16-29 leading byte offset, 32-45 stride byte offset (each / 16), 62-63 swizzle mode, 1 = 128
-// bytes.
+// bytes. In a cluster a CTA's shared addresses have its rank in higher bits, which must not get into the offsets.
 
 __device__ __forceinline__ uint64_t descriptor(const void* slice, int leading_bytes, int stride_bytes) {
     return (uint64_t{1} << 62) | (static_cast<uint64_t>(stride_bytes >> 4) << 32) |
-           (static_cast<uint64_t>(leading_bytes >> 4) << 16) | (ptx::shared_address(slice) >> 4);
+           (static_cast<uint64_t>(leading_bytes >> 4) << 16) | (ptx::shared_address(slice) >> 4 & 0x3fff);
 }
 
 // An operand whose reduced dimension runs along the 64 values of a slice's rows: a step of 16 of them is 32 bytes.
@@ -54,11 +54,16 @@ __device__ __forceinline__ void wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// Keeps the compiler from touching accumulators that a wgmma may still write: call it after wait().
+// Keeps the compiler from touching registers that a wgmma may still use: call it after wait().
 template <int kCount>
 __device__ __forceinline__ void keep(float (&d)[kCount]) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+template <int kCount>
+__device__ __forceinline__ void keep(uint32_t (&a)[kCount]) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(a[i])::"memory");
 }
 
 // ------------------------------------------------------------------------------------------------------------- shapes
@@ -95,6 +100,24 @@ __device__ __forceinline__ void keep(float (&d)[kCount]) {
           FLASHMLA_16(d, 80), FLASHMLA_16(d, 96), FLASHMLA_16(d, 112)                                        \
         : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)))
 
+#define FLASHMLA_WGMMA_M64N256K16_RS(TYPE)                                                                   \
+    asm volatile(                                                                                            \
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %133, 0;\n"                                                        \
+        "wgmma.mma_async.sync.aligned.m64n256k16.f32." TYPE "." TYPE                                         \
+        " "                                                                                                  \
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15,"                             \
+        " %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31,"                   \
+        " %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47,"                   \
+        " %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63,"                   \
+        " %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79,"                   \
+        " %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95,"                   \
+        " %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111,"       \
+        " %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, " \
+        "{%128, %129, %130, %131}, %132, p, 1, 1, 1;\n}\n"                                                   \
+        : FLASHMLA_16(d, 0), FLASHMLA_16(d, 16), FLASHMLA_16(d, 32), FLASHMLA_16(d, 48), FLASHMLA_16(d, 64), \
+          FLASHMLA_16(d, 80), FLASHMLA_16(d, 96), FLASHMLA_16(d, 112)                                        \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)))
+
 // d [64, 64] = a [64, 16] b [64, 16]^T (+ d): both operands in shared memory, K-major.
 template <typename T>
 __device__ __forceinline__ void m64n64k16(float (&d)[32], uint64_t a, uint64_t b, bool accumulate) {
@@ -115,6 +138,18 @@ __device__ __forceinline__ void m64n256k16(float (&d)[128], uint64_t a, uint64_t
     }
 }
 
+// The same with a in registers, in the layout of accumulators packed in pairs: a[0], a[1] hold the thread's two rows of
+// columns 0-7, a[2], a[3] of columns 8-15.
+template <typename T>
+__device__ __forceinline__ void m64n256k16(float (&d)[128], const uint32_t* a, uint64_t b, bool accumulate) {
+    if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+        FLASHMLA_WGMMA_M64N256K16_RS("bf16");
+    } else {
+        FLASHMLA_WGMMA_M64N256K16_RS("f16");
+    }
+}
+
+#undef FLASHMLA_WGMMA_M64N256K16_RS
 #undef FLASHMLA_WGMMA_M64N256K16
 #undef FLASHMLA_WGMMA_M64N64K16
 #undef FLASHMLA_16
