@@ -4,7 +4,7 @@
 //   faults overrun     writes past the end of a buffer                         memcheck
 //   faults race        reads what another warp stores, with no barrier between racecheck
 //   faults unwritten   reads global memory that nobody wrote                   initcheck
-//   faults divergent   some threads of a block leave out a barrier             synccheck
+//   faults divergent   a thread waits at a warp's barrier that does not name it synccheck
 //   faults clean       the same kernels without their faults; exits with 0 if their results are right
 //
 // Each kernel copies kThreads ints, one a thread.
@@ -32,15 +32,15 @@ __global__ void reverse_kernel(int* to, const int* from) {
     to[i] = shared[kThreads - 1 - i];
 }
 
-// The threads from `waiting` on leave without the barrier, which the others then pass.
-__global__ void barrier_kernel(int* to, const int* from, int waiting) {
+// Threads of a warp up to `last_waiting` wait for those below 16: at 16, one too many.
+__global__ void barrier_kernel(int* to, const int* from, int last_waiting) {
     __shared__ int shared[kThreads];
-    const int i = threadIdx.x;
+    const int i = threadIdx.x, lane = i % 32;
     shared[i] = from[i];
-    if (i < waiting) {
-        __syncthreads();
-        to[i] = shared[i ^ 1];
-    }
+    const unsigned named = __ballot_sync(~0u, lane < 16);
+    if (lane <= last_waiting) __syncwarp(named);
+    __syncthreads();
+    to[i] = shared[i ^ 1];
 }
 
 int main(int argc, char** argv) {
@@ -58,16 +58,17 @@ int main(int argc, char** argv) {
     cudaMalloc(&from, 2 * kBytes);
     cudaMemcpy(from, values.data(), unwritten ? kBytes / 2 : 2 * kBytes, cudaMemcpyHostToDevice);
     for (int*& buffer : to) cudaMalloc(&buffer, kBytes);
+    int* small = nullptr;  // its last int lies past its end, and in no other buffer
+    cudaMalloc(&small, kBytes - sizeof(int));
 
-    const int n = overrun ? kThreads + 1 : kThreads;
-    copy_kernel<<<1, 2 * kThreads>>>(to[0], from, n);
+    copy_kernel<<<1, 2 * kThreads>>>(overrun ? small : to[0], from, kThreads);
     race ? reverse_kernel<false><<<1, kThreads>>>(to[1], from) : reverse_kernel<true><<<1, kThreads>>>(to[1], from);
-    barrier_kernel<<<1, kThreads>>>(to[2], from, divergent ? kThreads - 16 : kThreads);
+    barrier_kernel<<<1, kThreads>>>(to[2], from, divergent ? 16 : 15);
 
     cudaMemcpy(copied.data(), to[0], kBytes, cudaMemcpyDeviceToHost);
     cudaMemcpy(reversed.data(), to[1], kBytes, cudaMemcpyDeviceToHost);
-    if (!divergent) cudaMemcpy(swapped.data(), to[2], kBytes, cudaMemcpyDeviceToHost);
-    for (int* buffer : {from, to[0], to[1], to[2]}) cudaFree(buffer);
+    cudaMemcpy(swapped.data(), to[2], kBytes, cudaMemcpyDeviceToHost);
+    for (int* buffer : {from, to[0], to[1], to[2], small}) cudaFree(buffer);
     if (strcmp(fault, "clean")) return 0;  // what a fault computes means nothing
 
     if (const cudaError_t error = cudaDeviceSynchronize(); error != cudaSuccess) {
