@@ -69,8 +69,9 @@ struct SharedStorage {
     alignas(1024) T sK[2][kSlices][64 * 64];  // stage 0: tiles that `first` scores, 1: `second`
     Part parts[kMaxParts];
     float row_max[2][kRowTile];  // after the tile that each warpgroup scored
-    float row_sum[2][kRowTile];  // of the tiles that each warpgroup scored
-    uint64_t landed[2][2];       // [stage][portion]
+    float row_sum[2][2]
+                 [kRowTile];  // [segments % 2][warpgroup], of the tiles that each scored: one may be a segment ahead
+    uint64_t landed[2][2];    // [stage][portion]
     uint64_t freed[2][2];
     uint64_t queries_landed, queries_freed;
 };
@@ -621,14 +622,15 @@ __device__ __forceinline__ void attend(const FwdParams& params, SharedStorage<T>
     } else {
         attend_second(params, shared, rows, me, segment, done, softmax, rO);
     }
+    float (&row_sum)[2][kRowTile] = shared.row_sum[done.segments % 2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
         softmax.sum[i] = quad_sum(softmax.sum[i]);
-        if (me.lane % 4 == 0) shared.row_sum[warpgroup][me.row(i)] = softmax.sum[i];
+        if (me.lane % 4 == 0) row_sum[warpgroup][me.row(i)] = softmax.sum[i];
     }
     ptx::named_barrier(kSumsKnown, kConsumers);  // and every wgmma of both warpgroups is done
 #pragma unroll
-    for (int i = 0; i < 2; ++i) softmax.sum[i] = shared.row_sum[0][me.row(i)] + shared.row_sum[1][me.row(i)];
+    for (int i = 0; i < 2; ++i) softmax.sum[i] = row_sum[0][me.row(i)] + row_sum[1][me.row(i)];
 
     const int stage = (segment.end - segment.begin - 1) % 2;  // its half of V was used last
     store_result<T>(params, rows, me, segment, warpgroup, softmax, rO, shared.sK[stage][warpgroup * kHalfSlices]);

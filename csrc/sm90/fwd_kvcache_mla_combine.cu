@@ -202,8 +202,8 @@ __global__ void __launch_bounds__(kThreads) fwd_kvcache_mla_combine_kernel(const
 
 template <typename T>
 static void launch(const FwdParams& params, cudaStream_t stream) {
-    // rows have parts / b shares, more or less
-    const bool many_shares = params.split_parts > 8 * params.b;
+    // a plan of this machine gives rows grid_parts / b shares, more or less
+    const bool many_shares = params.grid_parts > 8 * params.b;
     const auto kernel = many_shares ? fwd_kvcache_mla_combine_kernel<T, 4, 1> : fwd_kvcache_mla_combine_kernel<T, 1, 4>;
     const dim3 grid(kCtasPerSm * multiprocessors());
     cuda_check(launch_dependent(kernel, grid, kThreads, 0, stream, params), "fwd_kvcache_mla_combine");
