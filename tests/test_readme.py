@@ -3,6 +3,7 @@ test_examples.py."""
 
 import json
 import re
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -64,7 +65,26 @@ def test_table_names_every_example():
     assert shown == {path.name for path in (ROOT / "examples").glob("*.py")}
 
 
-def test_benchmark_table_is_the_committed_result():
+def table_under(header: str) -> dict[str, list[str]]:
+    """The first column of the table with this header line -> its other columns."""
+    table = README.split(f"{header}\n", 1)[1].split("\n\n", 1)[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[1:]]
+    return {name: cells for name, *cells in rows}
+
+
+def test_the_cpu_table_is_the_committed_result():
     rows = json.loads((ROOT / "tests/results/cpu.json").read_text())["rows"]
-    table = dict(re.findall(r"^\| ([^|]+) \| ([\d.]+) \|", README, re.MULTILINE))
-    assert table == {row["case"]: f"{row['us']:.1f}" for row in rows}
+    table = table_under("| case | us | beside |")
+    assert {name: us for name, (us, _) in table.items()} == {row["case"]: f"{row['us']:.1f}" for row in rows}
+
+
+def test_the_gpu_table_is_the_committed_result():
+    document = json.loads((ROOT / "tests/results/h100.json").read_text())
+    rows = {row["case"]: row for row in document["rows"]}
+    for name, cells in table_under("| case | us | TFLOP/s | GB/s | floor us | FlashMLA us |").items():
+        row = rows[name]
+        rates = [f"{row['us']:.1f}", f"{row['tflops']:.0f}", f"{row['gbs']:.0f}"]
+        assert cells == [*rates, f"{row['floor_us']:.1f}", f"{row['peer_us']:.1f}"], name
+    mean = statistics.geometric_mean(row["peer_over_ours"] for row in rows.values())
+    assert f"geometric mean of {mean:.3f} over the {len(rows)} rows" in README
+    assert document["machine"]["gpu"] in README and document["machine"]["torch"] in README
