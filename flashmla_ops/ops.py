@@ -191,6 +191,14 @@ def _get_mla_metadata__fake(cache_seqlens, num_heads_per_head_k, num_heads_k, *,
     _refuse(_replan_error(cache_seqlens, num_heads_per_head_k, num_heads_k, tile_scheduler_metadata, num_splits))
 
 
+def _contiguous_plan(tile_scheduler_metadata: Tensor) -> str | None:
+    """The one tensor that no view with gaps or overlaps serves: kernels read a part's columns at part * COLUMNS."""
+    strides = tile_scheduler_metadata.stride()
+    if _known(strides[0] != COLUMNS) or _known(strides[1] != 1):
+        return f"tile_scheduler_metadata: expected strides [{COLUMNS}, 1] (contiguous), got {list(strides)}"
+    return None
+
+
 def _plan_shape_error(tile_scheduler_metadata, num_splits, of: Tensor, like: str) -> str | None:
     """What is wrong with a plan for the rows of `of`, the argument called `like`."""
     name, device = "tile_scheduler_metadata", of.device
@@ -198,7 +206,7 @@ def _plan_shape_error(tile_scheduler_metadata, num_splits, of: Tensor, like: str
         _misplaced(name, tile_scheduler_metadata, "[MAX_PARTS, COLUMNS]", torch.int32, device, like)
         or _size(name, tile_scheduler_metadata, 0, MAX_PARTS, "as get_mla_metadata makes it")
         or _size(name, tile_scheduler_metadata, 1, COLUMNS, "as get_mla_metadata makes it")
-        or _strided(name, tile_scheduler_metadata)
+        or _contiguous_plan(tile_scheduler_metadata)
         or _misplaced("num_splits", num_splits, "[b + 1]", torch.int32, device, like)
         or _size("num_splits", num_splits, 0, of.shape[0] + 1, f"{like}'s batch + 1")
         or _strided("num_splits", num_splits)

@@ -77,8 +77,12 @@ def unbacked(step: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return step
 
 
-def check_against_eager(run, model: DeepseekModel, caches: list[torch.Tensor], s_q: int, exact: bool, make=step_of):
-    """Steps of all BATCHES through `run` and through eager, on caches of their own that start alike."""
+def check_against_eager(run, model: DeepseekModel, caches: list[torch.Tensor], s_q: int, make=step_of):
+    """Steps of all BATCHES through `run` and through eager, on caches of their own that start alike.
+
+    Equal within fp32 rounding: compiled code decomposes products into other BLAS calls, for which MKL chooses other
+    kernels on some processors (with MKL_CBWR=COMPATIBLE they are equal bit for bit under aot_eager).
+    """
     torch.manual_seed(1)
     eager_caches = [cache.clone() for cache in caches]
     for b, width in BATCHES:
@@ -86,15 +90,13 @@ def check_against_eager(run, model: DeepseekModel, caches: list[torch.Tensor], s
         step = make(b, width, s_q)
         expected = model.decode(kv_caches=eager_caches, **step)
         logits = run(kv_caches=caches, **step)
-        torch.testing.assert_close(
-            logits, expected, **({"rtol": 0, "atol": 0} if exact else {"rtol": 1e-4, "atol": 1e-4})
-        )
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
         for cache, eager, old in zip(caches, eager_caches, before, strict=True):
             written = (eager != old).flatten(1).any(1)
             assert written.any() and not written.all()
             assert cache[~written].equal(old[~written])
             error = (cache - eager)[written].abs().max() / eager[written].abs().max()
-            assert error <= (0 if exact else 1e-5)
+            assert error <= 1e-5
             cache.copy_(eager)  # the next step starts alike
 
 
@@ -112,9 +114,7 @@ def test_decode_is_one_graph_for_all_batches(s_q):
     model = build(config())
     backend = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model.decode, backend=backend, fullgraph=True)
-    check_against_eager(
-        compiled, model, new_caches(model.config), s_q, exact=True, make=lambda *a: unbacked(step_of(*a))
-    )
+    check_against_eager(compiled, model, new_caches(model.config), s_q, make=lambda *a: unbacked(step_of(*a)))
     assert backend.frame_count == 1
     assert not counters["graph_break"]
 
@@ -159,7 +159,7 @@ def test_decode_compiled_by_inductor(needs_inductor):
     caches = new_caches(model.config)
     with watched_inductor() as (backend, seen):
         compiled = torch.compile(model.decode, backend=backend, fullgraph=True)
-        check_against_eager(compiled, model, caches, 1, exact=False, make=lambda *a: unbacked(step_of(*a)))
+        check_against_eager(compiled, model, caches, 1, make=lambda *a: unbacked(step_of(*a)))
     assert seen["compiles"] == 1 and len(seen["code"]) == 1
     assert not counters["graph_break"]
     assert ReinplaceCounters.get_total_missed_bytes() == 0

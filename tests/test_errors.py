@@ -68,6 +68,15 @@ def first(t: Tensor) -> Tensor:
     return t[:1]
 
 
+def in_wider_rows(t: Tensor) -> Tensor:
+    """The same values, as a slice of a tensor of twice the width."""
+    return torch.cat([t, t], -1)[..., : t.shape[-1]]
+
+
+def one_row_for_all(t: Tensor) -> Tensor:
+    return t[:1].expand(t.shape)
+
+
 TENSORS = {op: {name: t for name, t in call.items() if isinstance(t, Tensor)} for op, call in calls().items()}
 
 # op, {argument: change}, message
@@ -117,7 +126,20 @@ SHAPES = [
         {"tile_scheduler_metadata": lambda t: t[:, :6]},
         "tile_scheduler_metadata: expected .* 8 .*, got .*256, 6",
     ),
-    ("fwd_kvcache_mla", {"tile_scheduler_metadata": gapped}, "tile_scheduler_metadata: expected the stride .*, got 2"),
+    (
+        "fwd_kvcache_mla",
+        {"tile_scheduler_metadata": gapped},
+        "tile_scheduler_metadata: expected strides .*, got .*16, 2",
+    ),
+    *(
+        (
+            op,
+            {"tile_scheduler_metadata": view},
+            rf"tile_scheduler_metadata: expected strides \[8, 1\] .*, got \[{row}, 1\]",
+        )
+        for op in ("fwd_kvcache_mla", "get_mla_metadata_")
+        for view, row in ((in_wider_rows, 16), (one_row_for_all, 0))
+    ),
     ("fwd_kvcache_mla", {"num_splits": first}, r"num_splits: expected .* 3 \(q's batch \+ 1\), got .*1"),
     ("fwd_kvcache_mla", {"num_splits": gapped}, "num_splits: expected the stride of dimension 0 to be 1, got 2"),
     ("concat_and_cache_mla", {"kv_cache": lambda t: t.repeat(1, 1, 2, 1)}, "kv_cache: expected .* 1 .*, got .*2, 576"),

@@ -491,7 +491,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     const RowTile rows = {row_tile, row_tile / tiles_per_head, row_tile % tiles_per_head * kRowTile};
 
     if (threadIdx.x == 0) {
-        ptx::prefetch_tensor_map(&cache);
+        if (params.max_len > 0) ptx::prefetch_tensor_map(&cache);
         for (int i = 0; i < 4; ++i) {
             cuda::ptx::mbarrier_init(&shared.landed[i / 2][i % 2], 1);
             cuda::ptx::mbarrier_init(&shared.freed[i / 2][i % 2], kConsumerWarps / 2);
