@@ -274,6 +274,6 @@ def test_export_with_dynamic_batch_and_table_width(dtype):
         return run(input_ids, kv_caches, block_table, cache_seqlens)
 
     if dtype == torch.float32:
-        check_against_eager(call, model, caches, 1, exact=True)
+        check_against_eager(call, model, caches, 1)
     else:
         torch.testing.assert_close(call(kv_caches=caches, **step), model.decode(kv_caches=caches, **step))
