@@ -12,8 +12,8 @@ constexpr int kTile = 64;       // keys in a tile, whatever the page size
 constexpr int kRowTile = 64;    // query rows in a row tile
 constexpr int kMaxParts = 256;  // rows of the plan
 constexpr int kColumns = 8;
-constexpr int kMinTiles = 2;
-constexpr int kRowCost = 2;
+constexpr int kMinTiles = 1;
+constexpr int kRowCost = 1;
 enum PlanColumn { kFirstRow, kFirstTile, kLastRow, kLastTile, kFirstSplit, kFlags, kFirstRowTile, kLastRowTile };
 
 enum class DType { kBF16, kFP16, kFP32 };
@@ -58,8 +58,9 @@ struct FwdParams {
     const int* block_table;    // [b, max_pages]
     const int* cache_seqlens;  // [b]
     const int* metadata;       // [kMaxParts, kColumns]
-    float* partial_out;        // [2 * split_parts, row_tiles, 64, 512]: normalised outputs of split rows
+    float* partial_out;        // [2 * split_parts, row_tiles, 64 * 512]: normalised outputs of split rows' shares
     float* partial_lse;        // [2 * split_parts, row_tiles, 64]: their log-sum-exp, base 2
+    int* arrivals;             // [split_parts, row_tiles]: for rows of two shares; null: they are merged like others
     int64_t q_stride_b, q_stride_s, q_stride_h;
     int64_t cache_stride_page, cache_stride_token, cache_stride_head;
     int64_t table_stride;

@@ -13,6 +13,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <limits>
+#include <optional>
 #include <tuple>
 
 #include "check.h"
@@ -86,8 +87,18 @@ void fwd_kvcache_mla_op(Tensor out, Tensor lse, const Tensor q, const Tensor kv_
     const int64_t split_parts =
         plan_parts == 1 ? 0 : std::min({plan_parts, possible_parts, kWorkspaceTiles / (2 * row_tiles)});
     const int64_t places = 2 * split_parts * row_tiles * kRowTile;
-    const Tensor workspace = torch::stable::empty({places * (kDimV + 1)}, ScalarType::Float, std::nullopt, q.device());
-    float* partial_out = static_cast<float*>(workspace.data_ptr());
+    // A machine's own plan gives rows num_parts / b parts, more or less. Where most are split in two, and shares are
+    // large, merging them in the decode kernel saves more than clearing the counters costs (2 us).
+    const bool mostly_pairs = num_parts < 2 * b && rows >= kRowTile;
+    const int64_t arrivals = mostly_pairs ? split_parts * row_tiles : 0;
+    std::optional<Tensor> workspace;
+    float* partial_out = nullptr;
+    if (places > 0) {
+        workspace =
+            torch::stable::empty({places * (kDimV + 1) + arrivals}, ScalarType::Float, std::nullopt, q.device());
+        partial_out = static_cast<float*>(workspace->data_ptr());
+    }
+    float* partial_lse = partial_out + places * kDimV;
 
     const FwdParams params = {
         .out = out.data_ptr(),
@@ -98,7 +109,8 @@ void fwd_kvcache_mla_op(Tensor out, Tensor lse, const Tensor q, const Tensor kv_
         .cache_seqlens = static_cast<const int*>(cache_seqlens.data_ptr()),
         .metadata = static_cast<const int*>(tile_scheduler_metadata.data_ptr()),
         .partial_out = partial_out,
-        .partial_lse = partial_out + places * kDimV,
+        .partial_lse = partial_lse,
+        .arrivals = arrivals > 0 ? reinterpret_cast<int*>(partial_lse + places) : nullptr,
         .q_stride_b = q.stride(0),
         .q_stride_s = q.stride(1),
         .q_stride_h = q.stride(2),

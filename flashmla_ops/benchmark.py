@@ -278,7 +278,12 @@ def _peer_library(value: str) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m flashmla_ops.benchmark", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m flashmla_ops.benchmark",
+        description=__doc__.splitlines()[0],
+        epilog="Environment: FLASHMLA_COMMIT is the commit that --json names on a GPU, for a copy whose .git is older "
+        "or missing. Without it that is git's HEAD, with +changes if tracked files differ from it.",
+    )
     parser.add_argument("filter", nargs="*", help="run the cases whose name contains one of these words")
     parser.add_argument("--json", metavar="FILE", help="write every figure and the machine")
     parser.add_argument("--list", action="store_true", help="name the cases and stop")

@@ -52,6 +52,7 @@ from .testing import (
 OP_NODES, OP_BYTES = 32, 2 << 30
 PROCESS_SECONDS = 90  # a row takes a few seconds
 CEILINGS = "ceilings"
+CHECKOUT = Path(__file__).resolve().parent.parent
 # Paged streaming of 128 and 16384 pages and the matrix rate of sound cards: floors of a slower run do not count.
 STREAM_US = {"H100": (5.5, 393.0), "H200": (5.0, 279.0)}
 MATRIX_TFLOPS = 680
@@ -326,10 +327,9 @@ def measured(names: list[str], peer: str | None) -> Iterator[dict]:
 
 def machine() -> dict:
     driver, runtime = (f"{v // 1000}.{v % 1000 // 10}" for v in torch.ops.flashmla_sm90.cuda_versions())
-    checkout = Path(__file__).resolve().parent.parent
     return {
         "flashmla_ops": __version__,
-        "commit": _said("git", "-C", str(checkout), "rev-parse", "HEAD") if (checkout / ".git").exists() else None,
+        "commit": commit(),
         "torch": torch.__version__,
         "gpu": torch.cuda.get_device_name(),
         "driver": _said("nvidia-smi", "--id=0", "--query-gpu=driver_version", "--format=csv,noheader"),
@@ -337,6 +337,19 @@ def machine() -> dict:
         "cuda": runtime,
         "cpus": os.cpu_count(),
     }
+
+
+def commit(checkout: Path = CHECKOUT) -> str | None:
+    """Which sources are measured: what FLASHMLA_COMMIT says, since a copy of a checkout can have an older .git beside
+    it, or none. Otherwise HEAD, with "+changes" if tracked files differ from it."""
+    if given := os.environ.get("FLASHMLA_COMMIT"):
+        return given
+    if not (checkout / ".git").exists():
+        return None
+    git = ("git", "-C", str(checkout))
+    head = _said(*git, "rev-parse", "HEAD")
+    clean = _said(*git, "status", "--porcelain", "--untracked-files=no") == ""
+    return head if clean or head is None else head + "+changes"
 
 
 def _said(*command: str) -> str | None:

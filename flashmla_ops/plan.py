@@ -32,8 +32,8 @@ MAX_PARTS = 256  # rows of the plan, whatever machine traces or runs: an exporte
 COLUMNS = 8
 FIRST_ROW, FIRST_TILE, LAST_ROW, LAST_TILE, FIRST_SPLIT, FLAGS, FIRST_ROW_TILE, LAST_ROW_TILE = range(COLUMNS)
 
-MIN_TILES = 2  # below this a part's start and its merge cost more than its keys
-ROW_COST = 2  # what starting a row (its queries) and writing its result cost, in tiles
+MIN_TILES = 1  # of a part: what its start and its merge cost is less than what more parts win (csrc/NOTES.md)
+ROW_COST = 1  # what starting a row (its queries) and writing its result cost, in tiles
 ROW_TILE = 64  # query rows that one worker holds: s_q * h_q / h_k of them are dealt to row tiles of this size
 
 CPU_PARTS = 16  # a fixed number: the CPU's plan must not depend on the machine's cores

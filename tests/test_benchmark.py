@@ -1,6 +1,8 @@
 """The benchmark's registry, arithmetic, tables and plots, on made-up measurements; its layer's parts, on the CPU."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -117,6 +119,43 @@ def test_summary_of_layer_rows_alone():
     benchmark_cuda.complete(row, dict(CEILINGS))
     text = "\n".join(benchmark_cuda.summary([row], CEILINGS, "another GPU"))
     assert "worst row" not in text and "peer/ours" not in text and "layer steps" in text
+
+
+# -------------------------------------------------------------------------------------------------------------- commit
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_the_commit_is_heads_unless_the_environment_says_otherwise(tmp_path, monkeypatch):
+    for name in [name for name in os.environ if name.startswith("GIT_")]:  # in a hook they name another repository
+        monkeypatch.delenv(name)
+    monkeypatch.delenv("FLASHMLA_COMMIT", raising=False)
+
+    def git(*args: str) -> str:
+        settings = ("-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false")
+        command = ["git", "-C", str(tmp_path), *settings, *args]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    assert benchmark_cuda.commit(tmp_path) is None  # no .git: an installed package
+    git("init")
+    assert benchmark_cuda.commit(tmp_path) is None  # nor a HEAD
+    kernel = tmp_path / "kernel.cu"
+    kernel.write_text("1")
+    git("add", "kernel.cu")
+    git("commit", "--no-verify", "-m", "first")
+    head = git("rev-parse", "HEAD")
+    (tmp_path / "results.json").write_text("{}")  # not tracked
+    assert len(head) == 40 and benchmark_cuda.commit(tmp_path) == head
+    kernel.write_text("22")
+    assert benchmark_cuda.commit(tmp_path) == head + "+changes"
+
+    monkeypatch.setenv("FLASHMLA_COMMIT", "")
+    assert benchmark_cuda.commit(tmp_path) == head + "+changes"
+    monkeypatch.setenv("FLASHMLA_COMMIT", "b3772bb")
+    assert benchmark_cuda.commit(tmp_path) == "b3772bb"
+
+
+def test_help_tells_of_the_commit():
+    assert "FLASHMLA_COMMIT" in benchmark._parser().format_help()
 
 
 # --------------------------------------------------------------------------------------------------------------- layer

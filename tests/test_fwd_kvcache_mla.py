@@ -12,7 +12,7 @@ from strategies import TARGETS, decode_calls, lengths_of_rows, seeds
 
 from flashmla_ops import fwd_kvcache_mla, get_mla_metadata, merge_attn_states
 from flashmla_ops.plan import COLUMNS, MAX_PARTS, make_plan
-from flashmla_ops.testing import BAD_PAGE, DecodeCase, attention, check_decode, make_decode_case
+from flashmla_ops.testing import BAD_PAGE, DecodeCase, attention, check_decode, make_decode_case, varied_lengths
 
 EXAMPLES = 1100 if torch.cuda.is_available() else 550  # of the test against float64, on each backend
 plans = st.sampled_from(["none", "own", 1, 2, 16, 132, 256])  # a number: for a machine that uses that many parts
@@ -88,6 +88,64 @@ def test_repeats_and_page_numbers_do_not_change_a_bit(target, data):
     real = case.block_table < BAD_PAGE
     moved.block_table = case.block_table.where(~real, moved_to[case.block_table.where(real, 0)].int())
     assert equal(run(moved, plan), before)
+
+
+REPEATS = 20
+SLEEP_CYCLES = 200_000_000  # 0.1 s: queueing the calls below takes less
+PRODUCTS = 5  # for each call beside them: a kernel may have to wait for one, and a call is up to three kernels
+REPEATED = {  # least and most shares of the row that has most, and the call
+    "rows of two shares": (2, 2, {"lengths": [320, 100, 257] * 7, "h_q": 128}),
+    "a row of many shares": (8, MAX_PARTS, {"lengths": [16_000]}),
+    "a row of many shares, two row tiles": (8, MAX_PARTS, {"lengths": [3000], "h_q": 128}),
+    "four row tiles": (2, MAX_PARTS, {"lengths": [700, 0, 65, 1500], "s_q": 2, "h_q": 128, "causal": True}),
+    "few heads": (2, MAX_PARTS, {"lengths": varied_lengths(24, 256), "h_q": 16}),
+}
+
+
+@pytest.mark.parametrize("plan", ["none", "own"])
+@pytest.mark.parametrize("name", REPEATED)
+def test_repeats_do_not_change_a_bit(target, name, plan):
+    """Alone and, on a GPU, beside another stream's work; nor do that stream's calls, of other numbers, change a bit."""
+    least, most, shape = REPEATED[name]
+    cases = [make_decode_case(**shape, device=target.device, seed=seed) for seed in (0, 1)]
+    shares = get_mla_metadata(*cases[0].plan_args)[1].diff()
+    assert least <= shares.max() <= most, "the shape does not show what it is for"
+    call, other = (case.kwargs() | plan_kwargs(make(plan, case)) for case in cases)
+    expected, expected_other = fwd_kvcache_mla(**call), fwd_kvcache_mla(**other)
+    repeats = [fwd_kvcache_mla(**call) for _ in range(REPEATS)]
+    assert all(equal(repeat, expected) for repeat in repeats)
+    if target.device != "cuda":
+        return
+    side = torch.cuda.Stream()
+    side_by_side(other, call, side)  # torch now has memory for both streams, and the wrong numbers are in it
+    repeats, others, outlasted_ms = side_by_side(call, other, side)
+    assert outlasted_ms > 0, "the side stream was done before the repeats: this shows too little"
+    assert all(equal(repeat, expected) for repeat in repeats)
+    assert all(equal(repeat, expected_other) for repeat in others)
+
+
+def side_by_side(call: dict, other: dict, side: torch.cuda.Stream) -> tuple[list, list, float]:
+    """What repeats of `call` return, what those of `other` return on a side stream, and by how many ms that outlasts
+    them. There matrix products come in between, whose blocks fill the GPU: parts of a call start late, in any order.
+    Both streams wait for one kernel until all is queued."""
+    ready, done, side_done = (torch.cuda.Event(enable_timing=True) for _ in range(3))
+    matrix = torch.ones(4096, 4096, dtype=torch.bfloat16, device="cuda")
+    product = torch.empty_like(matrix)
+    torch.cuda.synchronize()
+    torch.cuda._sleep(SLEEP_CYCLES)
+    ready.record()
+    others = []
+    with torch.cuda.stream(side):
+        side.wait_event(ready)
+        for _ in range(REPEATS):
+            for _ in range(PRODUCTS):
+                torch.mm(matrix, matrix, out=product)
+            others.append(fwd_kvcache_mla(**other))
+        side_done.record()
+    repeats = [fwd_kvcache_mla(**call) for _ in range(REPEATS)]
+    done.record()
+    torch.cuda.synchronize()
+    return repeats, others, done.elapsed_time(side_done)
 
 
 @given(data=st.data())

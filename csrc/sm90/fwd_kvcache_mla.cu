@@ -15,10 +15,10 @@
 //
 //     first                                          second
 //     S0 = Q K0^T                                    S1 = Q K1^T
-//     m = max(m, rows of S0), P0 = exp2(S0 - m)
+//     m = base(m, rows of S0), P0 = exp2(S0 - m)
 //     m, P0 -> shared
 //     O = O * exp2(old m - m) + P0 V0[:, left]       O = O * exp2(old m - m) + P0 V0[:, right], under which
-//                                                    m = max(m, rows of S1), P1 = exp2(S1 - m)
+//                                                    m = base(m, rows of S1), P1 = exp2(S1 - m)
 //                                                    m, P1 -> shared
 //     O = O * exp2(old m - m) + P1 V1[:, left]       O = O * exp2(old m - m) + P1 V1[:, right]
 //
@@ -29,14 +29,17 @@
 // arrives and is freed in two portions: the half of V that its scorer accumulates, which is done with first; and the
 // other half with the rope slice.
 //
-// Results leave through the portion whose V was used last: from registers to there, then as whole lines to memory. Rows
-// that the plan splits go to the workspace as normalised partial outputs and lse, and fwd_kvcache_mla_combine.cu
-// merges them. Part p has two places there, for its first and for its last row. A plan that uses more parts than the
-// workspace has room for is executed unsplit: each row by the part that holds its first tile.
+// Results leave through the portion whose V was used last: from registers to there, then as whole lines to memory. Of a
+// row that the plan splits each part has a share: a normalised partial output and its lse. Part p has two places for
+// shares in the workspace, for its first and for its last row. Where the plan gives most rows at most two parts, the
+// one of two that comes last adds the other's share to its own, which never leaves registers; nobody waits, so nothing
+// depends on which CTAs run at once. All other shares are merged by fwd_kvcache_mla_combine.cu. A plan that uses more
+// parts than the workspace has room for is executed unsplit: each row by the part that holds its first tile.
 //
 // Safety. Lengths clamp to what the block table reaches, pages outside the cache arrive as zeros, columns past a row's
 // length are masked and their V rows zeroed. What the plan says is clamped to the batch and to each row's tiles.
 
+#include <cuda/atomic>
 #include <cuda/ptx>
 
 #include "fwd_kvcache_mla.cuh"
@@ -59,6 +62,7 @@ constexpr int kProducerWarps = 4;  // one a portion
 constexpr int kThreads = kConsumers + 32 * kProducerWarps;
 constexpr int kConsumerRegisters = 232;  // O takes 128, S 32, P 16
 constexpr int kProducerRegisters = 40;   // 128 * 40 + 256 * 232 = 64512 of 65536
+constexpr float kSlack = 8.f;  // P may reach 2^8 before its base follows: O is rescaled (130 instructions) hardly ever
 
 // What arrives and is freed at once, in stage s: half s of V; the other half and rope.
 enum Portion { kOwnHalf, kOtherHalf };
@@ -67,27 +71,38 @@ template <typename T>
 struct SharedStorage {
     alignas(1024) T sQ[kSlices][64 * 64];
     alignas(1024) T sK[2][kSlices][64 * 64];  // stage 0: tiles that `first` scores, 1: `second`
-    Part parts[kMaxParts];
-    float row_max[2][kRowTile];  // after the tile that each warpgroup scored
+    Part parts[kMaxParts];                    // the plan
+    float base[2][kRowTile];                  // what P of the tile in each stage is relative to (Softmax)
     // of the tiles that each warpgroup scored, [segments % 2][warpgroup]: one may be a segment ahead
     float row_sum[2][2][kRowTile];
+    int arrived;            // shares of the segment's pair that are in the workspace
     uint64_t landed[2][2];  // [stage][portion]
     uint64_t freed[2][2];
     uint64_t queries_landed, queries_freed;
 };
 
 // Named barriers of the consumers, by event; 0 is __syncthreads's.
-enum Barrier { kScored = 1 /* + stage */, kStored = 3 /* + stage */, kSumsKnown = 5 };
+enum Barrier { kScored = 1 /* + stage */, kStored = 3 /* + stage */, kResults = 5 };
 
-// How often a role has gone through each stage, and through queries: the phases of their barriers.
-struct Progress {
-    uint32_t uses[2] = {0, 0}, segments = 0;
+// The paged cache, of which a copy takes half of V or the rope slice of one tile.
+struct CacheMaps {
+    CUtensorMap half, rope;
 };
+
+// The phases of the barriers of stages 0 and 1 and of the queries, as a role goes through them: a bit each, since
+// registers are short.
+struct Phases {
+    uint32_t bits = 0;
+
+    __device__ uint32_t of(int i) const { return bits >> i & 1; }
+    __device__ void flip(int i) { bits ^= 1u << i; }
+};
+constexpr int kQueries = 2;
 
 // ---------------------------------------------------------------------------------------------------- device helpers
 
-__device__ __forceinline__ void wait(uint64_t* barrier, uint32_t count) {
-    while (!cuda::ptx::mbarrier_try_wait_parity(barrier, count & 1)) {
+__device__ __forceinline__ void wait(uint64_t* barrier, uint32_t phase) {
+    while (!cuda::ptx::mbarrier_try_wait_parity(barrier, phase)) {
     }
 }
 
@@ -106,24 +121,22 @@ __device__ __forceinline__ float base_of(float row_max) { return row_max == -INF
 
 // ----------------------------------------------------------------------------------------------- producers (4 warps)
 
-// Starts this warp's share of loading the segment's queries; rows past the last are zeros.
+// Starts this warp's share of loading the segment's queries.
 template <typename T>
 __device__ __forceinline__ void start_queries(const FwdParams& params, SharedStorage<T>& shared, const RowTile& rows,
-                                              const Segment& segment, int warp, const Progress& done) {
+                                              const Segment& segment, int warp, const Phases& phases) {
     const int lane = threadIdx.x % 32, chunk = lane % 8;
     const T* q = static_cast<const T*>(params.q) + segment.row * params.q_stride_b + chunk * 8;
-    wait(&shared.queries_freed, done.segments ^ 1);
+    wait(&shared.queries_freed, phases.of(kQueries) ^ 1);
 #pragma unroll 1
-    for (int first = 0; first < kRowTile; first += 4 * kProducerWarps) {
-        const int r = first + 4 * warp + lane / 8;
+    for (int r = 4 * warp + lane / 8; r < rows.count(params); r += 4 * kProducerWarps) {
         const int row = rows.first_row + r;
-        const bool valid = row < params.rows;
         const int s = row / params.group, h = rows.head * params.group + row % params.group;
-        const T* from = valid ? q + s * params.q_stride_s + h * params.q_stride_h : q;
+        const T* from = q + s * params.q_stride_s + h * params.q_stride_h;
         const uint32_t to = ptx::shared_address(shared.sQ) + wgmma::swizzled(r, chunk);
 #pragma unroll
         for (int slice = 0; slice < kSlices; ++slice) {
-            ptx::cp_async_16(to + slice * wgmma::kSliceBytes, from + slice * 64, valid);
+            ptx::cp_async_16(to + slice * wgmma::kSliceBytes, from + slice * 64);
         }
     }
 }
@@ -136,17 +149,39 @@ __device__ __forceinline__ void finish_queries(SharedStorage<T>& shared) {
     if (threadIdx.x % 32 == 0) cuda::ptx::mbarrier_arrive(&shared.queries_landed);
 }
 
-// One warp: its share of the segment's queries, and its portion of every other tile, each as soon as its place is free.
-// A lane loads one slice.
+// The rows that a row tile lacks of 64 are zeros, once and for all: the consumers' work before the plan is there.
 template <typename T>
-__device__ __forceinline__ void load(const FwdParams& params, const CUtensorMap& cache, SharedStorage<T>& shared,
-                                     const RowTile& rows, const Segment& segment, int warp, Progress& done) {
+__device__ __forceinline__ void clear_queries(const FwdParams& params, SharedStorage<T>& shared, const RowTile& rows) {
+    const int count = rows.count(params), chunks = (kRowTile - count) * 8;
+    for (int i = threadIdx.x; i < kSlices * chunks; i += kConsumers) {
+        int4* slice = reinterpret_cast<int4*>(shared.sQ[i / chunks]);
+        slice[count * 8 + i % chunks] = make_int4(0, 0, 0, 0);
+    }
+    cuda::ptx::fence_proxy_async(cuda::ptx::space_shared);
+}
+
+// Brings lengths and block table to L2, a line a thread of all CTAs' producers, as far as these go: the way from the
+// plan to a row's length to its page would else be three reads of memory, one after the other.
+__device__ __forceinline__ void prefetch_tables(const FwdParams& params, int thread) {
+    constexpr int kLine = 128;
+    const int cta = blockIdx.y * gridDim.x + blockIdx.x;
+    const int64_t at = (int64_t{cta} * (kThreads - kConsumers) + thread) * kLine;
+    const int64_t lengths_bytes = int64_t{params.b} * 4;
+    const int64_t table_bytes = ((params.b - 1) * params.table_stride + params.max_len / params.page_size) * 4;
+    if (at < table_bytes) ptx::prefetch_l2(reinterpret_cast<const char*>(params.block_table) + at);
+    if (at < lengths_bytes) ptx::prefetch_l2(reinterpret_cast<const char*>(params.cache_seqlens) + at);
+}
+
+// One warp: its share of the segment's queries, and its portion of every other tile, each as soon as its place is free.
+// One copy a half: the instruction takes uniform registers, so that copies by several lanes are issued one by one.
+template <typename T>
+__device__ __forceinline__ void load(const FwdParams& params, const CacheMaps& cache, SharedStorage<T>& shared,
+                                     const RowTile& rows, const Segment& segment, int warp, Phases& phases) {
     if (segment.begin == segment.end) return;
     const int lane = threadIdx.x % 32;
     const int stage = warp / 2, portion = warp % 2;
     const int half = portion == kOwnHalf ? stage : 1 - stage;
     const int slices = kHalfSlices + (portion == kOtherHalf);
-    const int slice = lane < kHalfSlices ? half * kHalfSlices + lane : kRope;
     uint64_t* landed = &shared.landed[stage][portion];
     const int tiles_per_page = params.page_size / kTile;
     const auto page_of = [&](int tile) {
@@ -155,20 +190,21 @@ __device__ __forceinline__ void load(const FwdParams& params, const CUtensorMap&
         return page >= 0 && page < params.num_pages ? page : -1;  // -1 is outside the tensor map: it reads as zeros
     };
     int tile = segment.begin + stage, page = page_of(tile);
-    start_queries(params, shared, rows, segment, warp, done);
+    start_queries(params, shared, rows, segment, warp, phases);
     bool queries_pending = true;
-    for (; tile < segment.end; tile += 2, ++done.uses[0]) {
+    for (; tile < segment.end; tile += 2, phases.flip(0)) {
         const int next_page = page_of(tile + 2);  // looked up a tile ahead
-        wait(&shared.freed[stage][portion], done.uses[0] ^ 1);
+        wait(&shared.freed[stage][portion], phases.of(0) ^ 1);
         if (lane == 0) {
             cuda::ptx::mbarrier_arrive_expect_tx(cuda::ptx::sem_release, cuda::ptx::scope_cta, cuda::ptx::space_shared,
                                                  landed, slices * wgmma::kSliceBytes);
-        }
-        __syncwarp();
-        if (lane < slices) {
-            const int32_t where[5] = {0, tile % tiles_per_page * kTile, slice, rows.head, page};
-            cuda::ptx::cp_async_bulk_tensor(cuda::ptx::space_cluster, cuda::ptx::space_global, shared.sK[stage][slice],
-                                            &cache, where, landed);
+            const auto copy = [&](const CUtensorMap& map, int slice) {
+                const int32_t where[5] = {0, tile % tiles_per_page * kTile, slice, rows.head, page};
+                cuda::ptx::cp_async_bulk_tensor(cuda::ptx::space_cluster, cuda::ptx::space_global,
+                                                shared.sK[stage][slice], &map, where, landed);
+            };
+            copy(cache.half, half * kHalfSlices);
+            if (portion == kOtherHalf) copy(cache.rope, kRope);
         }
         __syncwarp();
         if (queries_pending) finish_queries(shared);
@@ -176,7 +212,7 @@ __device__ __forceinline__ void load(const FwdParams& params, const CUtensorMap&
         page = next_page;
     }
     if (queries_pending) finish_queries(shared);
-    ++done.segments;
+    phases.flip(kQueries);
 }
 
 // ------------------------------------------------------------------------------------------- consumers (2 warpgroups)
@@ -188,11 +224,11 @@ __device__ __forceinline__ void release(const Consumer& me, uint64_t* freed) {
 
 // Starts S = Q K^T of the tile in `stage`, portion by portion as they land.
 template <typename T>
-__device__ __forceinline__ void score(SharedStorage<T>& shared, int stage, uint32_t uses, float (&rS)[32]) {
+__device__ __forceinline__ void score(SharedStorage<T>& shared, int stage, uint32_t phase, float (&rS)[32]) {
 #pragma unroll
     for (int i = 0; i < kSlices; ++i) {
-        if (i == 0) wait(&shared.landed[stage][kOwnHalf], uses);
-        if (i == kHalfSlices) wait(&shared.landed[stage][kOtherHalf], uses);
+        if (i == 0) wait(&shared.landed[stage][kOwnHalf], phase);
+        if (i == kHalfSlices) wait(&shared.landed[stage][kOtherHalf], phase);
         if (i == 0 || i == kHalfSlices) wgmma::fence();
         const int slice = i == kRope ? kRope : (i + kHalfSlices * stage) % kRope;  // its own half first
         const uint64_t q = wgmma::k_major(shared.sQ[slice]), k = wgmma::k_major(shared.sK[stage][slice]);
@@ -205,14 +241,18 @@ __device__ __forceinline__ void score(SharedStorage<T>& shared, int stage, uint3
     wgmma::commit();
 }
 
-// Scales the scores and sets those of keys that a row does not see to -inf. `visible`: keys that each of the two rows
-// sees.
-__device__ __forceinline__ void scale_and_mask(const Consumer& me, float scale, int tile, const int (&visible)[2],
-                                               float (&rS)[32]) {
+// Masks the scores of tile `tile`: those of keys that a row does not see become -inf. Returns the factor that is left
+// to apply. `visible`: keys that each of the two rows sees.
+__device__ __forceinline__ float mask(const FwdParams& params, const Consumer& me, int tile, const int (&visible)[2],
+                                      float (&rS)[32]) {
+    float scale = params.softmax_scale_log2;
+    if (!(scale > 0.f)) {  // -inf times 0 is NaN, and a negative factor makes the greatest score the least
 #pragma unroll
-    for (int k = 0; k < 32; ++k) rS[k] *= scale;
+        for (int k = 0; k < 32; ++k) rS[k] *= scale;
+        scale = 1.f;
+    }
     // a vote is known to be uniform; wgmmas under way across a branch that may not be would be serialised (C7518)
-    if (!__any_sync(~0u, (tile + 1) * kTile > min(visible[0], visible[1]))) return;
+    if (!__any_sync(~0u, (tile + 1) * kTile > min(visible[0], visible[1]))) return scale;
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
 #pragma unroll
@@ -220,29 +260,31 @@ __device__ __forceinline__ void scale_and_mask(const Consumer& me, float scale, 
             if (tile * kTile + me.column(j) + k % 2 >= visible[k / 2]) rS[4 * j + k] = -INFINITY;
         }
     }
+    return scale;
 }
 
 __device__ __forceinline__ void row_maxima(const float (&rS)[32], float (&high)[2]) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) high[i] = -INFINITY;
-#pragma unroll
-    for (int k = 0; k < 32; ++k) high[k / 2 % 2] = fmaxf(high[k / 2 % 2], rS[k]);
-#pragma unroll
-    for (int i = 0; i < 2; ++i) high[i] = quad_max(high[i]);
-}
-
-// rS becomes exp2(rS - base), rP the same in T, as the register operand of P V; their sum is added to `sum`.
-template <typename T>
-__device__ __forceinline__ void exponentiate(const float (&row_max)[2], float (&rS)[32], uint32_t (&rP)[16],
-                                             float (&sum)[2]) {
-    const float base[2] = {base_of(row_max[0]), base_of(row_max[1])};
+    float halves[2][2];  // shorter chains
 #pragma unroll
     for (int k = 0; k < 32; ++k) {
-        rS[k] = ptx::exp2_approx(rS[k] - base[k / 2 % 2]);
-        sum[k / 2 % 2] += rS[k];
+        float& half = halves[k / 2 % 2][k % 2];
+        half = k < 4 ? rS[k] : fmaxf(half, rS[k]);
     }
 #pragma unroll
-    for (int k = 0; k < 16; ++k) rP[k] = pack<T>(rS[2 * k], rS[2 * k + 1]);
+    for (int i = 0; i < 2; ++i) high[i] = quad_max(fmaxf(halves[i][0], halves[i][1]));
+}
+
+// rS becomes exp2(scale * rS - base), rP the same in T, as the register operand of P V; their sum is added to `sum`.
+template <typename T>
+__device__ __forceinline__ void exponentiate(float scale, const float (&base)[2], float (&rS)[32], uint32_t (&rP)[16],
+                                             float (&sum)[2]) {
+    const float offset[2] = {-base_of(base[0]), -base_of(base[1])};
+#pragma unroll
+    for (int k = 0; k < 32; ++k) {
+        rS[k] = ptx::exp2_approx(fmaf(rS[k], scale, offset[k / 2 % 2]));
+        sum[k / 2 % 2] += rS[k];
+        if (k % 2 == 1) rP[k / 2] = pack<T>(rS[k - 1], rS[k]);
+    }
 }
 
 // P [64, 64] to a slice.
@@ -265,7 +307,9 @@ __device__ __forceinline__ void zero_values(const Consumer& me, T (&tile)[kSlice
     }
 }
 
+// O *= factor, row by row. Most often the base stays and there is nothing to do.
 __device__ __forceinline__ void rescale(const float (&factor)[2], float (&rO)[128]) {
+    if (!__any_sync(~0u, factor[0] != 1.f || factor[1] != 1.f)) return;
 #pragma unroll
     for (int k = 0; k < 128; ++k) rO[k] *= factor[k / 2 % 2];
 }
@@ -307,32 +351,32 @@ __device__ __forceinline__ void visible_keys(const FwdParams& params, const RowT
     }
 }
 
-// Takes a new row maximum into account: factor[i] is what the thread's row i of O is to be multiplied by.
-__device__ __forceinline__ void raise_max(Softmax& softmax, const float (&new_max)[2], float (&factor)[2]) {
+// Takes a new base into account: factor[i] is what the thread's row i of O is to be multiplied by.
+__device__ __forceinline__ void change_base(Softmax& softmax, const float (&base)[2], float (&factor)[2]) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-        factor[i] = ptx::exp2_approx(softmax.max[i] - base_of(new_max[i]));
-        softmax.max[i] = new_max[i];
+        factor[i] = ptx::exp2_approx(softmax.base[i] - base_of(base[i]));
+        softmax.base[i] = base[i];
         softmax.sum[i] *= factor[i];
     }
 }
 
-// From the scores of tile `tile`, which is in `stage`, to its P: in rP, and for the other warpgroup in the rope slice,
-// with the row maxima it is relative to.
+// From the masked scores of tile `tile`, which is in `stage`, and their row maxima to its P: in rP, and for the other
+// warpgroup in the rope slice, with the base it is relative to.
 template <typename T>
-__device__ __forceinline__ void softmax_of(const FwdParams& params, SharedStorage<T>& shared, const Consumer& me,
-                                           const Segment& segment, int stage, int tile, const int (&visible)[2],
-                                           float (&rS)[32], uint32_t (&rP)[16], Softmax& softmax, float (&factor)[2]) {
-    float high[2];
-    scale_and_mask(me, params.softmax_scale_log2, tile, visible, rS);
-    row_maxima(rS, high);
+__device__ __forceinline__ void softmax_of(SharedStorage<T>& shared, const Consumer& me, const Segment& segment,
+                                           int stage, int tile, float scale, const float (&high)[2], float (&rS)[32],
+                                           uint32_t (&rP)[16], Softmax& softmax, float (&factor)[2]) {
+    float base[2];
 #pragma unroll
-    for (int i = 0; i < 2; ++i) high[i] = fmaxf(high[i], softmax.max[i]);
-    raise_max(softmax, high, factor);
-    exponentiate<T>(softmax.max, rS, rP, softmax.sum);
+    for (int i = 0; i < 2; ++i) {
+        base[i] = high[i] * scale > softmax.base[i] + kSlack ? high[i] * scale : softmax.base[i];
+    }
+    change_base(softmax, base, factor);
+    exponentiate<T>(scale, base, rS, rP, softmax.sum);
     if (me.lane % 4 == 0) {
-        shared.row_max[stage][me.row(0)] = high[0];
-        shared.row_max[stage][me.row(1)] = high[1];
+        shared.base[stage][me.row(0)] = base[0];
+        shared.base[stage][me.row(1)] = base[1];
     }
     ptx::named_barrier(kScored + stage, kWarpgroup);  // all of the warpgroup has read the rope slice
     store_probabilities(me, rP, shared.sK[stage][kRope]);
@@ -348,33 +392,36 @@ __device__ __forceinline__ void softmax_of(const FwdParams& params, SharedStorag
 
 // Waits for the other warpgroup's P of the tile in `stage`, and for its V.
 template <typename T>
-__device__ __forceinline__ void wait_for_other(SharedStorage<T>& shared, const Consumer& me, int stage, uint32_t uses,
+__device__ __forceinline__ void wait_for_other(SharedStorage<T>& shared, const Consumer& me, int stage, uint32_t phase,
                                                Softmax& softmax, float (&factor)[2]) {
     ptx::named_barrier(kStored + stage, kConsumers);
-    const float new_max[2] = {shared.row_max[stage][me.row(0)], shared.row_max[stage][me.row(1)]};
-    raise_max(softmax, new_max, factor);
+    const float base[2] = {shared.base[stage][me.row(0)], shared.base[stage][me.row(1)]};
+    change_base(softmax, base, factor);
     // the other warpgroup saw its tile land; what a wgmma of this one reads, this one must have seen land too
-    wait(&shared.landed[stage][kOtherHalf], uses);
+    wait(&shared.landed[stage][kOtherHalf], phase);
 }
 
 // Warpgroup 0: scores the segment's tiles 0, 2, ..., in stage 0. Leaves unreleased what it used last.
 template <typename T>
 __device__ __forceinline__ void attend_first(const FwdParams& params, SharedStorage<T>& shared, const RowTile& rows,
-                                             const Consumer& me, const Segment& segment, Progress& done,
+                                             const Consumer& me, const Segment& segment, Phases& phases,
                                              Softmax& softmax, float (&rO)[128]) {
     const int tiles = segment.end - segment.begin;
     int visible[2];
     visible_keys(params, rows, me, segment, visible);
-    wait(&shared.queries_landed, done.segments);
+    wait(&shared.queries_landed, phases.of(kQueries));
     for (int i = 0; i < tiles; i += 2) {
         const bool both = i + 1 < tiles, last = i + 2 >= tiles;
-        float rS[32], factor[2];
+        float rS[32], high[2], factor[2];
         uint32_t rP[16];
-        score(shared, 0, done.uses[0], rS);
+        score(shared, 0, phases.of(0), rS);
         wgmma::wait<0>();
         wgmma::keep(rS);
         if (last && me.lane == 0) cuda::ptx::mbarrier_arrive(&shared.queries_freed);
-        softmax_of(params, shared, me, segment, 0, segment.begin + i, visible, rS, rP, softmax, factor);
+        const int tile = segment.begin + i;
+        const float scale = mask(params, me, tile, visible, rS);
+        row_maxima(rS, high);
+        softmax_of(shared, me, segment, 0, tile, scale, high, rS, rP, softmax, factor);
         rescale(factor, rO);
         wgmma::keep(rO);
         wgmma::keep(rP);
@@ -382,48 +429,51 @@ __device__ __forceinline__ void attend_first(const FwdParams& params, SharedStor
         wgmma::wait<0>();
         wgmma::keep(rO);
         wgmma::keep(rP);
-        ++done.uses[0];
+        phases.flip(0);
         if (both) {
             release(me, &shared.freed[0][kOwnHalf]);
-            wait_for_other(shared, me, 1, done.uses[1], softmax, factor);
+            wait_for_other(shared, me, 1, phases.of(1), softmax, factor);
             rescale(factor, rO);
             wgmma::keep(rO);
             accumulate(shared, 1, 0, rO);
             wgmma::wait<0>();
             wgmma::keep(rO);
             if (!last) release(me, &shared.freed[1][kOtherHalf]);
-            ++done.uses[1];
+            phases.flip(1);
         }
     }
-    ++done.segments;
+    phases.flip(kQueries);
 }
 
 // Warpgroup 1: scores the segment's tiles 1, 3, ..., in stage 1. Leaves unreleased what it used last.
 template <typename T>
 __device__ __forceinline__ void attend_second(const FwdParams& params, SharedStorage<T>& shared, const RowTile& rows,
-                                              const Consumer& me, const Segment& segment, Progress& done,
+                                              const Consumer& me, const Segment& segment, Phases& phases,
                                               Softmax& softmax, float (&rO)[128]) {
     const int tiles = segment.end - segment.begin;
     int visible[2];
     visible_keys(params, rows, me, segment, visible);
-    wait(&shared.queries_landed, done.segments);
+    wait(&shared.queries_landed, phases.of(kQueries));
     float factor[2];
     for (int i = 1; i < tiles; i += 2) {
-        float rS[32];
+        float rS[32], high[2];
         uint32_t rP[16];
-        score(shared, 1, done.uses[1], rS);
+        score(shared, 1, phases.of(1), rS);
         wgmma::wait<0>();  // ptxas lets nobody write to O, which is waited for, while another wgmma is under way
         wgmma::keep(rS);
-        wait_for_other(shared, me, 0, done.uses[0], softmax, factor);
+        const int tile = segment.begin + i;
+        const float scale = mask(params, me, tile, visible, rS);
+        row_maxima(rS, high);
+        wait_for_other(shared, me, 0, phases.of(0), softmax, factor);
         rescale(factor, rO);
         wgmma::keep(rO);
         accumulate(shared, 0, 1, rO);
         if (i + 2 >= tiles && me.lane == 0) cuda::ptx::mbarrier_arrive(&shared.queries_freed);
-        softmax_of(params, shared, me, segment, 1, segment.begin + i, visible, rS, rP, softmax, factor);
+        softmax_of(shared, me, segment, 1, tile, scale, high, rS, rP, softmax, factor);
         wgmma::wait<0>();
         wgmma::keep(rO);
         release(me, &shared.freed[0][kOtherHalf]);
-        ++done.uses[0];
+        phases.flip(0);
         rescale(factor, rO);
         wgmma::keep(rO);
         wgmma::keep(rP);
@@ -432,48 +482,81 @@ __device__ __forceinline__ void attend_second(const FwdParams& params, SharedSto
         wgmma::keep(rO);
         wgmma::keep(rP);
         if (i + 1 < tiles) release(me, &shared.freed[1][kOwnHalf]);
-        ++done.uses[1];
+        phases.flip(1);
     }
     if (tiles % 2 == 1) {  // the last tile has no partner
         if (tiles == 1 && me.lane == 0) cuda::ptx::mbarrier_arrive(&shared.queries_freed);
-        wait_for_other(shared, me, 0, done.uses[0], softmax, factor);
+        wait_for_other(shared, me, 0, phases.of(0), softmax, factor);
         rescale(factor, rO);
         wgmma::keep(rO);
         accumulate(shared, 0, 1, rO);
         wgmma::wait<0>();
         wgmma::keep(rO);
-        ++done.uses[0];
+        phases.flip(0);
     }
-    ++done.segments;
+    phases.flip(kQueries);
+}
+
+using Arrivals = cuda::atomic_ref<int, cuda::thread_scope_device>;
+
+// Counts this CTA's share of a pair, which all consumers have stored. Whether the other share was there before.
+template <typename T>
+__device__ __forceinline__ bool arrives_last(SharedStorage<T>& shared, int* arrivals) {
+    ptx::named_barrier(kResults, kConsumers);
+    if (threadIdx.x == 0) shared.arrived = Arrivals(*arrivals).fetch_add(1, cuda::memory_order_acq_rel);
+    ptx::named_barrier(kResults, kConsumers);
+    return shared.arrived != 0;
 }
 
 // One segment, from its queries to its result.
 template <typename T>
 __device__ __forceinline__ void attend(const FwdParams& params, SharedStorage<T>& shared, const RowTile& rows,
-                                       const Segment& segment, int warpgroup, Progress& done) {
-    if (segment.begin == segment.end) return store_nothing<T>(params, rows, segment, kConsumerWarps);
+                                       const Segment& segment, int warpgroup, Phases& phases) {
+    if (segment.begin == segment.end) return store_nothing<T, kConsumers>(params, rows, segment);
     // the lane is read anew: what derives from it would else be kept in registers across segments
     const Consumer me = {__shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32 % 4, 0), ptx::lane()};
     float rO[128] = {};  // [64, 256] of the warpgroup
     Softmax softmax;
     if (warpgroup == 0) {
-        attend_first(params, shared, rows, me, segment, done, softmax, rO);
+        attend_first(params, shared, rows, me, segment, phases, softmax, rO);
     } else {
-        attend_second(params, shared, rows, me, segment, done, softmax, rO);
+        attend_second(params, shared, rows, me, segment, phases, softmax, rO);
     }
-    float (&row_sum)[2][kRowTile] = shared.row_sum[done.segments % 2];
+    float (&row_sum)[2][kRowTile] = shared.row_sum[phases.of(kQueries)];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
         softmax.sum[i] = quad_sum(softmax.sum[i]);
         if (me.lane % 4 == 0) row_sum[warpgroup][me.row(i)] = softmax.sum[i];
     }
-    ptx::named_barrier(kSumsKnown, kConsumers);  // and every wgmma of both warpgroups is done
+    const int pair = pair_of(params, shared.parts, segment);
+    int* arrivals = params.arrivals + pair * params.row_tiles + rows.index();
+    if (threadIdx.x == 0) {
+        // The part that ends a row has it first. So the one that begins it, the last that it has, most often finds the
+        // other's share, and need not store its own.
+        const bool may_find = pair >= 0 && segment.place == last_place(pair);
+        shared.arrived = may_find ? Arrivals(*arrivals).load(cuda::memory_order_acquire) : 0;
+    }
+    ptx::named_barrier(kResults, kConsumers);  // and every wgmma of both warpgroups is done
 #pragma unroll
     for (int i = 0; i < 2; ++i) softmax.sum[i] = row_sum[0][me.row(i)] + row_sum[1][me.row(i)];
 
+    float lse_log2[2];
+    normalise(softmax, rO, lse_log2);
     const int stage = (segment.end - segment.begin - 1) % 2;  // its half of V was used last
-    store_result<T>(params, rows, me, segment, warpgroup, softmax, rO, shared.sK[stage][warpgroup * kHalfSlices]);
-    cuda::ptx::fence_proxy_async(cuda::ptx::space_shared);
+    bool last = shared.arrived != 0;
+    if (segment.place >= 0 && !last) {
+        store_share(params, rows, me, segment.place, warpgroup, lse_log2, rO);
+        if (pair >= 0) last = arrives_last(shared, arrivals);
+    }
+    if (last) {
+        const int other = segment.place == last_place(pair) ? first_place(pair + 1) : last_place(pair);
+        add_share(params, rows, me, other, warpgroup, lse_log2, rO);
+    }
+    if (last || segment.place < 0) {
+        store_rows<T>(params, rows, me, segment.row, warpgroup, lse_log2, rO,
+                      shared.sK[stage][warpgroup * kHalfSlices]);
+        cuda::ptx::fence_proxy_async(cuda::ptx::space_shared);
+    }
     ptx::named_barrier(kScored + warpgroup, kWarpgroup);
     release(me, &shared.freed[stage][stage == warpgroup ? kOwnHalf : kOtherHalf]);
 }
@@ -482,16 +565,17 @@ __device__ __forceinline__ void attend(const FwdParams& params, SharedStorage<T>
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 1)
-    fwd_kvcache_mla_kernel(const __grid_constant__ FwdParams params, const __grid_constant__ CUtensorMap cache) {
+    fwd_kvcache_mla_kernel(const __grid_constant__ FwdParams params, const __grid_constant__ CacheMaps cache) {
     extern __shared__ __align__(1024) uint8_t shared_bytes[];
     SharedStorage<T>& shared = *reinterpret_cast<SharedStorage<T>*>(shared_bytes);
     const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // uniform, and known to be
-    const int tiles_per_head = params.row_tiles / params.h_k;
-    const int row_tile = blockIdx.x;
-    const RowTile rows = {row_tile, row_tile / tiles_per_head, row_tile % tiles_per_head * kRowTile};
+    const RowTile rows(params);
 
     if (threadIdx.x == 0) {
-        if (params.max_len > 0) ptx::prefetch_tensor_map(&cache);
+        if (params.max_len > 0) {
+            ptx::prefetch_tensor_map(&cache.half);
+            ptx::prefetch_tensor_map(&cache.rope);
+        }
         for (int i = 0; i < 4; ++i) {
             cuda::ptx::mbarrier_init(&shared.landed[i / 2][i % 2], 1);
             cuda::ptx::mbarrier_init(&shared.freed[i / 2][i % 2], kConsumerWarps / 2);
@@ -500,25 +584,35 @@ __global__ void __launch_bounds__(kThreads, 1)
         cuda::ptx::mbarrier_init(&shared.queries_freed, kConsumerWarps);
         cuda::ptx::fence_mbarrier_init(cuda::ptx::sem_release, cuda::ptx::scope_cluster);
     }
+    if (warp < kConsumerWarps) clear_queries(params, shared, rows);
     cudaGridDependencySynchronize();  // nothing above reads what an earlier kernel wrote
     cudaTriggerProgrammaticLaunchCompletion();
+    if (warp >= kConsumerWarps) prefetch_tables(params, threadIdx.x - kConsumers);
     const bool unsplit = read_plan(params, shared.parts);
 
-    Progress done;
+    Phases phases;
     if (warp >= kConsumerWarps) {
         ptx::decrease_registers<kProducerRegisters>();
         for_each_segment(params, shared.parts, unsplit, [&](const Segment& segment) {
-            load(params, cache, shared, rows, segment, warp - kConsumerWarps, done);
+            load(params, cache, shared, rows, segment, warp - kConsumerWarps, phases);
         });
     } else {
         ptx::increase_registers<kConsumerRegisters>();
         for_each_segment(params, shared.parts, unsplit, [&](const Segment& segment) {
-            attend(params, shared, rows, segment, warp / (kConsumerWarps / 2), done);
+            attend(params, shared, rows, segment, warp / (kConsumerWarps / 2), phases);
         });
     }
 }
 
 // ---------------------------------------------------------------------------------------------------------- launcher
+
+// The counters of arrived shares belong to the call: memory that a device kept for all would be wrong as soon as two
+// graphs ran at once, or after one that was aborted.
+__global__ void clear_arrivals_kernel(int* arrivals, int count) {
+    cudaTriggerProgrammaticLaunchCompletion();  // the decode kernel waits for the end of this one
+    cudaGridDependencySynchronize();
+    for (int i = threadIdx.x; i < count; i += blockDim.x) arrivals[i] = 0;
+}
 
 template <typename T>
 void launch(const FwdParams& params, cudaStream_t stream) {
@@ -526,9 +620,18 @@ void launch(const FwdParams& params, cudaStream_t stream) {
     constexpr int kSharedBytes = sizeof(SharedStorage<T>);
     static_assert(kSharedBytes <= 227 * 1024);
     // no page, no key: every length is then 0, and nothing reads through the map
-    const CUtensorMap cache = params.max_len > 0 ? paged_cache_map(params, kSlices, 1) : CUtensorMap{};
+    CacheMaps cache = {};
+    if (params.max_len > 0) {
+        cache.half = paged_cache_map(params, kSlices, kHalfSlices);
+        cache.rope = paged_cache_map(params, kSlices, 1);
+    }
     cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
                "fwd_kvcache_mla: shared memory");
+    if (params.arrivals != nullptr) {
+        const int count = params.split_parts * params.row_tiles;
+        cuda_check(launch_dependent(clear_arrivals_kernel, 1, 256, 0, stream, params.arrivals, count),
+                   "fwd_kvcache_mla: counters");
+    }
     const dim3 grid(params.row_tiles, params.grid_parts);
     cuda_check(launch_dependent(kernel, grid, kThreads, kSharedBytes, stream, params, cache), "fwd_kvcache_mla");
 }

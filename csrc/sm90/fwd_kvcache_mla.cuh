@@ -52,35 +52,42 @@ struct Segment {
     int place;       // in the workspace; -1 if the row is whole
 };
 
-// Fills parts[i] with the CTA's i-th part of the plan, of which it takes every gridDim.y-th, from one read of the whole
-// plan by all the CTA's threads. Whether some part that the plan uses has no places in the workspace. Ends in a
-// barrier.
+// Whether parts a and b, one after the other, are the only ones with tiles of a row.
+__device__ __forceinline__ bool is_pair(const Part& a, const Part& b, int row, int tiles) {
+    const bool begins = a.last_row == row && !a.empty() && !a.continues(row) && 0 < a.last_tile && a.last_tile < tiles;
+    const int b_end = b.last_row == row ? b.last_tile : tiles;
+    return begins && !b.empty() && b.continues(row) && b.first_tile < tiles && b_end >= tiles;
+}
+
+// Of a row that two parts share, the later share is merged with the earlier by the part that has it: see
+// fwd_kvcache_mla.cu. The part that begins the row, if that is so, else -1.
+__device__ __forceinline__ int pair_of(const FwdParams& params, const Part (&parts)[kMaxParts],
+                                       const Segment& segment) {
+    if (params.arrivals == nullptr || segment.place < 0) return -1;
+    const int begun_by = (segment.place - 1) >> 1;
+    const bool both = begun_by >= 0 && begun_by + 1 < params.plan_parts;
+    return both && is_pair(parts[begun_by], parts[begun_by + 1], segment.row, num_tiles(segment.length)) ? begun_by
+                                                                                                         : -1;
+}
+
+// Fills `parts` with the plan, which all the CTA's threads read. Whether some part that the plan uses has no places in
+// the workspace. Ends in a barrier.
 __device__ __forceinline__ bool read_plan(const FwdParams& params, Part (&parts)[kMaxParts]) {
     bool without_places = false;
     for (int part = threadIdx.x; part < params.plan_parts; part += blockDim.x) {
         const Part p = load_part(params, part);
-        if (part % gridDim.y == blockIdx.y) {
-            parts[part / gridDim.y] = p;
-            // what comes next, from memory while others still wait for the plan
-            if (!p.empty()) {
-                const int page = p.first_tile / (params.page_size / kTile);
-                ptx::prefetch_l2(params.cache_seqlens + p.first_row);
-                if (page < params.max_len / params.page_size) {
-                    ptx::prefetch_l2(params.block_table + p.first_row * params.table_stride + page);
-                }
-            }
-        }
+        parts[part] = p;
         without_places |= part >= params.split_parts && !p.empty();
     }
     return __syncthreads_or(without_places);
 }
 
-// Calls body(segment) for the CTA's parts, in order.
+// Calls body(segment) for the CTA's parts, every gridDim.y-th, in order.
 template <typename Body>
 __device__ __forceinline__ void for_each_segment(const FwdParams& params, const Part (&parts)[kMaxParts], bool unsplit,
                                                  Body&& body) {
-    for (int i = 0, index = blockIdx.y; index < params.plan_parts; ++i, index += gridDim.y) {
-        const Part& p = parts[i];  // read anew for each row: registers are short while it is worked on
+    for (int index = blockIdx.y; index < params.plan_parts; index += gridDim.y) {
+        const Part& p = parts[index];  // read anew for each row: registers are short while it is worked on
         for (int row = p.first_row; row <= p.last_row; ++row) {
             const int length = clamped_length(params, row);
             const int tiles = num_tiles(length);

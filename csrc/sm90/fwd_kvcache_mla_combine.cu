@@ -1,30 +1,35 @@
-// Merges the partial results of rows that the plan split. With lse_i and out_i (normalised) those of a row's n shares:
+// Merges the shares of rows that the plan split, but for those that the decode kernel merged itself. With lse_i and
+// out_i (normalised) those of a row's n shares:
 //
 //   lse = log2(sum_i 2^lse_i),   out = sum_i 2^(lse_i - lse) out_i
 //
 // A split row is begun by one part, as its last row, and continued by the parts that follow it, as their first row.
-// Shares are added in that order, so results repeat bitwise.
 //
-// Grid: as many CTAs as fit at once. Each first lists the split rows, one thread a part; then its warps share the
-// list's items with all others'. Where rows have few shares an item is a query row, and a lane holds 16 of its columns;
-// where they have many it is 32 columns of one, and a quarter of the warp's lanes takes every fourth share. Either way
-// a lane has 8 loads in flight.
+// Grid: as many CTAs as fit at once. Each first lists the split rows, one thread a part; then all share the list's
+// items. What a warp of the decode kernel stores at once (row_tile.cuh) is a vector of four floats a lane: 16 query
+// rows x 8 columns, of which a lane has two rows x two columns. Where rows have few shares a warp merges an item of
+// four such vectors; where they have more the CTA does, each warp every eighth share, and the first warp merges the
+// eight; where they have many an item is one vector. So a lane has up to 8 loads in flight, of few shares or of many.
+// The order is fixed, so results repeat bitwise.
 //
 // It is launched before the decode kernel ends, and waits for that.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <algorithm>
+
 #include "fwd_kvcache_mla.cuh"
 #include "ptx.cuh"
+#include "row_tile.cuh"
 
 namespace flashmla::sm90 {
 namespace {
 
 constexpr int kThreads = kMaxParts;
 constexpr int kWarps = kThreads / 32;
-constexpr int kCtasPerSm = 4;
-constexpr int kLoads = 8;  // of a lane, in flight
+constexpr int kLoads = 8;                                                // of a lane, in flight
+constexpr int ctas_per_sm(int vectors) { return vectors == 1 ? 3 : 2; }  // with one more it spills
 constexpr float kNothing = -INFINITY;
 
 struct SplitRow {
@@ -33,16 +38,34 @@ struct SplitRow {
     int shares;  // parts part .. part + shares - 1 have one each
 };
 
+// What a lane has of some shares of its two rows: relative to the greatest lse among them.
+template <int kVectors>
+struct Merged {
+    float high[2] = {kNothing, kNothing}, sum[2] = {0.f, 0.f};
+    float4 out[kVectors] = {};  // each two columns of the first row, two of the second
+
+    __device__ void add(int v, const float (&weight)[2], const float4& x) {
+        out[v].x += weight[0] * x.x;
+        out[v].y += weight[0] * x.y;
+        out[v].z += weight[1] * x.z;
+        out[v].w += weight[1] * x.w;
+    }
+};
+
+template <int kVectors>
 struct SharedStorage {
+    Part parts[kMaxParts];
     SplitRow rows[kMaxParts];
     uint32_t passing[kWarps];  // bit p: part p takes a row over and passes it on
     int begun[kWarps];         // split rows that each warp's parts begin
+    Merged<kVectors> merged[kWarps][32];
 };
 
 // ---------------------------------------------------------------------------------------------------- device helpers
 
 // How many parts from `part` on pass one row on, each to the next.
-__device__ int run_of_passing(const SharedStorage& shared, int part) {
+template <int kVectors>
+__device__ int run_of_passing(const SharedStorage<kVectors>& shared, int part) {
     int end = part;
     while (end < kMaxParts) {
         const uint32_t rest = ~shared.passing[end / 32] >> end % 32;
@@ -53,11 +76,17 @@ __device__ int run_of_passing(const SharedStorage& shared, int part) {
 }
 
 // Fills shared.rows, in the order of the parts, and returns their number.
-__device__ int list_split_rows(const FwdParams& params, SharedStorage& shared) {
+template <int kVectors>
+__device__ int list_split_rows(const FwdParams& params, SharedStorage<kVectors>& shared) {
     const int part = threadIdx.x, warp = part / 32, lane = part % 32;
     const Part p = part < params.split_parts ? load_part(params, part) : Part{0, 0, -1, 0};
-    const bool cut = !p.empty() && p.last_tile < num_tiles(clamped_length(params, p.last_row));
-    const bool passes = cut && p.continues(p.last_row), begins = cut && !passes;
+    shared.parts[part] = p;
+    const int tiles = p.empty() ? 0 : num_tiles(clamped_length(params, p.last_row));
+    const bool cut = !p.empty() && p.last_tile < tiles;
+    __syncthreads();
+    const bool merged =
+        params.arrivals != nullptr && part + 1 < kMaxParts && is_pair(p, shared.parts[part + 1], p.last_row, tiles);
+    const bool passes = cut && p.continues(p.last_row), begins = cut && !passes && !merged;
     const uint32_t passing = __ballot_sync(~0u, passes), begun = __ballot_sync(~0u, begins);
     if (lane == 0) {
         shared.passing[warp] = passing;
@@ -65,6 +94,7 @@ __device__ int list_split_rows(const FwdParams& params, SharedStorage& shared) {
     }
     __syncthreads();
     int before = 0, total = 0;
+#pragma unroll
     for (int w = 0; w < kWarps; ++w) {
         if (w < warp) before += shared.begun[w];
         total += shared.begun[w];
@@ -79,105 +109,128 @@ __device__ int list_split_rows(const FwdParams& params, SharedStorage& shared) {
     return total;
 }
 
-__device__ float warp_max(float x) {
-    for (int offset = 16; offset > 0; offset /= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, offset));
-    return x;
-}
+__device__ __forceinline__ float base_of(float high) { return high == kNothing ? 0.f : high; }
 
-__device__ float warp_sum(float x) {
-    for (int offset = 16; offset > 0; offset /= 2) x += __shfl_xor_sync(~0u, x, offset);
-    return x;
-}
-
-__device__ void store4(__nv_bfloat16* to, float4 v) {
-    reinterpret_cast<__nv_bfloat162*>(to)[0] = __floats2bfloat162_rn(v.x, v.y);
-    reinterpret_cast<__nv_bfloat162*>(to)[1] = __floats2bfloat162_rn(v.z, v.w);
-}
-
-__device__ void store4(__half* to, float4 v) {
-    reinterpret_cast<__half2*>(to)[0] = __floats2half2_rn(v.x, v.y);
-    reinterpret_cast<__half2*>(to)[1] = __floats2half2_rn(v.z, v.w);
-}
-
-// One warp: chunk `chunk` of row `row` of a row tile. Group g of its kGroups groups of lanes takes shares g,
-// g + kGroups, ...; a lane takes kVectors x 4 columns, neighbouring lanes neighbouring ones.
-template <typename T, int kGroups, int kVectors>
-__device__ void merge(const FwdParams& params, const SplitRow& split, int row_tile, int row, int chunk) {
-    constexpr int kLanes = 32 / kGroups, kInFlight = kLoads / kVectors;
-    const int lane = threadIdx.x % 32, group = lane / kLanes;
-    const int tiles_per_head = params.row_tiles / params.h_k;
-    const int row_in_head = row_tile % tiles_per_head * kRowTile + row;
-    if (row_in_head >= params.rows) return;
-    const auto place = [&](int share) {
-        const int at = share == 0 ? last_place(split.part) : first_place(split.part + share);
-        return (at * params.row_tiles + row_tile) * kRowTile + row;
+// Merges a row's shares `first`, first + step, ...; `vectors` and `lse` are what the lane reads of the share at place
+// 0.
+template <int kVectors>
+__device__ __forceinline__ Merged<kVectors> merge_shares(const FwdParams& params, const SplitRow& split,
+                                                         const float4* vectors, const float* lse, int first, int step) {
+    constexpr int kAtOnce = kLoads / kVectors;
+    // in row tiles, of which the workspace has at most 1024
+    const auto tile = [&](int share) {
+        return (share == 0 ? last_place(split.part) : first_place(split.part + share)) * params.row_tiles;
     };
-    const auto column = [&](int v) { return ((chunk * kVectors + v) * kLanes + lane % kLanes) * 4; };
-    float4 loaded[kInFlight][kVectors];
-    const auto load = [&](int i, int share) {
-        const float* from = params.partial_out + int64_t{place(share)} * kDimV;
+    const auto vector = [&](int share, int v) {
+        return share < split.shares ? __ldcg(vectors + tile(share) * kShareVectors + v * 128) : float4{};
+    };
+    const auto lse_of = [&](int share, int i) {
+        return share < split.shares ? lse[tile(share) * kRowTile + 8 * i] : kNothing;
+    };
+    float4 loaded[kAtOnce][kVectors];  // under way while the weights are worked out
 #pragma unroll
-        for (int v = 0; v < kVectors; ++v) {
-            loaded[i][v] = share < split.shares ? *reinterpret_cast<const float4*>(from + column(v)) : float4{};
+    for (int i = 0; i < kAtOnce; ++i) {
+#pragma unroll
+        for (int v = 0; v < kVectors; ++v) loaded[i][v] = vector(first + i * step, v);
+    }
+    Merged<kVectors> merged;
+    constexpr int kLsesAtOnce = 4;
+    for (int share = first; share < split.shares; share += kLsesAtOnce * step) {
+        float lses[kLsesAtOnce][2];
+#pragma unroll
+        for (int i = 0; i < kLsesAtOnce; ++i) {
+#pragma unroll
+            for (int r = 0; r < 2; ++r) lses[i][r] = lse_of(share + i * step, r);
         }
-    };
 #pragma unroll
-    for (int i = 0; i < kInFlight; ++i) load(i, group + i * kGroups);  // under way while the weights are worked out
-
-    float high = kNothing;
-    for (int i = lane; i < split.shares; i += 32) high = fmaxf(high, params.partial_lse[place(i)]);
-    high = warp_max(high);
-    const float base = high == kNothing ? 0.f : high;
-    float sum = 0.f;
-    for (int i = lane; i < split.shares; i += 32) sum += ptx::exp2_approx(params.partial_lse[place(i)] - base);
-    sum = warp_sum(sum);
-    const float scale = sum == 0.f ? 0.f : 1.f / sum;
-
-    float4 out[kVectors] = {};
-    for (int first = group; first < split.shares; first += kInFlight * kGroups) {
+        for (int i = 0; i < kLsesAtOnce; ++i) {
 #pragma unroll
-        for (int i = 0; i < kInFlight; ++i) {
-            const int share = first + i * kGroups;
-            const float weight =
-                share < split.shares ? ptx::exp2_approx(params.partial_lse[place(share)] - base) * scale : 0.f;
+            for (int r = 0; r < 2; ++r) merged.high[r] = fmaxf(merged.high[r], lses[i][r]);
+        }
+    }
+    const float base[2] = {base_of(merged.high[0]), base_of(merged.high[1])};
+    for (int share = first; share < split.shares; share += kAtOnce * step) {
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+            float weight[2];
+#pragma unroll
+            for (int r = 0; r < 2; ++r) {
+                weight[r] = ptx::exp2_approx(lse_of(share + i * step, r) - base[r]);
+                merged.sum[r] += weight[r];
+            }
 #pragma unroll
             for (int v = 0; v < kVectors; ++v) {
-                out[v].x += weight * loaded[i][v].x;
-                out[v].y += weight * loaded[i][v].y;
-                out[v].z += weight * loaded[i][v].z;
-                out[v].w += weight * loaded[i][v].w;
+                merged.add(v, weight, loaded[i][v]);
+                loaded[i][v] = vector(share + (i + kAtOnce) * step, v);
             }
-            load(i, share + kInFlight * kGroups);
         }
     }
-#pragma unroll
-    for (int offset = kLanes; offset < 32; offset *= 2) {
-        for (int v = 0; v < kVectors; ++v) {
-            out[v].x += __shfl_xor_sync(~0u, out[v].x, offset);
-            out[v].y += __shfl_xor_sync(~0u, out[v].y, offset);
-            out[v].z += __shfl_xor_sync(~0u, out[v].z, offset);
-            out[v].w += __shfl_xor_sync(~0u, out[v].w, offset);
-        }
-    }
+    return merged;
+}
 
-    const int head = row_tile / tiles_per_head;
-    const int s = row_in_head / params.group, h = head * params.group + row_in_head % params.group;
-    T* to = static_cast<T*>(params.out) + ((int64_t{split.row} * params.s_q + s) * params.h_q + h) * kDimV;
+// Merges what each warp has of a row, in the first warp.
+template <int kVectors>
+__device__ __forceinline__ Merged<kVectors> merge_warps(SharedStorage<kVectors>& shared, const Merged<kVectors>& mine) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    __syncthreads();  // the item before has been read
+    shared.merged[warp][lane] = mine;
+    __syncthreads();
+    Merged<kVectors> merged;
+    if (warp > 0) return merged;
 #pragma unroll
-    for (int v = 0; v < kVectors; ++v) {
-        if (group == 0) store4(to + column(v), out[v]);
+    for (int w = 0; w < kWarps; ++w) {
+#pragma unroll
+        for (int r = 0; r < 2; ++r) merged.high[r] = fmaxf(merged.high[r], shared.merged[w][lane].high[r]);
     }
-    if (chunk == 0 && lane == 0) {
-        params.lse[(int64_t{split.row} * params.h_q + h) * params.s_q + s] =
-            sum == 0.f ? INFINITY : (high + log2f(sum)) * kLn2;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) {
+        const Merged<kVectors>& other = shared.merged[w][lane];
+        float weight[2];
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+            weight[r] = ptx::exp2_approx(other.high[r] - base_of(merged.high[r]));
+            merged.sum[r] += weight[r] * other.sum[r];
+        }
+#pragma unroll
+        for (int v = 0; v < kVectors; ++v) merged.add(v, weight, other.out[v]);
+    }
+    return merged;
+}
+
+// A lane's two rows to out, and to lse if `with_lse`. `row`: of the key head, the second is 8 further. `column`: the
+// first vector's, the next vector's are 8 further.
+template <typename T, int kVectors>
+__device__ __forceinline__ void store_merged(const FwdParams& params, int batch_row, int head, int row, int column,
+                                             bool with_lse, const Merged<kVectors>& merged) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        const int at = row + 8 * r;
+        if (at >= params.rows) return;
+        const int s = at / params.group, h = head * params.group + at % params.group;
+        const float sum = merged.sum[r], scale = sum == 0.f ? 0.f : 1.f / sum;
+        T* to = static_cast<T*>(params.out) + ((int64_t{batch_row} * params.s_q + s) * params.h_q + h) * kDimV + column;
+#pragma unroll
+        for (int v = 0; v < kVectors; ++v) {
+            const float4& x = merged.out[v];
+            const float2 out = r == 0 ? make_float2(x.x, x.y) : make_float2(x.z, x.w);
+            *reinterpret_cast<uint32_t*>(to + 8 * v) = pack<T>(out.x * scale, out.y * scale);
+        }
+        if (with_lse) {
+            params.lse[(int64_t{batch_row} * params.h_q + h) * params.s_q + s] =
+                sum == 0.f ? INFINITY : (merged.high[r] + log2f(sum)) * kLn2;
+        }
     }
 }
 
 // ------------------------------------------------------------------------------------------------------------ kernel
 
-template <typename T, int kGroups, int kVectors>
-__global__ void __launch_bounds__(kThreads) fwd_kvcache_mla_combine_kernel(const FwdParams params) {
-    __shared__ SharedStorage shared;
+// kTogether warps merge an item of kVectors vectors.
+template <typename T, int kTogether, int kVectors>
+__global__ void __launch_bounds__(kThreads, ctas_per_sm(kVectors))
+    fwd_kvcache_mla_combine_kernel(const FwdParams params) {
+    static_assert(kTogether == 1 || kTogether == kWarps);
+    __shared__ SharedStorage<kVectors> shared;
+    cudaTriggerProgrammaticLaunchCompletion();  // what is launched early waits for the end of this grid
     cudaGridDependencySynchronize();
     bool unsplit = false;
     for (int part = params.split_parts + threadIdx.x; part < params.plan_parts; part += kThreads) {
@@ -185,14 +238,32 @@ __global__ void __launch_bounds__(kThreads) fwd_kvcache_mla_combine_kernel(const
     }
     const int split_rows = list_split_rows(params, shared);
     if (__syncthreads_or(unsplit)) return;
-    constexpr int kChunks = kDimV * kGroups / (128 * kVectors);
-    const int rows_per_tile = min(kRowTile, params.rows);  // of a key head with one row tile
-    const int per_row = params.row_tiles * rows_per_tile * kChunks;
-    const int items = split_rows * per_row;  // at most 512 row tiles' (the workspace's size) 64 x 16
-    for (int item = blockIdx.x * kWarps + threadIdx.x / 32; item < items; item += gridDim.x * kWarps) {
-        const int split = item / per_row, in_row = item % per_row;
-        const int tile = in_row / (kChunks * rows_per_tile), in_tile = in_row % (kChunks * rows_per_tile);
-        merge<T, kGroups, kVectors>(params, shared.rows[split], tile, in_tile / kChunks, in_tile % kChunks);
+
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int member = warp % kTogether;
+    const int tiles_per_head = params.row_tiles / params.h_k;
+    // an item: [split row, row tile, warpgroup, warp, 32 / kVectors], where warps without query rows store nothing
+    constexpr int kPerWarp = 32 / kVectors;
+    const int warps = min(4, (params.rows + 15) / 16);
+    const int per_tile = 2 * warps * kPerWarp, per_row = params.row_tiles * per_tile;
+    const int items = split_rows * per_row;  // at most 512 row tiles' (the workspace's size) 256
+    constexpr int kItemsAtOnce = kWarps / kTogether;
+    for (int item = blockIdx.x * kItemsAtOnce + warp / kTogether; item < items; item += gridDim.x * kItemsAtOnce) {
+        const SplitRow split = shared.rows[item / per_row];
+        const int in_row = item % per_row, row_tile = in_row / per_tile;
+        const int j = in_row % kPerWarp * kVectors, decode_warp = in_row / kPerWarp % warps;
+        const int warpgroup = in_row % per_tile / (kPerWarp * warps);
+        const int row = decode_warp * 16 + lane / 4;
+        const float4* vectors = reinterpret_cast<const float4*>(params.partial_out) + row_tile * kShareVectors +
+                                warpgroup * (kShareVectors / 2) + j * 128 + decode_warp * 32 + lane;
+        const float* lse = params.partial_lse + row_tile * kRowTile + row;
+        Merged<kVectors> merged = merge_shares<kVectors>(params, split, vectors, lse, member, kTogether);
+        if constexpr (kTogether > 1) merged = merge_warps(shared, merged);
+        if (member == 0) {
+            store_merged<T, kVectors>(params, split.row, row_tile / tiles_per_head,
+                                      row_tile % tiles_per_head * kRowTile + row,
+                                      warpgroup * kHalfV + 8 * j + lane % 4 * 2, warpgroup + j + lane % 4 == 0, merged);
+        }
     }
 }
 
@@ -200,13 +271,20 @@ __global__ void __launch_bounds__(kThreads) fwd_kvcache_mla_combine_kernel(const
 
 // ---------------------------------------------------------------------------------------------------------- launcher
 
+template <typename T, int kTogether, int kVectors>
+static void launch(const FwdParams& params, cudaStream_t stream) {
+    const dim3 grid(ctas_per_sm(kVectors) * multiprocessors());
+    const auto kernel = fwd_kvcache_mla_combine_kernel<T, kTogether, kVectors>;
+    cuda_check(launch_dependent(kernel, grid, kThreads, 0, stream, params), "fwd_kvcache_mla_combine");
+}
+
 template <typename T>
 static void launch(const FwdParams& params, cudaStream_t stream) {
     // a plan of this machine gives rows grid_parts / b shares, more or less
-    const bool many_shares = params.grid_parts > 8 * params.b;
-    const auto kernel = many_shares ? fwd_kvcache_mla_combine_kernel<T, 4, 1> : fwd_kvcache_mla_combine_kernel<T, 1, 4>;
-    const dim3 grid(kCtasPerSm * multiprocessors());
-    cuda_check(launch_dependent(kernel, grid, kThreads, 0, stream, params), "fwd_kvcache_mla_combine");
+    const int shares = params.grid_parts / std::max(params.b, 1);
+    if (shares > 32) return launch<T, kWarps, 1>(params, stream);
+    if (shares > 8) return launch<T, kWarps, 4>(params, stream);
+    launch<T, 1, 4>(params, stream);
 }
 
 void fwd_kvcache_mla_combine(const FwdParams& params, cudaStream_t stream) {

@@ -17,9 +17,9 @@ __device__ __forceinline__ int lane() {
     return lane;
 }
 
-// 16 bytes from global to shared memory, asynchronously; zeros, and no read, where !valid. "cp.async"
-__device__ __forceinline__ void cp_async_16(uint32_t to, const void* from, bool valid) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0) : "memory");
+// 16 bytes from global to shared memory, asynchronously. "cp.async"
+__device__ __forceinline__ void cp_async_16(uint32_t to, const void* from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
 
 // Waits for all of the thread's cp.async. "cp.async.wait_all"

@@ -1,5 +1,6 @@
-// What a row tile's results are and how they leave: from the accumulators of two warpgroups, of 256 output columns
-// each, through shared memory, so that whole lines go to memory, to `out` and `lse` or to a place in the workspace.
+// What a row tile's results are and how they leave the accumulators of two warpgroups, of 256 output columns each: rows
+// through shared memory to `out` and `lse`, so that whole lines go to memory; shares of split rows as they are to a
+// place in the workspace.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -15,9 +16,17 @@ namespace flashmla::sm90 {
 
 constexpr int kHalfV = kDimV / 2;  // output columns of a warpgroup
 
-// Which query rows a CTA has: rows first_row .. of key head `head`, out of params.rows.
+// Which query rows a CTA has: of key head `head`, from first_row on.
 struct RowTile {
-    int index, head, first_row;
+    int head, first_row;
+
+    __device__ explicit RowTile(const FwdParams& params) {
+        const int tiles_per_head = params.row_tiles / params.h_k;
+        head = index() / tiles_per_head;
+        first_row = index() % tiles_per_head * kRowTile;
+    }
+    __device__ int index() const { return blockIdx.x; }
+    __device__ int count(const FwdParams& params) const { return min(kRowTile, params.rows - first_row); }
 };
 
 // Where a consumer thread stands. A warpgroup's accumulators give a thread two rows of the row tile, 8 apart, and in
@@ -31,8 +40,9 @@ struct Consumer {
 
 // The running softmax of a thread's two rows.
 struct Softmax {
-    float max[2] = {-INFINITY, -INFINITY};  // of the scaled scores of both warpgroups' tiles, base 2
-    float sum[2] = {0.f, 0.f};              // of this thread's columns of the tiles its warpgroup scored
+    // what exponents are relative to, base 2: near the greatest scaled score so far, of both warpgroups' tiles
+    float base[2] = {-INFINITY, -INFINITY};
+    float sum[2] = {0.f, 0.f};  // of this thread's columns of the tiles its warpgroup scored
 };
 
 template <typename T>
@@ -90,90 +100,145 @@ __device__ __forceinline__ void copy_rows(const Consumer& me, void* staging, int
     __syncwarp();
 }
 
-// A segment's result: to its place in the workspace if it is a share of a split row, else to out and lse. `staging`:
-// 32 KB of the warpgroup's.
-template <typename T>
-__device__ __forceinline__ void store_result(const FwdParams& params, const RowTile& rows, const Consumer& me,
-                                             const Segment& segment, int warpgroup, const Softmax& softmax,
-                                             const float (&rO)[128], void* staging) {
-    const bool partial = segment.place >= 0;
-    const int64_t place = (int64_t{segment.place} * params.row_tiles + rows.index) * kRowTile;
+// O becomes normalised; its log-sum-exp, base 2, is that of the thread's two rows, -inf where no key was seen.
+__device__ __forceinline__ void normalise(const Softmax& softmax, float (&rO)[128], float (&lse_log2)[2]) {
     float scale[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
         const bool nothing = softmax.sum[i] == 0.f;
         scale[i] = nothing ? 0.f : 1.f / softmax.sum[i];
-        const int row = rows.first_row + me.row(i);
-        if (warpgroup == 0 && me.lane % 4 == 0 && row < params.rows) {
-            const float lse_log2 = nothing ? -INFINITY : softmax.max[i] + log2f(softmax.sum[i]);
-            const int s = row / params.group, h = rows.head * params.group + row % params.group;
-            if (partial) {
-                params.partial_lse[place + me.row(i)] = lse_log2;
-            } else {
-                params.lse[(int64_t{segment.row} * params.h_q + h) * params.s_q + s] =
-                    nothing ? INFINITY : lse_log2 * kLn2;
-            }
-        }
+        lse_log2[i] = nothing ? -INFINITY : softmax.base[i] + log2f(softmax.sum[i]);
     }
+#pragma unroll
+    for (int k = 0; k < 128; ++k) rO[k] *= scale[k / 2 % 2];
+}
 
-    const int first = me.warp * 16;
-    const int count = min(16, params.rows - rows.first_row - first);  // rows of the warp that exist; may be negative
-    if (partial) {
+// ------------------------------------------------------------------------------------------- shares of split rows
+// A share lies in the workspace as it lay in registers: [place, row tile, warpgroup, 32, 128 threads] of four floats,
+// the thread's accumulators 4 j .. 4 j + 3: a warp's loads and stores are whole lines, and nobody has to move anything.
+
+constexpr int kShareVectors = kRowTile * kDimV / 4;
+
+__device__ __forceinline__ float4* share_of(const FwdParams& params, const RowTile& rows, int place, int warpgroup,
+                                            const Consumer& me) {
+    const int64_t tile = int64_t{place} * params.row_tiles + rows.index();
+    return reinterpret_cast<float4*>(params.partial_out) + tile * kShareVectors + warpgroup * (kShareVectors / 2) +
+           me.warp * 32 + me.lane;
+}
+
+__device__ __forceinline__ float* share_lse(const FwdParams& params, const RowTile& rows, int place) {
+    return params.partial_lse + (int64_t{place} * params.row_tiles + rows.index()) * kRowTile;
+}
+
+// Whether the warp has a query row.
+__device__ __forceinline__ bool has_rows(const FwdParams& params, const RowTile& rows, const Consumer& me) {
+    return me.warp * 16 < rows.count(params);
+}
+
+__device__ __forceinline__ void store_share(const FwdParams& params, const RowTile& rows, const Consumer& me, int place,
+                                            int warpgroup, const float (&lse_log2)[2], const float (&rO)[128]) {
+    if (!has_rows(params, rows, me)) return;
+    float4* share = share_of(params, rows, place, warpgroup, me);
 #pragma unroll
-        for (int round = 0; round < 2; ++round) {  // 128 columns
+    for (int j = 0; j < 32; ++j) {
+        __stcg(share + j * 128, make_float4(rO[4 * j], rO[4 * j + 1], rO[4 * j + 2], rO[4 * j + 3]));
+    }
+    if (warpgroup == 0 && me.lane % 4 == 0) {
+        float* lse = share_lse(params, rows, place);
 #pragma unroll
-            for (int j = 0; j < 16; ++j) {
-#pragma unroll
-                for (int i = 0; i < 2; ++i) {
-                    const int k = 4 * (16 * round + j) + 2 * i;
-                    uint8_t* at = staged(staging, me.row(i), 2 * j + me.lane % 4 / 2) + me.lane % 2 * 8;
-                    *reinterpret_cast<float2*>(at) = make_float2(rO[k] * scale[i], rO[k + 1] * scale[i]);
-                }
-            }
-            float* out = params.partial_out + (place + first) * kDimV + warpgroup * kHalfV + round * 128;
-            copy_rows(me, staging, count, [&] {
-                float* row = out;
-                out += kDimV;
-                return row;
-            });
-        }
-    } else {
-#pragma unroll
-        for (int j = 0; j < 32; j += 2) {
-            const int k = 4 * j;
-            ptx::stmatrix_x4(ptx::shared_address(staged(staging, first + me.lane % 16, j + me.lane / 16)),
-                             pack<T>(rO[k] * scale[0], rO[k + 1] * scale[0]),
-                             pack<T>(rO[k + 2] * scale[1], rO[k + 3] * scale[1]),
-                             pack<T>(rO[k + 4] * scale[0], rO[k + 5] * scale[0]),
-                             pack<T>(rO[k + 6] * scale[1], rO[k + 7] * scale[1]));
-        }
-        OutRows out(params, rows, segment.row, first);
-        copy_rows(me, staging, count, [&] {
-            T* row = static_cast<T*>(params.out) + out.at * kDimV + warpgroup * kHalfV;
-            out.next();
-            return row;
-        });
+        for (int i = 0; i < 2; ++i) __stcg(lse + me.row(i), lse_log2[i]);
     }
 }
 
-// The result of a segment without keys, by the CTA's first `warps` warps.
+// Adds the share at `place` to the one in registers. Of a pair either may be in registers: product, product and sum are
+// rounded one by one, so that the bits are the same.
+__device__ __forceinline__ void add_share(const FwdParams& params, const RowTile& rows, const Consumer& me, int place,
+                                          int warpgroup, float (&lse_log2)[2], float (&rO)[128]) {
+    if (!has_rows(params, rows, me)) return;
+    const float4* share = share_of(params, rows, place, warpgroup, me);
+    const float* other_lse = share_lse(params, rows, place);
+    float mine[2], other[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        const float lse = __ldcg(other_lse + me.row(i)), high = fmaxf(lse, lse_log2[i]);
+        const float base = high == -INFINITY ? 0.f : high;
+        mine[i] = ptx::exp2_approx(lse_log2[i] - base);
+        other[i] = ptx::exp2_approx(lse - base);
+        const float sum = mine[i] + other[i], scale = sum == 0.f ? 0.f : 1.f / sum;
+        mine[i] *= scale;
+        other[i] *= scale;
+        lse_log2[i] = sum == 0.f ? -INFINITY : high + log2f(sum);
+    }
+    constexpr int kAtOnce = 7;  // with 8 ptxas spills
+#pragma unroll
+    for (int first = 0; first < 32; first += kAtOnce) {
+        float4 loaded[kAtOnce];
+#pragma unroll
+        for (int j = 0; j < kAtOnce && first + j < 32; ++j) loaded[j] = __ldcg(share + (first + j) * 128);
+        __syncwarp();  // or ptxas loads all 32 at once, and spills
+#pragma unroll
+        for (int j = 0; j < kAtOnce && first + j < 32; ++j) {
+            float* o = rO + 4 * (first + j);
+            o[0] = __fadd_rn(__fmul_rn(mine[0], o[0]), __fmul_rn(other[0], loaded[j].x));
+            o[1] = __fadd_rn(__fmul_rn(mine[0], o[1]), __fmul_rn(other[0], loaded[j].y));
+            o[2] = __fadd_rn(__fmul_rn(mine[1], o[2]), __fmul_rn(other[1], loaded[j].z));
+            o[3] = __fadd_rn(__fmul_rn(mine[1], o[3]), __fmul_rn(other[1], loaded[j].w));
+        }
+    }
+}
+
+// -------------------------------------------------------------------------------------------------------- whole rows
+
+// The result of rows: from registers to out and lse. `staging`: 32 KB of the warpgroup's.
 template <typename T>
-__device__ __forceinline__ void store_nothing(const FwdParams& params, const RowTile& rows, const Segment& segment,
-                                              int warps) {
-    for (int r = threadIdx.x / 32; r < kRowTile && rows.first_row + r < params.rows; r += warps) {
+__device__ __forceinline__ void store_rows(const FwdParams& params, const RowTile& rows, const Consumer& me,
+                                           int batch_row, int warpgroup, const float (&lse_log2)[2],
+                                           const float (&rO)[128], void* staging) {
+    if (!has_rows(params, rows, me)) return;
+    const int first = me.warp * 16;
+    if (warpgroup == 0 && me.lane % 4 == 0) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const int row = rows.first_row + me.row(i);
+            const int s = row / params.group, h = rows.head * params.group + row % params.group;
+            if (me.row(i) < rows.count(params)) {
+                params.lse[(int64_t{batch_row} * params.h_q + h) * params.s_q + s] =
+                    lse_log2[i] == -INFINITY ? INFINITY : lse_log2[i] * kLn2;
+            }
+        }
+    }
+#pragma unroll
+    for (int j = 0; j < 32; j += 2) {
+        const int k = 4 * j;
+        ptx::stmatrix_x4(ptx::shared_address(staged(staging, first + me.lane % 16, j + me.lane / 16)),
+                         pack<T>(rO[k], rO[k + 1]), pack<T>(rO[k + 2], rO[k + 3]), pack<T>(rO[k + 4], rO[k + 5]),
+                         pack<T>(rO[k + 6], rO[k + 7]));
+    }
+    OutRows out(params, rows, batch_row, first);
+    copy_rows(me, staging, min(16, rows.count(params) - first), [&] {
+        T* row = static_cast<T*>(params.out) + out.at * kDimV + warpgroup * kHalfV;
+        out.next();
+        return row;
+    });
+}
+
+// The result of a segment without keys, by the CTA's first kThreads threads.
+template <typename T, int kThreads>
+__device__ __forceinline__ void store_nothing(const FwdParams& params, const RowTile& rows, const Segment& segment) {
+    if (segment.place >= 0) {
+        const int64_t tile = int64_t{segment.place} * params.row_tiles + rows.index();
+        float4* out = reinterpret_cast<float4*>(params.partial_out) + tile * kShareVectors;
+        for (int i = threadIdx.x; i < kShareVectors; i += kThreads) out[i] = make_float4(0.f, 0.f, 0.f, 0.f);
+        if (threadIdx.x < kRowTile) share_lse(params, rows, segment.place)[threadIdx.x] = -INFINITY;
+        return;
+    }
+    for (int r = threadIdx.x / 32; r < rows.count(params); r += kThreads / 32) {
         const int row = rows.first_row + r, lane = threadIdx.x % 32;
         const int s = row / params.group, h = rows.head * params.group + row % params.group;
-        if (segment.place >= 0) {
-            const int64_t place = (int64_t{segment.place} * params.row_tiles + rows.index) * kRowTile + r;
-            float4* out = reinterpret_cast<float4*>(params.partial_out + place * kDimV);
-            for (int i = lane; i < kDimV / 4; i += 32) out[i] = make_float4(0.f, 0.f, 0.f, 0.f);
-            if (lane == 0) params.partial_lse[place] = -INFINITY;
-        } else {
-            const int64_t at = (int64_t{segment.row} * params.s_q + s) * params.h_q + h;
-            int4* out = reinterpret_cast<int4*>(static_cast<T*>(params.out) + at * kDimV);
-            for (int i = lane; i < kDimV * static_cast<int>(sizeof(T)) / 16; i += 32) out[i] = make_int4(0, 0, 0, 0);
-            if (lane == 0) params.lse[(int64_t{segment.row} * params.h_q + h) * params.s_q + s] = INFINITY;
-        }
+        const int64_t at = (int64_t{segment.row} * params.s_q + s) * params.h_q + h;
+        int4* out = reinterpret_cast<int4*>(static_cast<T*>(params.out) + at * kDimV);
+        for (int i = lane; i < kDimV * static_cast<int>(sizeof(T)) / 16; i += 32) out[i] = make_int4(0, 0, 0, 0);
+        if (lane == 0) params.lse[(int64_t{segment.row} * params.h_q + h) * params.s_q + s] = INFINITY;
     }
 }
 
