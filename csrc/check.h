@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include <atomic>
 #include <stdexcept>
 #include <string>
 
@@ -15,12 +16,34 @@ inline void cuda_check(cudaError_t error, const char* what) {
     }
 }
 
+constexpr int kMaxDevices = 64;  // whose properties are remembered
+
+inline int current_device() {
+    int device = 0;
+    cuda_check(cudaGetDevice(&device), "cudaGetDevice");
+    return device;
+}
+
 // Multiprocessors of the current device: what the grids that loop over their work are sized by.
 inline int multiprocessors() {
-    int device = 0, count = 0;
-    cuda_check(cudaGetDevice(&device), "cudaGetDevice");
-    cuda_check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
+    static std::atomic<int> counts[kMaxDevices];  // 0: not asked yet
+    const int device = current_device();
+    int count = device < kMaxDevices ? counts[device].load(std::memory_order_relaxed) : 0;
+    if (count == 0) {
+        cuda_check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
+        if (device < kMaxDevices) counts[device].store(count, std::memory_order_relaxed);
+    }
     return count;
+}
+
+// Lets a kernel use so much dynamic shared memory, once a device; the call takes as long as a launch.
+template <auto kKernel>
+void allow_shared_bytes(int bytes, const char* what) {
+    static std::atomic<bool> allowed[kMaxDevices];
+    const int device = current_device();
+    if (device < kMaxDevices && allowed[device].load(std::memory_order_relaxed)) return;
+    cuda_check(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), what);
+    if (device < kMaxDevices) allowed[device].store(true, std::memory_order_relaxed);
 }
 
 // Launches a kernel that may start while the one before it ends: it must call cudaGridDependencySynchronize() before it

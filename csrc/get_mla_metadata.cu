@@ -173,9 +173,17 @@ __global__ void __launch_bounds__(kManyThreads) get_mla_metadata_kernel(const Me
 
 // ---------------------------------------------------------------------------------------------------------- launcher
 
+// As many parts for each row, if that leaves few unused: rows of one length are then cut alike.
+static int even_parts(int num_parts, int b) {
+    const int rest = b > 0 ? num_parts % b : 0;
+    return rest < num_parts && rest * kEvenShare <= num_parts ? num_parts - rest : num_parts;
+}
+
 void get_mla_metadata(const MetadataParams& params, cudaStream_t stream) {
     const int threads = params.b <= 2 * kFewThreads ? kFewThreads : kManyThreads;
-    get_mla_metadata_kernel<<<1, threads, 0, stream>>>(params, (params.b + threads - 1) / threads);
+    MetadataParams even = params;
+    even.num_parts = even_parts(params.num_parts, params.b);
+    get_mla_metadata_kernel<<<1, threads, 0, stream>>>(even, (params.b + threads - 1) / threads);
     cuda_check(cudaGetLastError(), "get_mla_metadata");
 }
 

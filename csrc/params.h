@@ -14,6 +14,7 @@ constexpr int kMaxParts = 256;  // rows of the plan
 constexpr int kColumns = 8;
 constexpr int kMinTiles = 1;
 constexpr int kRowCost = 1;
+constexpr int kEvenShare = 32;
 enum PlanColumn { kFirstRow, kFirstTile, kLastRow, kLastTile, kFirstSplit, kFlags, kFirstRowTile, kLastRowTile };
 
 enum class DType { kBF16, kFP16, kFP32 };

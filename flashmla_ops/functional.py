@@ -76,7 +76,7 @@ def get_mla_metadata(
     for name, value in given.items():
         if value is None:
             raise RuntimeError(f"{name}: expected a value (give {', '.join(given)}, or nothing), got None")
-    return torch.ops.flashmla.get_mla_metadata(cache_seqlens, num_heads_per_head_k, num_heads_k)
+    return torch.ops.flashmla.get_mla_metadata.default(cache_seqlens, num_heads_per_head_k, num_heads_k)
 
 
 def get_mla_metadata_(
@@ -97,7 +97,7 @@ def get_mla_metadata_(
     Raises:
         RuntimeError: what is wrong with which argument; nothing is written then.
     """
-    torch.ops.flashmla.get_mla_metadata_(
+    torch.ops.flashmla.get_mla_metadata_.default(
         cache_seqlens,
         num_heads_per_head_k,
         num_heads_k,
@@ -145,7 +145,7 @@ def fwd_kvcache_mla(
     """
     if softmax_scale is None:
         softmax_scale = q.shape[-1] ** -0.5
-    return torch.ops.flashmla.fwd_kvcache_mla(
+    return torch.ops.flashmla.fwd_kvcache_mla.default(
         q, kv_cache, block_table, cache_seqlens, head_dim_v, softmax_scale, causal, tile_scheduler_metadata, num_splits
     )
 
@@ -222,7 +222,7 @@ def concat_and_cache_mla(kv_cache: Tensor, kv_c: Tensor, k_pe: Tensor, slot_mapp
         RuntimeError: what is wrong with which tensor; on the CPU, and on CUDA under FLASHMLA_DEBUG=1, also a slot out
             of range or given twice.
     """
-    torch.ops.flashmla.concat_and_cache_mla(kv_cache, kv_c, k_pe, slot_mapping)
+    torch.ops.flashmla.concat_and_cache_mla.default(kv_cache, kv_c, k_pe, slot_mapping)
 
 
 def merge_attn_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
@@ -239,4 +239,4 @@ def merge_attn_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor
     Returns:
         out [b, s_q, h_q, d_v] in out_a's dtype, lse [b, h_q, s_q] fp32, contiguous.
     """
-    return torch.ops.flashmla.merge_attn_states(out_a, lse_a, out_b, lse_b)
+    return torch.ops.flashmla.merge_attn_states.default(out_a, lse_a, out_b, lse_b)

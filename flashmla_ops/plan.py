@@ -34,6 +34,7 @@ FIRST_ROW, FIRST_TILE, LAST_ROW, LAST_TILE, FIRST_SPLIT, FLAGS, FIRST_ROW_TILE, 
 
 MIN_TILES = 1  # of a part: what its start and its merge cost is less than what more parts win (csrc/NOTES.md)
 ROW_COST = 1  # what starting a row (its queries) and writing its result cost, in tiles
+EVEN_SHARE = 32  # of the parts may be left unused for cuts at the same places of all rows: 3 %, less than a cut costs
 ROW_TILE = 64  # query rows that one worker holds: s_q * h_q / h_k of them are dealt to row tiles of this size
 
 CPU_PARTS = 16  # a fixed number: the CPU's plan must not depend on the machine's cores
@@ -47,6 +48,15 @@ def row_tiles(num_heads_per_head_k: int, num_heads_k: int) -> int:
 def max_parts(num_workers: int, num_row_tiles: int) -> int:
     """How many parts a machine of `num_workers` SMs uses: every part is worked on once for each row tile."""
     return min(MAX_PARTS, max(1, num_workers // num_row_tiles))
+
+
+def even_parts(num_parts: int, b: int) -> int:
+    """`num_parts`, or a few less: as many for each of b rows, if that leaves at most one part in EVEN_SHARE unused.
+
+    Rows of one length are then cut alike and nowhere near their ends.
+    """
+    rest = num_parts % b if b else 0
+    return num_parts - rest if rest < num_parts and rest * EVEN_SHARE <= num_parts else num_parts
 
 
 def make_plan(cache_seqlens: Tensor, num_parts: int) -> tuple[Tensor, Tensor]:
@@ -69,6 +79,7 @@ def make_plan(cache_seqlens: Tensor, num_parts: int) -> tuple[Tensor, Tensor]:
     total = row_end[-1:] if b else torch.zeros(1, dtype=torch.long, device=device)
 
     # cut p is where part p begins and part p - 1 ends, as (row, tile); the last one is (b, 0)
+    num_parts = even_parts(num_parts, b)
     parts_used = (total // (MIN_TILES + ROW_COST)).clamp(1, num_parts)
     part = torch.arange(MAX_PARTS + 1, device=device)
     position = torch.minimum(part, parts_used) * total // parts_used

@@ -94,7 +94,7 @@ REPEATS = 20
 SLEEP_CYCLES = 200_000_000  # 0.1 s: queueing the calls below takes less
 PRODUCTS = 5  # for each call beside them: a kernel may have to wait for one, and a call is up to three kernels
 REPEATED = {  # least and most shares of the row that has most, and the call
-    "rows of two shares": (2, 2, {"lengths": [320, 100, 257] * 7, "h_q": 128}),
+    "rows of two shares": (2, 2, {"lengths": [320, 100, 257] * 30, "h_q": 128}),
     "a row of many shares": (8, MAX_PARTS, {"lengths": [16_000]}),
     "a row of many shares, two row tiles": (8, MAX_PARTS, {"lengths": [3000], "h_q": 128}),
     "four row tiles": (2, MAX_PARTS, {"lengths": [700, 0, 65, 1500], "s_q": 2, "h_q": 128, "causal": True}),

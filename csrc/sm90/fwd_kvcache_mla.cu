@@ -130,9 +130,9 @@ __device__ __forceinline__ void start_queries(const FwdParams& params, SharedSto
     wait(&shared.queries_freed, phases.of(kQueries) ^ 1);
 #pragma unroll 1
     for (int r = 4 * warp + lane / 8; r < rows.count(params); r += 4 * kProducerWarps) {
-        const int row = rows.first_row + r;
-        const int s = row / params.group, h = rows.head * params.group + row % params.group;
-        const T* from = q + s * params.q_stride_s + h * params.q_stride_h;
+        const QueryRow row(params, rows.first_row + r);
+        const int h = rows.head * params.group + row.g;
+        const T* from = q + row.s * params.q_stride_s + h * params.q_stride_h;
         const uint32_t to = ptx::shared_address(shared.sQ) + wgmma::swizzled(r, chunk);
 #pragma unroll
         for (int slice = 0; slice < kSlices; ++slice) {
@@ -184,9 +184,10 @@ __device__ __forceinline__ void load(const FwdParams& params, const CacheMaps& c
     const int slices = kHalfSlices + (portion == kOtherHalf);
     uint64_t* landed = &shared.landed[stage][portion];
     const int tiles_per_page = params.page_size / kTile;
+    const auto column_of = [&](int tile) { return tiles_per_page == 1 ? tile : tile / tiles_per_page; };
     const auto page_of = [&](int tile) {
         if (tile >= segment.end) return -1;
-        const int page = params.block_table[segment.row * params.table_stride + tile / tiles_per_page];
+        const int page = params.block_table[segment.row * params.table_stride + column_of(tile)];
         return page >= 0 && page < params.num_pages ? page : -1;  // -1 is outside the tensor map: it reads as zeros
     };
     int tile = segment.begin + stage, page = page_of(tile);
@@ -199,7 +200,8 @@ __device__ __forceinline__ void load(const FwdParams& params, const CacheMaps& c
             cuda::ptx::mbarrier_arrive_expect_tx(cuda::ptx::sem_release, cuda::ptx::scope_cta, cuda::ptx::space_shared,
                                                  landed, slices * wgmma::kSliceBytes);
             const auto copy = [&](const CUtensorMap& map, int slice) {
-                const int32_t where[5] = {0, tile % tiles_per_page * kTile, slice, rows.head, page};
+                const int in_page = tile - column_of(tile) * tiles_per_page;
+                const int32_t where[5] = {0, in_page * kTile, slice, rows.head, page};
                 cuda::ptx::cp_async_bulk_tensor(cuda::ptx::space_cluster, cuda::ptx::space_global,
                                                 shared.sK[stage][slice], &map, where, landed);
             };
@@ -346,8 +348,8 @@ __device__ __forceinline__ void visible_keys(const FwdParams& params, const RowT
                                              const Segment& segment, int (&visible)[2]) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-        const int s = (rows.first_row + me.row(i)) / params.group;
-        visible[i] = min(segment.length, params.causal ? segment.length - params.s_q + 1 + s : segment.length);
+        const QueryRow row(params, rows.first_row + me.row(i));
+        visible[i] = min(segment.length, params.causal ? segment.length - params.s_q + 1 + row.s : segment.length);
     }
 }
 
@@ -625,8 +627,7 @@ void launch(const FwdParams& params, cudaStream_t stream) {
         cache.half = paged_cache_map(params, kSlices, kHalfSlices);
         cache.rope = paged_cache_map(params, kSlices, 1);
     }
-    cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
-               "fwd_kvcache_mla: shared memory");
+    allow_shared_bytes<fwd_kvcache_mla_kernel<T>>(kSharedBytes, "fwd_kvcache_mla: shared memory");
     if (params.arrivals != nullptr) {
         const int count = params.split_parts * params.row_tiles;
         cuda_check(launch_dependent(clear_arrivals_kernel, 1, 256, 0, stream, params.arrivals, count),

@@ -39,6 +39,26 @@ __device__ __forceinline__ int clamped_length(const FwdParams& params, int row) 
 
 __device__ __forceinline__ int num_tiles(int length) { return length / kTile + (length % kTile != 0); }
 
+// A query row of a key head, in the order (s_q, h_q / h_k). A division takes 100 cycles, most calls need none.
+struct QueryRow {
+    int s, g;  // the query, and its head among the key head's
+
+    __device__ QueryRow(const FwdParams& params, int row)
+        : s(params.s_q == 1 ? 0 : row / params.group), g(row - s * params.group) {}
+};
+
+// The key head of a row tile, and the tile's index there.
+struct HeadTile {
+    int head, tile;
+
+    __device__ HeadTile(const FwdParams& params, int row_tile) : head(0), tile(row_tile) {
+        if (params.h_k == 1) return;
+        const int tiles_per_head = params.row_tiles / params.h_k;
+        head = row_tile / tiles_per_head;
+        tile = row_tile - head * tiles_per_head;
+    }
+};
+
 // Places in the workspace: part p's shares of its first row, when an earlier part began it, and of its last, when a
 // later one ends it.
 __device__ __forceinline__ int first_place(int part) { return 2 * part; }

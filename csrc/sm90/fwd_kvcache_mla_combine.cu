@@ -206,9 +206,11 @@ __device__ __forceinline__ void store_merged(const FwdParams& params, int batch_
     for (int r = 0; r < 2; ++r) {
         const int at = row + 8 * r;
         if (at >= params.rows) return;
-        const int s = at / params.group, h = head * params.group + at % params.group;
+        const QueryRow in_head(params, at);
+        const int h = head * params.group + in_head.g;
         const float sum = merged.sum[r], scale = sum == 0.f ? 0.f : 1.f / sum;
-        T* to = static_cast<T*>(params.out) + ((int64_t{batch_row} * params.s_q + s) * params.h_q + h) * kDimV + column;
+        const int64_t out_row = (int64_t{batch_row} * params.s_q + in_head.s) * params.h_q + h;
+        T* to = static_cast<T*>(params.out) + out_row * kDimV + column;
 #pragma unroll
         for (int v = 0; v < kVectors; ++v) {
             const float4& x = merged.out[v];
@@ -216,7 +218,7 @@ __device__ __forceinline__ void store_merged(const FwdParams& params, int batch_
             *reinterpret_cast<uint32_t*>(to + 8 * v) = pack<T>(out.x * scale, out.y * scale);
         }
         if (with_lse) {
-            params.lse[(int64_t{batch_row} * params.h_q + h) * params.s_q + s] =
+            params.lse[(int64_t{batch_row} * params.h_q + h) * params.s_q + in_head.s] =
                 sum == 0.f ? INFINITY : (merged.high[r] + log2f(sum)) * kLn2;
         }
     }
@@ -241,28 +243,28 @@ __global__ void __launch_bounds__(kThreads, ctas_per_sm(kVectors))
 
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int member = warp % kTogether;
-    const int tiles_per_head = params.row_tiles / params.h_k;
-    // an item: [split row, row tile, warpgroup, warp, 32 / kVectors], where warps without query rows store nothing
-    constexpr int kPerWarp = 32 / kVectors;
-    const int warps = min(4, (params.rows + 15) / 16);
-    const int per_tile = 2 * warps * kPerWarp, per_row = params.row_tiles * per_tile;
-    const int items = split_rows * per_row;  // at most 512 row tiles' (the workspace's size) 256
+    // An item: [split row, row tile, warp, warpgroup, 32 / kVectors]. Powers of two, so that one division is left, and
+    // that for many row tiles only; warps without query rows have stored nothing.
+    constexpr int kPerWarp = 32 / kVectors, kPerTile = 4 * 2 * kPerWarp;
+    const int items = split_rows * params.row_tiles * kPerTile;  // at most 512 row tiles' (the workspace's size) 256
     constexpr int kItemsAtOnce = kWarps / kTogether;
     for (int item = blockIdx.x * kItemsAtOnce + warp / kTogether; item < items; item += gridDim.x * kItemsAtOnce) {
-        const SplitRow split = shared.rows[item / per_row];
-        const int in_row = item % per_row, row_tile = in_row / per_tile;
-        const int j = in_row % kPerWarp * kVectors, decode_warp = in_row / kPerWarp % warps;
-        const int warpgroup = in_row % per_tile / (kPerWarp * warps);
-        const int row = decode_warp * 16 + lane / 4;
+        const int j = item % kPerWarp * kVectors, warpgroup = item / kPerWarp % 2;
+        const int decode_warp = item / (2 * kPerWarp) % 4, tile = item / kPerTile;
+        const int split_row = params.row_tiles == 1 ? tile : tile / params.row_tiles;
+        const int row_tile = tile - split_row * params.row_tiles;
+        const SplitRow split = shared.rows[split_row];
+        const HeadTile in_head(params, row_tile);
+        const int row = decode_warp * 16 + lane / 4, first_row = in_head.tile * kRowTile;
+        if (first_row + decode_warp * 16 >= params.rows) continue;
         const float4* vectors = reinterpret_cast<const float4*>(params.partial_out) + row_tile * kShareVectors +
                                 warpgroup * (kShareVectors / 2) + j * 128 + decode_warp * 32 + lane;
         const float* lse = params.partial_lse + row_tile * kRowTile + row;
         Merged<kVectors> merged = merge_shares<kVectors>(params, split, vectors, lse, member, kTogether);
         if constexpr (kTogether > 1) merged = merge_warps(shared, merged);
         if (member == 0) {
-            store_merged<T, kVectors>(params, split.row, row_tile / tiles_per_head,
-                                      row_tile % tiles_per_head * kRowTile + row,
-                                      warpgroup * kHalfV + 8 * j + lane % 4 * 2, warpgroup + j + lane % 4 == 0, merged);
+            store_merged<T>(params, split.row, in_head.head, first_row + row, warpgroup * kHalfV + 8 * j + lane % 4 * 2,
+                            warpgroup + j + lane % 4 == 0, merged);
         }
     }
 }

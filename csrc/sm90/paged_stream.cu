@@ -58,8 +58,7 @@ __global__ void __launch_bounds__(32, 1) paged_stream_kernel(const StreamParams 
 // ---------------------------------------------------------------------------------------------------------- launcher
 
 void paged_stream(const StreamParams& params, cudaStream_t stream) {
-    cuda_check(cudaFuncSetAttribute(paged_stream_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
-               "paged_stream: shared memory");
+    allow_shared_bytes<paged_stream_kernel>(kSharedBytes, "paged_stream: shared memory");
     paged_stream_kernel<<<multiprocessors(), 32, kSharedBytes, stream>>>(params);
     cuda_check(cudaGetLastError(), "paged_stream");
 }

@@ -21,9 +21,9 @@ struct RowTile {
     int head, first_row;
 
     __device__ explicit RowTile(const FwdParams& params) {
-        const int tiles_per_head = params.row_tiles / params.h_k;
-        head = index() / tiles_per_head;
-        first_row = index() % tiles_per_head * kRowTile;
+        const HeadTile in_head(params, index());
+        head = in_head.head;
+        first_row = in_head.tile * kRowTile;
     }
     __device__ int index() const { return blockIdx.x; }
     __device__ int count(const FwdParams& params) const { return min(kRowTile, params.rows - first_row); }
@@ -69,9 +69,10 @@ struct OutRows {
     int g, group, h_q;
 
     __device__ OutRows(const FwdParams& params, const RowTile& rows, int batch_row, int r)
-        : g((rows.first_row + r) % params.group), group(params.group), h_q(params.h_q) {
-        const int s = (rows.first_row + r) / params.group;
-        at = (int64_t{batch_row} * params.s_q + s) * params.h_q + rows.head * params.group + g;
+        : group(params.group), h_q(params.h_q) {
+        const QueryRow row(params, rows.first_row + r);
+        g = row.g;
+        at = (int64_t{batch_row} * params.s_q + row.s) * params.h_q + rows.head * params.group + g;
     }
     __device__ void next() {
         const bool wraps = ++g == group;
@@ -199,10 +200,10 @@ __device__ __forceinline__ void store_rows(const FwdParams& params, const RowTil
     if (warpgroup == 0 && me.lane % 4 == 0) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            const int row = rows.first_row + me.row(i);
-            const int s = row / params.group, h = rows.head * params.group + row % params.group;
+            const QueryRow row(params, rows.first_row + me.row(i));
+            const int h = rows.head * params.group + row.g;
             if (me.row(i) < rows.count(params)) {
-                params.lse[(int64_t{batch_row} * params.h_q + h) * params.s_q + s] =
+                params.lse[(int64_t{batch_row} * params.h_q + h) * params.s_q + row.s] =
                     lse_log2[i] == -INFINITY ? INFINITY : lse_log2[i] * kLn2;
             }
         }
@@ -233,12 +234,12 @@ __device__ __forceinline__ void store_nothing(const FwdParams& params, const Row
         return;
     }
     for (int r = threadIdx.x / 32; r < rows.count(params); r += kThreads / 32) {
-        const int row = rows.first_row + r, lane = threadIdx.x % 32;
-        const int s = row / params.group, h = rows.head * params.group + row % params.group;
-        const int64_t at = (int64_t{segment.row} * params.s_q + s) * params.h_q + h;
+        const QueryRow row(params, rows.first_row + r);
+        const int h = rows.head * params.group + row.g, lane = threadIdx.x % 32;
+        const int64_t at = (int64_t{segment.row} * params.s_q + row.s) * params.h_q + h;
         int4* out = reinterpret_cast<int4*>(static_cast<T*>(params.out) + at * kDimV);
         for (int i = lane; i < kDimV * static_cast<int>(sizeof(T)) / 16; i += 32) out[i] = make_int4(0, 0, 0, 0);
-        if (lane == 0) params.lse[(int64_t{segment.row} * params.h_q + h) * params.s_q + s] = INFINITY;
+        if (lane == 0) params.lse[(int64_t{segment.row} * params.h_q + h) * params.s_q + row.s] = INFINITY;
     }
 }
 

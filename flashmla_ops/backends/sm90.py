@@ -106,6 +106,7 @@ def _multiprocessors(device: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+@functools.cache
 def _parts(device: torch.device, num_heads_per_head_k: int, num_heads_k: int) -> int:
     return max_parts(_multiprocessors(device.index), row_tiles(num_heads_per_head_k, num_heads_k))
 
@@ -120,7 +121,7 @@ def get_mla_metadata(
     if values.DEBUG:
         values.check_lengths(cache_seqlens)
     parts = _parts(cache_seqlens.device, num_heads_per_head_k, num_heads_k)
-    torch.ops.flashmla_sm90.get_mla_metadata(tile_scheduler_metadata, num_splits, cache_seqlens, parts)
+    torch.ops.flashmla_sm90.get_mla_metadata.default(tile_scheduler_metadata, num_splits, cache_seqlens, parts)
 
 
 def fwd_kvcache_mla(
@@ -141,11 +142,11 @@ def fwd_kvcache_mla(
     parts = _parts(q.device, s_q * h_q // h_k, h_k) if out.numel() else 1
     if plan is None:
         metadata, num_splits = cache_seqlens.new_empty(MAX_PARTS, COLUMNS), cache_seqlens.new_empty(b + 1)
-        torch.ops.flashmla_sm90.get_mla_metadata(metadata, num_splits, cache_seqlens, parts)
+        torch.ops.flashmla_sm90.get_mla_metadata.default(metadata, num_splits, cache_seqlens, parts)
         plan_parts = parts
     else:  # it may come from elsewhere, and use more parts than this machine would
         metadata, plan_parts = plan[0], MAX_PARTS
-    torch.ops.flashmla_sm90.fwd_kvcache_mla(
+    torch.ops.flashmla_sm90.fwd_kvcache_mla.default(
         out, lse, q, kv_cache, block_table, cache_seqlens, softmax_scale, causal, metadata, parts, plan_parts
     )
 
@@ -153,8 +154,8 @@ def fwd_kvcache_mla(
 def concat_and_cache_mla(kv_cache: Tensor, kv_c: Tensor, k_pe: Tensor, slot_mapping: Tensor) -> None:
     if values.DEBUG:
         values.check_slots(slot_mapping, kv_cache.shape[0] * kv_cache.shape[1])
-    torch.ops.flashmla_sm90.concat_and_cache_mla(kv_cache, kv_c, k_pe, slot_mapping)
+    torch.ops.flashmla_sm90.concat_and_cache_mla.default(kv_cache, kv_c, k_pe, slot_mapping)
 
 
 def merge_attn_states(out: Tensor, lse: Tensor, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> None:
-    torch.ops.flashmla_sm90.merge_attn_states(out, lse, out_a, lse_a, out_b, lse_b)
+    torch.ops.flashmla_sm90.merge_attn_states.default(out, lse, out_a, lse_a, out_b, lse_b)
