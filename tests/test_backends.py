@@ -64,7 +64,7 @@ def test_preference_and_reasons(monkeypatch):
     use_backend(None)
     get_mla_metadata(LENGTHS[:1], 16, 1)
     assert served == ["picky"]
-    assert get_mla_metadata(LENGTHS, 16, 1)[1].tolist() == [0, 1, 2] and served == ["picky"]
+    assert get_mla_metadata(LENGTHS, 16, 1)[1].tolist() == [0, 2, 3] and served == ["picky"]
 
     use_backend("picky")
     with pytest.raises(NotImplementedError, match=r"get_mla_metadata: the forced .* picky: it serves one row only$"):

@@ -62,7 +62,6 @@ constexpr int kProducerWarps = 4;  // one a portion
 constexpr int kThreads = kConsumers + 32 * kProducerWarps;
 constexpr int kConsumerRegisters = 232;  // O takes 128, S 32, P 16
 constexpr int kProducerRegisters = 40;   // 128 * 40 + 256 * 232 = 64512 of 65536
-constexpr float kSlack = 8.f;  // P may reach 2^8 before its base follows: O is rescaled (130 instructions) hardly ever
 
 // What arrives and is freed at once, in stage s: half s of V; the other half and rope.
 enum Portion { kOwnHalf, kOtherHalf };
@@ -75,7 +74,7 @@ struct SharedStorage {
     float base[2][kRowTile];                  // what P of the tile in each stage is relative to (Softmax)
     // of the tiles that each warpgroup scored, [segments % 2][warpgroup]: one may be a segment ahead
     float row_sum[2][2][kRowTile];
-    int arrived;            // shares of the segment's pair that are in the workspace
+    int arrived[2];         // shares of the segment's pair that are in the workspace, [segments % 2] as above
     uint64_t landed[2][2];  // [stage][portion]
     uint64_t freed[2][2];
     uint64_t queries_landed, queries_freed;
@@ -309,7 +308,7 @@ __device__ __forceinline__ void zero_values(const Consumer& me, T (&tile)[kSlice
     }
 }
 
-// O *= factor, row by row. Most often the base stays and there is nothing to do.
+// O *= factor, row by row. Where the base stays, most often after a row's first tiles, there is nothing to do.
 __device__ __forceinline__ void rescale(const float (&factor)[2], float (&rO)[128]) {
     if (!__any_sync(~0u, factor[0] != 1.f || factor[1] != 1.f)) return;
 #pragma unroll
@@ -372,7 +371,7 @@ __device__ __forceinline__ void softmax_of(SharedStorage<T>& shared, const Consu
     float base[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-        base[i] = high[i] * scale > softmax.base[i] + kSlack ? high[i] * scale : softmax.base[i];
+        base[i] = fmaxf(high[i] * scale, softmax.base[i]);  // so that the greatest P is 1, which T has exactly
     }
     change_base(softmax, base, factor);
     exponentiate<T>(scale, base, rS, rP, softmax.sum);
@@ -502,12 +501,11 @@ __device__ __forceinline__ void attend_second(const FwdParams& params, SharedSto
 using Arrivals = cuda::atomic_ref<int, cuda::thread_scope_device>;
 
 // Counts this CTA's share of a pair, which all consumers have stored. Whether the other share was there before.
-template <typename T>
-__device__ __forceinline__ bool arrives_last(SharedStorage<T>& shared, int* arrivals) {
+__device__ __forceinline__ bool arrives_last(int& arrived, int* arrivals) {
     ptx::named_barrier(kResults, kConsumers);
-    if (threadIdx.x == 0) shared.arrived = Arrivals(*arrivals).fetch_add(1, cuda::memory_order_acq_rel);
+    if (threadIdx.x == 0) arrived = Arrivals(*arrivals).fetch_add(1, cuda::memory_order_acq_rel);
     ptx::named_barrier(kResults, kConsumers);
-    return shared.arrived != 0;
+    return arrived != 0;
 }
 
 // One segment, from its queries to its result.
@@ -525,6 +523,7 @@ __device__ __forceinline__ void attend(const FwdParams& params, SharedStorage<T>
         attend_second(params, shared, rows, me, segment, phases, softmax, rO);
     }
     float (&row_sum)[2][kRowTile] = shared.row_sum[phases.of(kQueries)];
+    int& arrived = shared.arrived[phases.of(kQueries)];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
         softmax.sum[i] = quad_sum(softmax.sum[i]);
@@ -536,7 +535,7 @@ __device__ __forceinline__ void attend(const FwdParams& params, SharedStorage<T>
         // The part that ends a row has it first. So the one that begins it, the last that it has, most often finds the
         // other's share, and need not store its own.
         const bool may_find = pair >= 0 && segment.place == last_place(pair);
-        shared.arrived = may_find ? Arrivals(*arrivals).load(cuda::memory_order_acquire) : 0;
+        arrived = may_find ? Arrivals(*arrivals).load(cuda::memory_order_acquire) : 0;
     }
     ptx::named_barrier(kResults, kConsumers);  // and every wgmma of both warpgroups is done
 #pragma unroll
@@ -545,10 +544,10 @@ __device__ __forceinline__ void attend(const FwdParams& params, SharedStorage<T>
     float lse_log2[2];
     normalise(softmax, rO, lse_log2);
     const int stage = (segment.end - segment.begin - 1) % 2;  // its half of V was used last
-    bool last = shared.arrived != 0;
+    bool last = arrived != 0;
     if (segment.place >= 0 && !last) {
         store_share(params, rows, me, segment.place, warpgroup, lse_log2, rO);
-        if (pair >= 0) last = arrives_last(shared, arrivals);
+        if (pair >= 0) last = arrives_last(arrived, arrivals);
     }
     if (last) {
         const int other = segment.place == last_place(pair) ? first_place(pair + 1) : last_place(pair);
