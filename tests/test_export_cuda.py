@@ -107,15 +107,24 @@ torch._inductor.aoti_load_package(path)(torch.zeros(2, 4, device="cuda"))
 def test_an_aotinductor_package_runs_in_a_fresh_process(tmp_path):
     """It compiles everywhere; it is loaded where this torch loads any package with a Python-implemented op.
 
-    The layers are dense: torch 2.11's AOTInductor writes C++ that does not compile for MoE's grouped_mm on CUDA.
+    One dense layer: C++ compilers take a minute for more, and torch 2.11's AOTInductor writes C++ that does not compile
+    for MoE's grouped_mm on CUDA.
     """
-    program, calls, expected = export_step(first_k_dense_replace=4)
-    package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "step.pt2"))
+    program, calls, expected = export_step(num_hidden_layers=1, first_k_dense_replace=1)
+    package = torch._inductor.aoti_compile_and_package(
+        program,
+        package_path=str(tmp_path / "step.pt2"),
+        inductor_configs={"aot_inductor.compile_wrapper_opt_level": "O0"},
+    )
     assert Path(package).stat().st_size > 0
-    probes = {"no custom op": PACKAGE_WITHOUT_OPS, "a custom op": PACKAGE_WITH_AN_OP}
-    for what, code in probes.items():
-        done = run_in_a_fresh_process(code, tmp_path / "probe.pt2")
-        if done.returncode:
-            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            pytest.skip(f"torch {torch.__version__} fails on a package of {what} ({done.returncode}): {last}")
-    check("package", Path(package), calls, expected, 5e-2, tmp_path)  # Inductor rounds at other places than eager
+    try:
+        check("package", Path(package), calls, expected, 5e-2, tmp_path)  # Inductor rounds at other places than eager
+    except AssertionError as failure:
+        probes = {"no custom op": PACKAGE_WITHOUT_OPS, "a custom op": PACKAGE_WITH_AN_OP}
+        for what, code in probes.items():
+            done = run_in_a_fresh_process(code, tmp_path / "probe.pt2")
+            if done.returncode:
+                last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+                reason = f"torch {torch.__version__} fails on a package of {what} too ({done.returncode}): {last}"
+                pytest.skip(f"{reason}. Ours: {failure}")
+        raise
