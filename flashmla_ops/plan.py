@@ -53,7 +53,7 @@ def max_parts(num_workers: int, num_row_tiles: int) -> int:
 def even_parts(num_parts: int, b: int) -> int:
     """`num_parts`, or a few less: as many for each of b rows, if that leaves at most one part in EVEN_SHARE unused.
 
-    Rows of one length are then cut alike and nowhere near their ends.
+    Rows of one length are then cut alike and nowhere near their ends, if they have tiles enough for all parts.
     """
     rest = num_parts % b if b else 0
     return num_parts - rest if rest < num_parts and rest * EVEN_SHARE <= num_parts else num_parts

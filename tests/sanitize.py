@@ -174,6 +174,10 @@ def decode_cases() -> Iterator[Case]:
             {"peaked": "last"},
             {"lengths": (0, 0)},
         )
+        # rows of two shares, which the decode kernel merges itself: more rows than half a machine's parts
+        pairs = {"lengths": (130, 70, 0, 200, 64, 257) * 2, "h_k": 2, "h_q": 256, "s_q": 2, "causal": True}
+        for plan in ("own", 7):
+            yield decode_case(pairs | {"dtype": dtype}, plan, plan == "own" and dtype is torch.bfloat16)
         for other in others:
             call = {"lengths": LENGTHS, "h_q": 20, "causal": True, "dtype": dtype} | other
             yield decode_case(call, "own", other == {"page_size": 128} or "strided" in other)

@@ -15,10 +15,10 @@
 //
 //     first                                          second
 //     S0 = Q K0^T                                    S1 = Q K1^T
-//     m = base(m, rows of S0), P0 = exp2(S0 - m)
+//     m = max(m, rows of S0), P0 = exp2(S0 - m)
 //     m, P0 -> shared
 //     O = O * exp2(old m - m) + P0 V0[:, left]       O = O * exp2(old m - m) + P0 V0[:, right], under which
-//                                                    m = base(m, rows of S1), P1 = exp2(S1 - m)
+//                                                    m = max(m, rows of S1), P1 = exp2(S1 - m)
 //                                                    m, P1 -> shared
 //     O = O * exp2(old m - m) + P1 V1[:, left]       O = O * exp2(old m - m) + P1 V1[:, right]
 //
@@ -165,6 +165,7 @@ __device__ __forceinline__ void prefetch_tables(const FwdParams& params, int thr
     constexpr int kLine = 128;
     const int cta = blockIdx.y * gridDim.x + blockIdx.x;
     const int64_t at = (int64_t{cta} * (kThreads - kConsumers) + thread) * kLine;
+    if (params.max_len == 0) return;  // there may be no table
     const int64_t lengths_bytes = int64_t{params.b} * 4;
     const int64_t table_bytes = ((params.b - 1) * params.table_stride + params.max_len / params.page_size) * 4;
     if (at < table_bytes) ptx::prefetch_l2(reinterpret_cast<const char*>(params.block_table) + at);
@@ -279,10 +280,11 @@ __device__ __forceinline__ void row_maxima(const float (&rS)[32], float (&high)[
 template <typename T>
 __device__ __forceinline__ void exponentiate(float scale, const float (&base)[2], float (&rS)[32], uint32_t (&rP)[16],
                                              float (&sum)[2]) {
-    const float offset[2] = {-base_of(base[0]), -base_of(base[1])};
+    const float from[2] = {base_of(base[0]), base_of(base[1])};
 #pragma unroll
     for (int k = 0; k < 32; ++k) {
-        rS[k] = ptx::exp2_approx(fmaf(rS[k], scale, offset[k / 2 % 2]));
+        // the product rounded as the base was: the greatest P is 1, which T has exactly
+        rS[k] = ptx::exp2_approx(__fmul_rn(rS[k], scale) - from[k / 2 % 2]);
         sum[k / 2 % 2] += rS[k];
         if (k % 2 == 1) rP[k / 2] = pack<T>(rS[k - 1], rS[k]);
     }
@@ -371,7 +373,7 @@ __device__ __forceinline__ void softmax_of(SharedStorage<T>& shared, const Consu
     float base[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-        base[i] = fmaxf(high[i] * scale, softmax.base[i]);  // so that the greatest P is 1, which T has exactly
+        base[i] = fmaxf(__fmul_rn(high[i], scale), softmax.base[i]);
     }
     change_base(softmax, base, factor);
     exponentiate<T>(scale, base, rS, rP, softmax.sum);

@@ -40,7 +40,7 @@ struct Consumer {
 
 // The running softmax of a thread's two rows.
 struct Softmax {
-    // what exponents are relative to, base 2: near the greatest scaled score so far, of both warpgroups' tiles
+    // what exponents are relative to: the greatest scaled score so far, base 2, of both warpgroups' tiles
     float base[2] = {-INFINITY, -INFINITY};
     float sum[2] = {0.f, 0.f};  // of this thread's columns of the tiles its warpgroup scored
 };
