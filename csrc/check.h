@@ -36,7 +36,7 @@ inline int multiprocessors() {
     return count;
 }
 
-// Lets a kernel use so much dynamic shared memory, once a device; the call takes as long as a launch.
+// Lets a kernel use so much dynamic shared memory; asks the driver once a device.
 template <auto kKernel>
 void allow_shared_bytes(int bytes, const char* what) {
     static std::atomic<bool> allowed[kMaxDevices];

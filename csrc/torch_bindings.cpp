@@ -88,7 +88,7 @@ void fwd_kvcache_mla_op(Tensor out, Tensor lse, const Tensor q, const Tensor kv_
         plan_parts == 1 ? 0 : std::min({plan_parts, possible_parts, kWorkspaceTiles / (2 * row_tiles)});
     const int64_t places = 2 * split_parts * row_tiles * kRowTile;
     // A machine's own plan gives rows num_parts / b parts, more or less. Where most are split in two, and shares are
-    // large, merging them in the decode kernel saves more than clearing the counters costs (2 us).
+    // large, merging them in the decode kernel saves more than clearing the counters costs (csrc/NOTES.md).
     const bool mostly_pairs = num_parts < 2 * b && rows >= kRowTile;
     const int64_t arrivals = mostly_pairs ? split_parts * row_tiles : 0;
     std::optional<Tensor> workspace;

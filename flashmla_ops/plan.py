@@ -34,7 +34,7 @@ FIRST_ROW, FIRST_TILE, LAST_ROW, LAST_TILE, FIRST_SPLIT, FLAGS, FIRST_ROW_TILE, 
 
 MIN_TILES = 1  # of a part: what its start and its merge cost is less than what more parts win (csrc/NOTES.md)
 ROW_COST = 1  # what starting a row (its queries) and writing its result cost, in tiles
-EVEN_SHARE = 32  # of the parts may be left unused for cuts at the same places of all rows: 3 %, less than a cut costs
+EVEN_SHARE = 32  # one part in so many may stay unused, so that all rows are cut at the same places
 ROW_TILE = 64  # query rows that one worker holds: s_q * h_q / h_k of them are dealt to row tiles of this size
 
 CPU_PARTS = 16  # a fixed number: the CPU's plan must not depend on the machine's cores

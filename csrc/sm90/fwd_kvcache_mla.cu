@@ -44,6 +44,7 @@
 
 #include "fwd_kvcache_mla.cuh"
 #include "row_tile.cuh"
+#include "softmax.cuh"
 #include "tma.h"
 #include "wgmma.cuh"
 
@@ -104,19 +105,6 @@ __device__ __forceinline__ void wait(uint64_t* barrier, uint32_t phase) {
     while (!cuda::ptx::mbarrier_try_wait_parity(barrier, phase)) {
     }
 }
-
-__device__ __forceinline__ float quad_max(float x) {
-    x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
-    return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
-}
-
-__device__ __forceinline__ float quad_sum(float x) {
-    x += __shfl_xor_sync(~0u, x, 1);
-    return x + __shfl_xor_sync(~0u, x, 2);
-}
-
-// What exponents are taken relative to: with no key seen so far exp2(-inf - 0) = 0, where -inf - -inf would be NaN.
-__device__ __forceinline__ float base_of(float row_max) { return row_max == -INFINITY ? 0.f : row_max; }
 
 // ----------------------------------------------------------------------------------------------- producers (4 warps)
 
@@ -243,53 +231,6 @@ __device__ __forceinline__ void score(SharedStorage<T>& shared, int stage, uint3
     wgmma::commit();
 }
 
-// Masks the scores of tile `tile`: those of keys that a row does not see become -inf. Returns the factor that is left
-// to apply. `visible`: keys that each of the two rows sees.
-__device__ __forceinline__ float mask(const FwdParams& params, const Consumer& me, int tile, const int (&visible)[2],
-                                      float (&rS)[32]) {
-    float scale = params.softmax_scale_log2;
-    if (!(scale > 0.f)) {  // -inf times 0 is NaN, and a negative factor makes the greatest score the least
-#pragma unroll
-        for (int k = 0; k < 32; ++k) rS[k] *= scale;
-        scale = 1.f;
-    }
-    // a vote is known to be uniform; wgmmas under way across a branch that may not be would be serialised (C7518)
-    if (!__any_sync(~0u, (tile + 1) * kTile > min(visible[0], visible[1]))) return scale;
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-#pragma unroll
-        for (int k = 0; k < 4; ++k) {
-            if (tile * kTile + me.column(j) + k % 2 >= visible[k / 2]) rS[4 * j + k] = -INFINITY;
-        }
-    }
-    return scale;
-}
-
-__device__ __forceinline__ void row_maxima(const float (&rS)[32], float (&high)[2]) {
-    float halves[2][2];  // shorter chains
-#pragma unroll
-    for (int k = 0; k < 32; ++k) {
-        float& half = halves[k / 2 % 2][k % 2];
-        half = k < 4 ? rS[k] : fmaxf(half, rS[k]);
-    }
-#pragma unroll
-    for (int i = 0; i < 2; ++i) high[i] = quad_max(fmaxf(halves[i][0], halves[i][1]));
-}
-
-// rS becomes exp2(scale * rS - base), rP the same in T, as the register operand of P V; their sum is added to `sum`.
-template <typename T>
-__device__ __forceinline__ void exponentiate(float scale, const float (&base)[2], float (&rS)[32], uint32_t (&rP)[16],
-                                             float (&sum)[2]) {
-    const float from[2] = {base_of(base[0]), base_of(base[1])};
-#pragma unroll
-    for (int k = 0; k < 32; ++k) {
-        // the product rounded as the base was: the greatest P is 1, which T has exactly
-        rS[k] = ptx::exp2_approx(__fmul_rn(rS[k], scale) - from[k / 2 % 2]);
-        sum[k / 2 % 2] += rS[k];
-        if (k % 2 == 1) rP[k / 2] = pack<T>(rS[k - 1], rS[k]);
-    }
-}
-
 // P [64, 64] to a slice.
 __device__ __forceinline__ void store_probabilities(const Consumer& me, const uint32_t (&rP)[16], void* slice) {
     const int row = me.warp * 16 + me.lane % 16;
@@ -308,13 +249,6 @@ __device__ __forceinline__ void zero_values(const Consumer& me, T (&tile)[kSlice
         const int row = first + i / 64, slice = i / 8 % 8, chunk = i % 8;
         reinterpret_cast<int4*>(tile[slice])[row * 8 + chunk] = make_int4(0, 0, 0, 0);
     }
-}
-
-// O *= factor, row by row. Where the base stays, most often after a row's first tiles, there is nothing to do.
-__device__ __forceinline__ void rescale(const float (&factor)[2], float (&rO)[128]) {
-    if (!__any_sync(~0u, factor[0] != 1.f || factor[1] != 1.f)) return;
-#pragma unroll
-    for (int k = 0; k < 128; ++k) rO[k] *= factor[k / 2 % 2];
 }
 
 // O += P V of the tile in `stage`, for this warpgroup's half of the columns, with P in registers.
@@ -344,39 +278,15 @@ __device__ __forceinline__ void accumulate(SharedStorage<T>& shared, int stage, 
     wgmma::commit();
 }
 
-// Keys that each of a thread's two rows sees.
-__device__ __forceinline__ void visible_keys(const FwdParams& params, const RowTile& rows, const Consumer& me,
-                                             const Segment& segment, int (&visible)[2]) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-        const QueryRow row(params, rows.first_row + me.row(i));
-        visible[i] = min(segment.length, params.causal ? segment.length - params.s_q + 1 + row.s : segment.length);
-    }
-}
-
-// Takes a new base into account: factor[i] is what the thread's row i of O is to be multiplied by.
-__device__ __forceinline__ void change_base(Softmax& softmax, const float (&base)[2], float (&factor)[2]) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-        factor[i] = ptx::exp2_approx(softmax.base[i] - base_of(base[i]));
-        softmax.base[i] = base[i];
-        softmax.sum[i] *= factor[i];
-    }
-}
-
-// From the masked scores of tile `tile`, which is in `stage`, and their row maxima to its P: in rP, and for the other
+// From the scores of tile `tile`, which is in `stage`, and their row maxima to its P: in rP, and for the other
 // warpgroup in the rope slice, with the base it is relative to.
 template <typename T>
 __device__ __forceinline__ void softmax_of(SharedStorage<T>& shared, const Consumer& me, const Segment& segment,
-                                           int stage, int tile, float scale, const float (&high)[2], float (&rS)[32],
+                                           int stage, int tile, const float (&high)[2], float (&rS)[32],
                                            uint32_t (&rP)[16], Softmax& softmax, float (&factor)[2]) {
-    float base[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-        base[i] = fmaxf(__fmul_rn(high[i], scale), softmax.base[i]);
-    }
+    const float base[2] = {fmaxf(high[0], softmax.base[0]), fmaxf(high[1], softmax.base[1])};
     change_base(softmax, base, factor);
-    exponentiate<T>(scale, base, rS, rP, softmax.sum);
+    exponentiate<T>(base, rS, rP, softmax.sum);
     if (me.lane % 4 == 0) {
         shared.base[stage][me.row(0)] = base[0];
         shared.base[stage][me.row(1)] = base[1];
@@ -422,9 +332,9 @@ __device__ __forceinline__ void attend_first(const FwdParams& params, SharedStor
         wgmma::keep(rS);
         if (last && me.lane == 0) cuda::ptx::mbarrier_arrive(&shared.queries_freed);
         const int tile = segment.begin + i;
-        const float scale = mask(params, me, tile, visible, rS);
+        scale_and_mask(me, params.softmax_scale_log2, tile, visible, rS);
         row_maxima(rS, high);
-        softmax_of(shared, me, segment, 0, tile, scale, high, rS, rP, softmax, factor);
+        softmax_of(shared, me, segment, 0, tile, high, rS, rP, softmax, factor);
         rescale(factor, rO);
         wgmma::keep(rO);
         wgmma::keep(rP);
@@ -465,14 +375,14 @@ __device__ __forceinline__ void attend_second(const FwdParams& params, SharedSto
         wgmma::wait<0>();  // ptxas lets nobody write to O, which is waited for, while another wgmma is under way
         wgmma::keep(rS);
         const int tile = segment.begin + i;
-        const float scale = mask(params, me, tile, visible, rS);
+        scale_and_mask(me, params.softmax_scale_log2, tile, visible, rS);
         row_maxima(rS, high);
         wait_for_other(shared, me, 0, phases.of(0), softmax, factor);
         rescale(factor, rO);
         wgmma::keep(rO);
         accumulate(shared, 0, 1, rO);
         if (i + 2 >= tiles && me.lane == 0) cuda::ptx::mbarrier_arrive(&shared.queries_freed);
-        softmax_of(shared, me, segment, 1, tile, scale, high, rS, rP, softmax, factor);
+        softmax_of(shared, me, segment, 1, tile, high, rS, rP, softmax, factor);
         wgmma::wait<0>();
         wgmma::keep(rO);
         release(me, &shared.freed[0][kOtherHalf]);

@@ -10,7 +10,6 @@ namespace flashmla::sm90 {
 constexpr int kDimQK = 576;
 constexpr int kDimV = 512;
 constexpr float kLn2 = 0.6931471805599453f;
-constexpr float kLog2e = 1.4426950408889634f;
 
 // The columns of a part that kernels read, clamped to the batch.
 struct alignas(16) Part {
@@ -39,7 +38,7 @@ __device__ __forceinline__ int clamped_length(const FwdParams& params, int row) 
 
 __device__ __forceinline__ int num_tiles(int length) { return length / kTile + (length % kTile != 0); }
 
-// A query row of a key head, in the order (s_q, h_q / h_k). A division takes 100 cycles, most calls need none.
+// A query row of a key head, in the order (s_q, h_q / h_k). Most calls need no division.
 struct QueryRow {
     int s, g;  // the query, and its head among the key head's
 
@@ -58,6 +57,9 @@ struct HeadTile {
         tile = row_tile - head * tiles_per_head;
     }
 };
+
+// What exponents are taken relative to: with no key seen so far exp2(-inf - 0) = 0, where -inf - -inf would be NaN.
+__device__ __forceinline__ float base_of(float high) { return high == -INFINITY ? 0.f : high; }
 
 // Places in the workspace: part p's shares of its first row, when an earlier part began it, and of its last, when a
 // later one ends it.

@@ -28,8 +28,8 @@ namespace {
 
 constexpr int kThreads = kMaxParts;
 constexpr int kWarps = kThreads / 32;
-constexpr int kLoads = 8;                                                // of a lane, in flight
-constexpr int ctas_per_sm(int vectors) { return vectors == 1 ? 3 : 2; }  // with one more it spills
+constexpr int kLoads = 8;      // of a lane, in flight
+constexpr int kCtasPerSm = 2;  // with 3 it spills
 constexpr float kNothing = -INFINITY;
 
 struct SplitRow {
@@ -79,13 +79,11 @@ __device__ int run_of_passing(const SharedStorage<kVectors>& shared, int part) {
 template <int kVectors>
 __device__ int list_split_rows(const FwdParams& params, SharedStorage<kVectors>& shared) {
     const int part = threadIdx.x, warp = part / 32, lane = part % 32;
-    const Part p = part < params.split_parts ? load_part(params, part) : Part{0, 0, -1, 0};
-    shared.parts[part] = p;
+    const Part p = part < params.split_parts ? shared.parts[part] : Part{0, 0, -1, 0};
     const int tiles = p.empty() ? 0 : num_tiles(clamped_length(params, p.last_row));
     const bool cut = !p.empty() && p.last_tile < tiles;
-    __syncthreads();
-    const bool merged =
-        params.arrivals != nullptr && part + 1 < kMaxParts && is_pair(p, shared.parts[part + 1], p.last_row, tiles);
+    const bool merged = params.arrivals != nullptr && part + 1 < params.plan_parts &&
+                        is_pair(p, shared.parts[part + 1], p.last_row, tiles);
     const bool passes = cut && p.continues(p.last_row), begins = cut && !passes && !merged;
     const uint32_t passing = __ballot_sync(~0u, passes), begun = __ballot_sync(~0u, begins);
     if (lane == 0) {
@@ -109,10 +107,7 @@ __device__ int list_split_rows(const FwdParams& params, SharedStorage<kVectors>&
     return total;
 }
 
-__device__ __forceinline__ float base_of(float high) { return high == kNothing ? 0.f : high; }
-
-// Merges a row's shares `first`, first + step, ...; `vectors` and `lse` are what the lane reads of the share at place
-// 0.
+// Merges a row's shares `first`, first + step, ...; `vectors` and `lse`: what the lane reads of the share at place 0.
 template <int kVectors>
 __device__ __forceinline__ Merged<kVectors> merge_shares(const FwdParams& params, const SplitRow& split,
                                                          const float4* vectors, const float* lse, int first, int step) {
@@ -228,18 +223,13 @@ __device__ __forceinline__ void store_merged(const FwdParams& params, int batch_
 
 // kTogether warps merge an item of kVectors vectors.
 template <typename T, int kTogether, int kVectors>
-__global__ void __launch_bounds__(kThreads, ctas_per_sm(kVectors))
-    fwd_kvcache_mla_combine_kernel(const FwdParams params) {
+__global__ void __launch_bounds__(kThreads, kCtasPerSm) fwd_kvcache_mla_combine_kernel(const FwdParams params) {
     static_assert(kTogether == 1 || kTogether == kWarps);
     __shared__ SharedStorage<kVectors> shared;
     cudaTriggerProgrammaticLaunchCompletion();  // what is launched early waits for the end of this grid
     cudaGridDependencySynchronize();
-    bool unsplit = false;
-    for (int part = params.split_parts + threadIdx.x; part < params.plan_parts; part += kThreads) {
-        unsplit |= !load_part(params, part).empty();
-    }
+    if (read_plan(params, shared.parts)) return;  // executed unsplit
     const int split_rows = list_split_rows(params, shared);
-    if (__syncthreads_or(unsplit)) return;
 
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int member = warp % kTogether;
@@ -275,7 +265,7 @@ __global__ void __launch_bounds__(kThreads, ctas_per_sm(kVectors))
 
 template <typename T, int kTogether, int kVectors>
 static void launch(const FwdParams& params, cudaStream_t stream) {
-    const dim3 grid(ctas_per_sm(kVectors) * multiprocessors());
+    const dim3 grid(kCtasPerSm * multiprocessors());
     const auto kernel = fwd_kvcache_mla_combine_kernel<T, kTogether, kVectors>;
     cuda_check(launch_dependent(kernel, grid, kThreads, 0, stream, params), "fwd_kvcache_mla_combine");
 }

@@ -38,13 +38,6 @@ struct Consumer {
     __device__ int column(int j) const { return 8 * j + lane % 4 * 2; }
 };
 
-// The running softmax of a thread's two rows.
-struct Softmax {
-    // what exponents are relative to: the greatest scaled score so far, base 2, of both warpgroups' tiles
-    float base[2] = {-INFINITY, -INFINITY};
-    float sum[2] = {0.f, 0.f};  // of this thread's columns of the tiles its warpgroup scored
-};
-
 template <typename T>
 __device__ __forceinline__ uint32_t pack(float low, float high) {
     uint32_t packed;
@@ -101,19 +94,6 @@ __device__ __forceinline__ void copy_rows(const Consumer& me, void* staging, int
     __syncwarp();
 }
 
-// O becomes normalised; its log-sum-exp, base 2, is that of the thread's two rows, -inf where no key was seen.
-__device__ __forceinline__ void normalise(const Softmax& softmax, float (&rO)[128], float (&lse_log2)[2]) {
-    float scale[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-        const bool nothing = softmax.sum[i] == 0.f;
-        scale[i] = nothing ? 0.f : 1.f / softmax.sum[i];
-        lse_log2[i] = nothing ? -INFINITY : softmax.base[i] + log2f(softmax.sum[i]);
-    }
-#pragma unroll
-    for (int k = 0; k < 128; ++k) rO[k] *= scale[k / 2 % 2];
-}
-
 // ------------------------------------------------------------------------------------------- shares of split rows
 // A share lies in the workspace as it lay in registers: [place, row tile, warpgroup, 32, 128 threads] of four floats,
 // the thread's accumulators 4 j .. 4 j + 3: a warp's loads and stores are whole lines, and nobody has to move anything.
@@ -162,7 +142,7 @@ __device__ __forceinline__ void add_share(const FwdParams& params, const RowTile
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
         const float lse = __ldcg(other_lse + me.row(i)), high = fmaxf(lse, lse_log2[i]);
-        const float base = high == -INFINITY ? 0.f : high;
+        const float base = base_of(high);
         mine[i] = ptx::exp2_approx(lse_log2[i] - base);
         other[i] = ptx::exp2_approx(lse - base);
         const float sum = mine[i] + other[i], scale = sum == 0.f ? 0.f : 1.f / sum;

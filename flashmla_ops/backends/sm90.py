@@ -102,13 +102,9 @@ def _no_call(q: Tensor, kv_cache: Tensor, head_dim_v: int) -> str | None:
 
 
 @functools.cache
-def _multiprocessors(device: int) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-@functools.cache
 def _parts(device: torch.device, num_heads_per_head_k: int, num_heads_k: int) -> int:
-    return max_parts(_multiprocessors(device.index), row_tiles(num_heads_per_head_k, num_heads_k))
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    return max_parts(multiprocessors, row_tiles(num_heads_per_head_k, num_heads_k))
 
 
 def get_mla_metadata(

@@ -1,0 +1,114 @@
+// The softmax of a row tile's scores as they come, tile after tile: what happens to S, P and O in registers.
+#pragma once
+
+#include "fwd_kvcache_mla.cuh"
+#include "ptx.cuh"
+#include "row_tile.cuh"
+
+namespace flashmla::sm90 {
+
+// The running softmax of a thread's two rows.
+struct Softmax {
+    // what exponents are relative to: the greatest scaled score so far, base 2, of both warpgroups' tiles
+    float base[2] = {-INFINITY, -INFINITY};
+    float sum[2] = {0.f, 0.f};  // of this thread's columns of the tiles its warpgroup scored
+};
+
+__device__ __forceinline__ float quad_max(float x) {
+    x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+    return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+}
+
+__device__ __forceinline__ float quad_sum(float x) {
+    x += __shfl_xor_sync(~0u, x, 1);
+    return x + __shfl_xor_sync(~0u, x, 2);
+}
+
+// ------------------------------------------------------------------------------------------------------------ scores
+
+// Keys that each of a thread's two rows sees.
+__device__ __forceinline__ void visible_keys(const FwdParams& params, const RowTile& rows, const Consumer& me,
+                                             const Segment& segment, int (&visible)[2]) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        const QueryRow row(params, rows.first_row + me.row(i));
+        visible[i] = min(segment.length, params.causal ? segment.length - params.s_q + 1 + row.s : segment.length);
+    }
+}
+
+// Scales the scores of tile `tile`, and sets those of keys that a row does not see to -inf. `visible`: keys that each
+// of the two rows sees.
+__device__ __forceinline__ void scale_and_mask(const Consumer& me, float scale, int tile, const int (&visible)[2],
+                                               float (&rS)[32]) {
+    // an instruction of its own: fused with the subtraction of the base, the greatest exponent would not be 0
+#pragma unroll
+    for (int k = 0; k < 32; ++k) rS[k] = __fmul_rn(rS[k], scale);
+    // a vote is known to be uniform; wgmmas under way across a branch that may not be would be serialised (C7518)
+    if (!__any_sync(~0u, (tile + 1) * kTile > min(visible[0], visible[1]))) return;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+            if (tile * kTile + me.column(j) + k % 2 >= visible[k / 2]) rS[4 * j + k] = -INFINITY;
+        }
+    }
+}
+
+__device__ __forceinline__ void row_maxima(const float (&rS)[32], float (&high)[2]) {
+    float halves[2][2];  // shorter chains
+#pragma unroll
+    for (int k = 0; k < 32; ++k) {
+        float& half = halves[k / 2 % 2][k % 2];
+        half = k < 4 ? rS[k] : fmaxf(half, rS[k]);
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) high[i] = quad_max(fmaxf(halves[i][0], halves[i][1]));
+}
+
+// rS becomes exp2(rS - base), rP the same in T, as the register operand of P V; their sum is added to `sum`. The
+// greatest P of a row must be exactly 1 (csrc/NOTES.md): otherwise T rounds it, as V's weight but not in the sum.
+template <typename T>
+__device__ __forceinline__ void exponentiate(const float (&base)[2], float (&rS)[32], uint32_t (&rP)[16],
+                                             float (&sum)[2]) {
+    const float from[2] = {base_of(base[0]), base_of(base[1])};
+#pragma unroll
+    for (int k = 0; k < 32; ++k) {
+        rS[k] = ptx::exp2_approx(rS[k] - from[k / 2 % 2]);
+        sum[k / 2 % 2] += rS[k];
+        if (k % 2 == 1) rP[k / 2] = pack<T>(rS[k - 1], rS[k]);
+    }
+}
+
+// --------------------------------------------------------------------------------------------------- running softmax
+
+// Takes a new base into account: factor[i] is what the thread's row i of O is to be multiplied by.
+__device__ __forceinline__ void change_base(Softmax& softmax, const float (&base)[2], float (&factor)[2]) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        factor[i] = ptx::exp2_approx(softmax.base[i] - base_of(base[i]));
+        softmax.base[i] = base[i];
+        softmax.sum[i] *= factor[i];
+    }
+}
+
+// O *= factor, row by row. Where the base stays, most often after a row's first tiles, there is nothing to do.
+__device__ __forceinline__ void rescale(const float (&factor)[2], float (&rO)[128]) {
+    if (!__any_sync(~0u, factor[0] != 1.f || factor[1] != 1.f)) return;
+#pragma unroll
+    for (int k = 0; k < 128; ++k) rO[k] *= factor[k / 2 % 2];
+}
+
+// O becomes normalised; its log-sum-exp, base 2, is that of the thread's two rows, -inf where no key was seen.
+__device__ __forceinline__ void normalise(const Softmax& softmax, float (&rO)[128], float (&lse_log2)[2]) {
+    float scale[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        const bool nothing = softmax.sum[i] == 0.f;
+        scale[i] = nothing ? 0.f : 1.f / softmax.sum[i];
+        lse_log2[i] = nothing ? -INFINITY : softmax.base[i] + log2f(softmax.sum[i]);
+    }
+#pragma unroll
+    for (int k = 0; k < 128; ++k) rO[k] *= scale[k / 2 % 2];
+}
+
+}  // namespace flashmla::sm90
