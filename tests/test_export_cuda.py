@@ -107,8 +107,8 @@ torch._inductor.aoti_load_package(path)(torch.zeros(2, 4, device="cuda"))
 def test_an_aotinductor_package_runs_in_a_fresh_process(tmp_path):
     """It compiles everywhere; it is loaded where this torch loads any package with a Python-implemented op.
 
-    One dense layer, which compiles in less time than four; torch 2.11's AOTInductor writes C++ that does not compile for
-    MoE's grouped_mm on CUDA.
+    One layer compiles in less time than four. It is dense: torch 2.11's AOTInductor writes C++ that does not compile
+    for MoE's grouped_mm on CUDA.
     """
     program, calls, expected = export_step(num_hidden_layers=1, first_k_dense_replace=1)
     package = torch._inductor.aoti_compile_and_package(
