@@ -90,15 +90,18 @@ void fwd_kvcache_mla_op(Tensor out, Tensor lse, const Tensor q, const Tensor kv_
     // A machine's own plan gives rows num_parts / b parts, more or less. Where most are split in two, and shares are
     // large, merging them in the decode kernel saves more than clearing the counters costs (csrc/NOTES.md).
     const bool mostly_pairs = num_parts < 2 * b && rows >= kRowTile;
-    const int64_t arrivals = mostly_pairs ? split_parts * row_tiles : 0;
+    const int64_t arrivals = mostly_pairs ? 2 * split_parts * row_tiles : 0;
+    // partial_out, partial_lse, arrivals, split_rows, scratch: in floats
+    constexpr int64_t kScratch = 128;
     std::optional<Tensor> workspace;
     float* partial_out = nullptr;
     if (places > 0) {
-        workspace =
-            torch::stable::empty({places * (kDimV + 1) + arrivals}, ScalarType::Float, std::nullopt, q.device());
+        const int64_t size = places * (kDimV + 1) + arrivals + 2 * split_parts + kScratch;
+        workspace = torch::stable::empty({size}, ScalarType::Float, std::nullopt, q.device());
         partial_out = static_cast<float*>(workspace->data_ptr());
     }
     float* partial_lse = partial_out + places * kDimV;
+    float* counters = partial_lse + places;
 
     const FwdParams params = {
         .out = out.data_ptr(),
@@ -110,7 +113,9 @@ void fwd_kvcache_mla_op(Tensor out, Tensor lse, const Tensor q, const Tensor kv_
         .metadata = static_cast<const int*>(tile_scheduler_metadata.data_ptr()),
         .partial_out = partial_out,
         .partial_lse = partial_lse,
-        .arrivals = arrivals > 0 ? reinterpret_cast<int*>(partial_lse + places) : nullptr,
+        .arrivals = arrivals > 0 ? reinterpret_cast<int*>(counters) : nullptr,
+        .split_rows = reinterpret_cast<int2*>(counters + arrivals),
+        .scratch = counters + arrivals + 2 * split_parts,
         .q_stride_b = q.stride(0),
         .q_stride_s = q.stride(1),
         .q_stride_h = q.stride(2),

@@ -73,16 +73,15 @@ struct SharedStorage {
     alignas(1024) T sK[2][kSlices][64 * 64];  // stage 0: tiles that `first` scores, 1: `second`
     Part parts[kMaxParts];                    // the plan
     float base[2][kRowTile];                  // what P of the tile in each stage is relative to (Softmax)
-    // of the tiles that each warpgroup scored, [segments % 2][warpgroup]: one may be a segment ahead
-    float row_sum[2][2][kRowTile];
-    int arrived[2];         // shares of the segment's pair that are in the workspace, [segments % 2] as above
+    float sum[2][kRowTile][4];                // and P's sum, by the threads that have a row's columns
+    int arrived[2];             // shares of the segment's pair that each warpgroup finds in the workspace
     uint64_t landed[2][2];  // [stage][portion]
     uint64_t freed[2][2];
     uint64_t queries_landed, queries_freed;
 };
 
 // Named barriers of the consumers, by event; 0 is __syncthreads's.
-enum Barrier { kScored = 1 /* + stage */, kStored = 3 /* + stage */, kResults = 5 };
+enum Barrier { kWarpgroupOf = 1 /* + warpgroup */, kStored = 3 /* + stage */ };
 
 // The paged cache, of which a copy takes half of V or the rope slice of one tile.
 struct CacheMaps {
@@ -108,18 +107,24 @@ __device__ __forceinline__ void wait(uint64_t* barrier, uint32_t phase) {
 
 // ----------------------------------------------------------------------------------------------- producers (4 warps)
 
-// Starts this warp's share of loading the segment's queries.
+// Where row r of the row tile has its 576 values, of a row of the batch.
+template <typename T>
+__device__ __forceinline__ const T* query_row(const FwdParams& params, const RowTile& rows, int batch_row, int r) {
+    const QueryRow row(params, rows.first_row + r);
+    return static_cast<const T*>(params.q) + batch_row * params.q_stride_b + row.s * params.q_stride_s +
+           (rows.head * params.group + row.g) * params.q_stride_h;
+}
+
+// Starts this warp's share of loading the segment's queries. What lies where a row tile lacks rows is scored too, each
+// row for itself, and never stored.
 template <typename T>
 __device__ __forceinline__ void start_queries(const FwdParams& params, SharedStorage<T>& shared, const RowTile& rows,
                                               const Segment& segment, int warp, const Phases& phases) {
     const int lane = threadIdx.x % 32, chunk = lane % 8;
-    const T* q = static_cast<const T*>(params.q) + segment.row * params.q_stride_b + chunk * 8;
     wait(&shared.queries_freed, phases.of(kQueries) ^ 1);
 #pragma unroll 1
     for (int r = 4 * warp + lane / 8; r < rows.count(params); r += 4 * kProducerWarps) {
-        const QueryRow row(params, rows.first_row + r);
-        const int h = rows.head * params.group + row.g;
-        const T* from = q + row.s * params.q_stride_s + h * params.q_stride_h;
+        const T* from = query_row<T>(params, rows, segment.row, r) + chunk * 8;
         const uint32_t to = ptx::shared_address(shared.sQ) + wgmma::swizzled(r, chunk);
 #pragma unroll
         for (int slice = 0; slice < kSlices; ++slice) {
@@ -128,23 +133,21 @@ __device__ __forceinline__ void start_queries(const FwdParams& params, SharedSto
     }
 }
 
+// Brings the next row's queries to L2: while all of the machine streams, what comes from memory takes 6 us.
+template <typename T>
+__device__ __forceinline__ void prefetch_queries(const FwdParams& params, const RowTile& rows, int batch_row,
+                                                 int warp) {
+    const int r = 32 * warp + threadIdx.x % 32;
+    if (r >= rows.count(params)) return;
+    ptx::prefetch_bulk_l2(query_row<T>(params, rows, batch_row, r), kDimQK * sizeof(T));
+}
+
 template <typename T>
 __device__ __forceinline__ void finish_queries(SharedStorage<T>& shared) {
     ptx::cp_async_wait_all();
     cuda::ptx::fence_proxy_async(cuda::ptx::space_shared);
     __syncwarp();
     if (threadIdx.x % 32 == 0) cuda::ptx::mbarrier_arrive(&shared.queries_landed);
-}
-
-// The rows that a row tile lacks of 64 are zeros, once and for all: the consumers' work before the plan is there.
-template <typename T>
-__device__ __forceinline__ void clear_queries(const FwdParams& params, SharedStorage<T>& shared, const RowTile& rows) {
-    const int count = rows.count(params), chunks = (kRowTile - count) * 8;
-    for (int i = threadIdx.x; i < kSlices * chunks; i += kConsumers) {
-        int4* slice = reinterpret_cast<int4*>(shared.sQ[i / chunks]);
-        slice[count * 8 + i % chunks] = make_int4(0, 0, 0, 0);
-    }
-    cuda::ptx::fence_proxy_async(cuda::ptx::space_shared);
 }
 
 // Brings lengths and block table to L2, a line a thread of all CTAs' producers, as far as these go: the way from the
@@ -197,7 +200,10 @@ __device__ __forceinline__ void load(const FwdParams& params, const CacheMaps& c
             if (portion == kOtherHalf) copy(cache.rope, kRope);
         }
         __syncwarp();
-        if (queries_pending) finish_queries(shared);
+        if (queries_pending) {
+            finish_queries(shared);
+            if (segment.more) prefetch_queries<T>(params, rows, segment.row + 1, warp);
+        }
         queries_pending = false;
         page = next_page;
     }
@@ -286,18 +292,21 @@ __device__ __forceinline__ void softmax_of(SharedStorage<T>& shared, const Consu
                                            uint32_t (&rP)[16], Softmax& softmax, float (&factor)[2]) {
     const float base[2] = {fmaxf(high[0], softmax.base[0]), fmaxf(high[1], softmax.base[1])};
     change_base(softmax, base, factor);
-    exponentiate<T>(base, rS, rP, softmax.sum);
-    if (me.lane % 4 == 0) {
-        shared.base[stage][me.row(0)] = base[0];
-        shared.base[stage][me.row(1)] = base[1];
+    float sum[2];
+    exponentiate<T>(base, rS, rP, sum);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        if (me.lane % 4 == 0) shared.base[stage][me.row(i)] = base[i];
+        shared.sum[stage][me.row(i)][me.lane % 4] = sum[i];
+        softmax.sum[i] += sum[i];
     }
-    ptx::named_barrier(kScored + stage, kWarpgroup);  // all of the warpgroup has read the rope slice
+    ptx::named_barrier(kWarpgroupOf + stage, kWarpgroup);  // all of the warpgroup has read the rope slice
     store_probabilities(me, rP, shared.sK[stage][kRope]);
     const int valid = segment.length - tile * kTile;
     if (__any_sync(~0u, valid < kTile)) {
         zero_values(me, shared.sK[stage], valid);
         cuda::ptx::fence_proxy_async(cuda::ptx::space_shared);
-        ptx::named_barrier(kScored + stage, kWarpgroup);
+        ptx::named_barrier(kWarpgroupOf + stage, kWarpgroup);
     }
     cuda::ptx::fence_proxy_async(cuda::ptx::space_shared);
     ptx::named_barrier_arrive(kStored + stage, kConsumers);
@@ -310,8 +319,56 @@ __device__ __forceinline__ void wait_for_other(SharedStorage<T>& shared, const C
     ptx::named_barrier(kStored + stage, kConsumers);
     const float base[2] = {shared.base[stage][me.row(0)], shared.base[stage][me.row(1)]};
     change_base(softmax, base, factor);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) softmax.sum[i] += shared.sum[stage][me.row(i)][me.lane % 4];
     // the other warpgroup saw its tile land; what a wgmma of this one reads, this one must have seen land too
     wait(&shared.landed[stage][kOtherHalf], phase);
+}
+
+// Either warpgroup, where memory is what the CTA waits for: one tile after the other, each freed as soon as it can be.
+// Leaves unreleased what it used last.
+template <typename T>
+__device__ __forceinline__ void attend_one_by_one(const FwdParams& params, SharedStorage<T>& shared,
+                                                  const RowTile& rows, const Consumer& me, const Segment& segment,
+                                                  int warpgroup, Phases& phases, Softmax& softmax, float (&rO)[128]) {
+    const int tiles = segment.end - segment.begin;
+    int visible[2];
+    visible_keys(params, rows, me, segment, visible);
+    wait(&shared.queries_landed, phases.of(kQueries));
+    if (tiles <= warpgroup && me.lane == 0) cuda::ptx::mbarrier_arrive(&shared.queries_freed);  // it scores none
+#pragma unroll 1
+    for (int i = 0; i < tiles; ++i) {
+        const int stage = i % 2;
+        float factor[2];
+        if (stage == warpgroup) {
+            float rS[32], high[2];
+            uint32_t rP[16];
+            score(shared, stage, phases.of(stage), rS);
+            wgmma::wait<0>();
+            wgmma::keep(rS);
+            if (i + 2 >= tiles && me.lane == 0) cuda::ptx::mbarrier_arrive(&shared.queries_freed);
+            scale_and_mask(me, params.softmax_scale_log2, segment.begin + i, visible, rS);
+            row_maxima(rS, high);
+            softmax_of(shared, me, segment, stage, segment.begin + i, high, rS, rP, softmax, factor);
+            rescale(factor, rO);
+            wgmma::keep(rO);
+            wgmma::keep(rP);
+            accumulate(shared, stage, warpgroup, rP, rO);
+            wgmma::wait<0>();
+            wgmma::keep(rO);
+            wgmma::keep(rP);
+        } else {
+            wait_for_other(shared, me, stage, phases.of(stage), softmax, factor);
+            rescale(factor, rO);
+            wgmma::keep(rO);
+            accumulate(shared, stage, warpgroup, rO);
+            wgmma::wait<0>();
+            wgmma::keep(rO);
+        }
+        if (i + 1 < tiles) release(me, &shared.freed[stage][stage == warpgroup ? kOwnHalf : kOtherHalf]);
+        phases.flip(stage);
+    }
+    phases.flip(kQueries);
 }
 
 // Warpgroup 0: scores the segment's tiles 0, 2, ..., in stage 0. Leaves unreleased what it used last.
@@ -412,16 +469,31 @@ __device__ __forceinline__ void attend_second(const FwdParams& params, SharedSto
 
 using Arrivals = cuda::atomic_ref<int, cuda::thread_scope_device>;
 
-// Counts this CTA's share of a pair, which all consumers have stored. Whether the other share was there before.
-__device__ __forceinline__ bool arrives_last(int& arrived, int* arrivals) {
-    ptx::named_barrier(kResults, kConsumers);
-    if (threadIdx.x == 0) arrived = Arrivals(*arrivals).fetch_add(1, cuda::memory_order_acq_rel);
-    ptx::named_barrier(kResults, kConsumers);
+// Of a pair: puts the warpgroup's half of this share into the workspace, unless the other share's is there already.
+// Whether it was. The part that ends a row has it first, and the one that begins it has it last, so that this one most
+// often finds the other's share, and need not store its own.
+template <typename T>
+__device__ __forceinline__ bool finds_other_share(const FwdParams& params, SharedStorage<T>& shared,
+                                                  const RowTile& rows, const Consumer& me, const Segment& segment,
+                                                  int pair, int warpgroup, const float (&lse_log2)[2],
+                                                  const float (&rO)[128]) {
+    Arrivals arrivals(params.arrivals[(pair * params.row_tiles + rows.index()) * 2 + warpgroup]);
+    const bool leader = me.warp == 0 && me.lane == 0;
+    int& arrived = shared.arrived[warpgroup];
+    if (segment.place == last_place(pair)) {
+        if (leader) arrived = arrivals.load(cuda::memory_order_acquire);
+        ptx::named_barrier(kWarpgroupOf + warpgroup, kWarpgroup);
+        if (arrived != 0) return true;
+    }
+    store_share(params, rows, me, segment.place, warpgroup, lse_log2, rO);
+    ptx::named_barrier(kWarpgroupOf + warpgroup, kWarpgroup);
+    if (leader) arrived = arrivals.fetch_add(1, cuda::memory_order_acq_rel);
+    ptx::named_barrier(kWarpgroupOf + warpgroup, kWarpgroup);
     return arrived != 0;
 }
 
 // One segment, from its queries to its result.
-template <typename T>
+template <bool kOneByOne, typename T>
 __device__ __forceinline__ void attend(const FwdParams& params, SharedStorage<T>& shared, const RowTile& rows,
                                        const Segment& segment, int warpgroup, Phases& phases) {
     if (segment.begin == segment.end) return store_nothing<T, kConsumers>(params, rows, segment);
@@ -429,54 +501,63 @@ __device__ __forceinline__ void attend(const FwdParams& params, SharedStorage<T>
     const Consumer me = {__shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32 % 4, 0), ptx::lane()};
     float rO[128] = {};  // [64, 256] of the warpgroup
     Softmax softmax;
-    if (warpgroup == 0) {
+    if constexpr (kOneByOne) {
+        attend_one_by_one(params, shared, rows, me, segment, warpgroup, phases, softmax, rO);
+    } else if (warpgroup == 0) {
         attend_first(params, shared, rows, me, segment, phases, softmax, rO);
     } else {
         attend_second(params, shared, rows, me, segment, phases, softmax, rO);
     }
-    float (&row_sum)[2][kRowTile] = shared.row_sum[phases.of(kQueries)];
-    int& arrived = shared.arrived[phases.of(kQueries)];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-        softmax.sum[i] = quad_sum(softmax.sum[i]);
-        if (me.lane % 4 == 0) row_sum[warpgroup][me.row(i)] = softmax.sum[i];
-    }
-    const int pair = pair_of(params, shared.parts, segment);
-    int* arrivals = params.arrivals + pair * params.row_tiles + rows.index();
-    if (threadIdx.x == 0) {
-        // The part that ends a row has it first. So the one that begins it, the last that it has, most often finds the
-        // other's share, and need not store its own.
-        const bool may_find = pair >= 0 && segment.place == last_place(pair);
-        arrived = may_find ? Arrivals(*arrivals).load(cuda::memory_order_acquire) : 0;
-    }
-    ptx::named_barrier(kResults, kConsumers);  // and every wgmma of both warpgroups is done
-#pragma unroll
-    for (int i = 0; i < 2; ++i) softmax.sum[i] = row_sum[0][me.row(i)] + row_sum[1][me.row(i)];
-
     float lse_log2[2];
     normalise(softmax, rO, lse_log2);
-    const int stage = (segment.end - segment.begin - 1) % 2;  // its half of V was used last
-    bool last = arrived != 0;
-    if (segment.place >= 0 && !last) {
-        store_share(params, rows, me, segment.place, warpgroup, lse_log2, rO);
-        if (pair >= 0) last = arrives_last(arrived, arrivals);
+    // This warpgroup's half of the V that it used last is its own until it is released.
+    const int stage = (segment.end - segment.begin - 1) % 2;
+    void* staging = shared.sK[stage][warpgroup * kHalfSlices];
+    ptx::named_barrier(kWarpgroupOf + warpgroup, kWarpgroup);  // all four warps' wgmmas are done
+    bool whole = segment.place < 0;
+    if (!whole) {
+        const int pair = pair_of(params, shared.parts, segment);
+        if (pair < 0) {
+            store_share(params, rows, me, segment.place, warpgroup, lse_log2, rO);
+        } else if (finds_other_share(params, shared, rows, me, segment, pair, warpgroup, lse_log2, rO)) {
+            const int other = segment.place == last_place(pair) ? first_place(pair + 1) : last_place(pair);
+            add_share(params, rows, me, other, warpgroup, lse_log2, rO, staging);
+            whole = true;
+        }
     }
-    if (last) {
-        const int other = segment.place == last_place(pair) ? first_place(pair + 1) : last_place(pair);
-        add_share(params, rows, me, other, warpgroup, lse_log2, rO);
-    }
-    if (last || segment.place < 0) {
-        store_rows<T>(params, rows, me, segment.row, warpgroup, lse_log2, rO,
-                      shared.sK[stage][warpgroup * kHalfSlices]);
-        cuda::ptx::fence_proxy_async(cuda::ptx::space_shared);
-    }
-    ptx::named_barrier(kScored + warpgroup, kWarpgroup);
+    if (whole) store_rows<T>(params, rows, me, segment.row, warpgroup, lse_log2, rO, staging);
+    cuda::ptx::fence_proxy_async(cuda::ptx::space_shared);
+    ptx::named_barrier(kWarpgroupOf + warpgroup, kWarpgroup);
     release(me, &shared.freed[stage][stage == warpgroup ? kOwnHalf : kOtherHalf]);
+}
+
+// Lists, for the combine kernel, the row that each of the CTA's parts begins and others continue, if any. One warp.
+__device__ __forceinline__ void list_split_rows(const FwdParams& params, const Part (&parts)[kMaxParts],
+                                                bool unsplit) {
+    for (int part = blockIdx.y; part < params.split_parts; part += gridDim.y) {
+        const Part p = parts[part];
+        const int row = p.last_row, tiles = p.empty() ? 0 : num_tiles(clamped_length(params, row));
+        const bool begins = !unsplit && p.last_tile < tiles && !p.continues(row);
+        int passing = 0;  // parts that take the row over and pass it on
+        for (bool all = begins; all; passing += 32) {
+            const int next = part + 1 + passing + ptx::lane();
+            const bool passes = next < params.split_parts && parts[next].last_row == row &&
+                                parts[next].continues(row) && parts[next].last_tile < tiles;
+            const uint32_t others = ~__ballot_sync(~0u, passes);
+            all = others == 0;
+            if (!all) passing += __ffs(others) - 1 - 32;
+        }
+        const bool pair = params.arrivals != nullptr && part + 1 < params.plan_parts &&
+                          is_pair(p, parts[part + 1], row, tiles);
+        // and the part that ends it
+        const int shares = begins && !pair ? min(2 + passing, params.split_parts - part) : 0;
+        if (ptx::lane() == 0) params.split_rows[part] = make_int2(row, shares);
+    }
 }
 
 // ------------------------------------------------------------------------------------------------------------ kernel
 
-template <typename T>
+template <typename T, bool kOneByOne>
 __global__ void __launch_bounds__(kThreads, 1)
     fwd_kvcache_mla_kernel(const __grid_constant__ FwdParams params, const __grid_constant__ CacheMaps cache) {
     extern __shared__ __align__(1024) uint8_t shared_bytes[];
@@ -497,7 +578,6 @@ __global__ void __launch_bounds__(kThreads, 1)
         cuda::ptx::mbarrier_init(&shared.queries_freed, kConsumerWarps);
         cuda::ptx::fence_mbarrier_init(cuda::ptx::sem_release, cuda::ptx::scope_cluster);
     }
-    if (warp < kConsumerWarps) clear_queries(params, shared, rows);
     cudaGridDependencySynchronize();  // nothing above reads what an earlier kernel wrote
     cudaTriggerProgrammaticLaunchCompletion();
     if (warp >= kConsumerWarps) prefetch_tables(params, threadIdx.x - kConsumers);
@@ -511,8 +591,10 @@ __global__ void __launch_bounds__(kThreads, 1)
         });
     } else {
         ptx::increase_registers<kConsumerRegisters>();
+        // before `second`'s first tile has come
+        if (warp == kConsumerWarps - 1 && blockIdx.x == 0) list_split_rows(params, shared.parts, unsplit);
         for_each_segment(params, shared.parts, unsplit, [&](const Segment& segment) {
-            attend(params, shared, rows, segment, warp / (kConsumerWarps / 2), phases);
+            attend<kOneByOne>(params, shared, rows, segment, warp / (kConsumerWarps / 2), phases);
         });
     }
 }
@@ -527,9 +609,9 @@ __global__ void clear_arrivals_kernel(int* arrivals, int count) {
     for (int i = threadIdx.x; i < count; i += blockDim.x) arrivals[i] = 0;
 }
 
-template <typename T>
+template <typename T, bool kOneByOne>
 void launch(const FwdParams& params, cudaStream_t stream) {
-    const auto kernel = fwd_kvcache_mla_kernel<T>;
+    const auto kernel = fwd_kvcache_mla_kernel<T, kOneByOne>;
     constexpr int kSharedBytes = sizeof(SharedStorage<T>);
     static_assert(kSharedBytes <= 227 * 1024);
     // no page, no key: every length is then 0, and nothing reads through the map
@@ -538,14 +620,20 @@ void launch(const FwdParams& params, cudaStream_t stream) {
         cache.half = paged_cache_map(params, kSlices, kHalfSlices);
         cache.rope = paged_cache_map(params, kSlices, 1);
     }
-    allow_shared_bytes<fwd_kvcache_mla_kernel<T>>(kSharedBytes, "fwd_kvcache_mla: shared memory");
+    allow_shared_bytes<fwd_kvcache_mla_kernel<T, kOneByOne>>(kSharedBytes, "fwd_kvcache_mla: shared memory");
     if (params.arrivals != nullptr) {
-        const int count = params.split_parts * params.row_tiles;
+        const int count = 2 * params.split_parts * params.row_tiles;
         cuda_check(launch_dependent(clear_arrivals_kernel, 1, 256, 0, stream, params.arrivals, count),
                    "fwd_kvcache_mla: counters");
     }
     const dim3 grid(params.row_tiles, params.grid_parts);
     cuda_check(launch_dependent(kernel, grid, kThreads, kSharedBytes, stream, params, cache), "fwd_kvcache_mla");
+}
+
+template <typename T>
+void launch(const FwdParams& params, cudaStream_t stream) {
+    // with one row tile a key head, each tile of keys is read from memory once for 64 rows at most: that bounds it
+    params.rows <= kRowTile ? launch<T, true>(params, stream) : launch<T, false>(params, stream);
 }
 
 }  // namespace

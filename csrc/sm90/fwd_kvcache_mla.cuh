@@ -72,6 +72,7 @@ struct Segment {
     int length;      // keys of the row
     int begin, end;  // tiles
     int place;       // in the workspace; -1 if the row is whole
+    bool more;       // whether the part goes on with the next row
 };
 
 // Whether parts a and b, one after the other, are the only ones with tiles of a row.
@@ -92,14 +93,24 @@ __device__ __forceinline__ int pair_of(const FwdParams& params, const Part (&par
                                                                                                          : -1;
 }
 
-// Fills `parts` with the plan, which all the CTA's threads read. Whether some part that the plan uses has no places in
-// the workspace. Ends in a barrier.
+// Starts to bring what the part's first segment needs next into L1: its length and its first page.
+__device__ __forceinline__ void prefetch_first(const FwdParams& params, const Part& p) {
+    const int pages = params.max_len / params.page_size, page = p.first_tile / (params.page_size / kTile);
+    if (p.empty() || page >= pages) return;
+    ptx::load_to_l1(params.cache_seqlens + p.first_row);
+    ptx::load_to_l1(params.block_table + p.first_row * params.table_stride + page);
+}
+
+// Fills `parts` with the plan, which the CTA's first threads read, one a part. Whether some part that the plan uses has
+// no places in the workspace. Ends in a barrier.
 __device__ __forceinline__ bool read_plan(const FwdParams& params, Part (&parts)[kMaxParts]) {
+    const int part = threadIdx.x;
     bool without_places = false;
-    for (int part = threadIdx.x; part < params.plan_parts; part += blockDim.x) {
+    if (part < params.plan_parts) {
         const Part p = load_part(params, part);
+        if (part == blockIdx.y) prefetch_first(params, p);
         parts[part] = p;
-        without_places |= part >= params.split_parts && !p.empty();
+        without_places = part >= params.split_parts && !p.empty();
     }
     return __syncthreads_or(without_places);
 }
@@ -114,7 +125,7 @@ __device__ __forceinline__ void for_each_segment(const FwdParams& params, const 
             const int length = clamped_length(params, row);
             const int tiles = num_tiles(length);
             const bool continued = p.continues(row);
-            Segment segment = {row, length, 0, tiles, -1};
+            Segment segment = {row, length, 0, tiles, -1, row < p.last_row};
             if (unsplit) {
                 if (continued) continue;
             } else {

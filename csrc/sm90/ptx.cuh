@@ -42,9 +42,19 @@ __device__ __forceinline__ void named_barrier_arrive(int barrier, int threads) {
     asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
+// Starts to bring a line into L1, for reads to come: a read whose result nobody waits for. "ld"
+__device__ __forceinline__ void load_to_l1(const int* pointer) {
+    asm volatile("{ .reg .b32 unused; ld.global.b32 unused, [%0]; }" ::"l"(pointer));
+}
+
 // Brings a line into L2. "prefetch"
 __device__ __forceinline__ void prefetch_l2(const void* pointer) {
     asm volatile("prefetch.global.L2 [%0];" ::"l"(pointer));
+}
+
+// Brings so many bytes into L2, both multiples of 16. "cp.async.bulk.prefetch"
+__device__ __forceinline__ void prefetch_bulk_l2(const void* pointer, uint32_t bytes) {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(pointer), "r"(bytes));
 }
 
 // Hands a warpgroup's registers back, or takes more of them. "setmaxnreg"

@@ -132,9 +132,9 @@ __device__ __forceinline__ void store_share(const FwdParams& params, const RowTi
 }
 
 // Adds the share at `place` to the one in registers. Of a pair either may be in registers: product, product and sum are
-// rounded one by one, so that the bits are the same.
+// rounded one by one, so that the bits are the same. `staging`: 32 KB of the warpgroup's.
 __device__ __forceinline__ void add_share(const FwdParams& params, const RowTile& rows, const Consumer& me, int place,
-                                          int warpgroup, float (&lse_log2)[2], float (&rO)[128]) {
+                                          int warpgroup, float (&lse_log2)[2], float (&rO)[128], void* staging) {
     if (!has_rows(params, rows, me)) return;
     const float4* share = share_of(params, rows, place, warpgroup, me);
     const float* other_lse = share_lse(params, rows, place);
@@ -150,22 +150,29 @@ __device__ __forceinline__ void add_share(const FwdParams& params, const RowTile
         other[i] *= scale;
         lse_log2[i] = sum == 0.f ? -INFINITY : high + log2f(sum);
     }
-    constexpr int kAtOnce = 7;  // with 8 ptxas spills
+    // Through shared memory, each thread its own values: registers are short, and each time costs what L2 takes to
+    // answer.
+    constexpr int kAtOnce = 16;
+    const float4* landed = static_cast<const float4*>(staging) + me.warp * 32 * kAtOnce + me.lane;
 #pragma unroll
     for (int first = 0; first < 32; first += kAtOnce) {
-        float4 loaded[kAtOnce];
+#pragma unroll 1
+        for (int j = 0; j < kAtOnce; ++j, share += 128) {
+            ptx::cp_async_16(ptx::shared_address(landed + j * 32), share);
+        }
+        ptx::cp_async_wait_all();
 #pragma unroll
-        for (int j = 0; j < kAtOnce && first + j < 32; ++j) loaded[j] = __ldcg(share + (first + j) * 128);
-        __syncwarp();  // or ptxas loads all 32 at once, and spills
-#pragma unroll
-        for (int j = 0; j < kAtOnce && first + j < 32; ++j) {
+        for (int j = 0; j < kAtOnce; ++j) {
+            if (j % 4 == 0) __syncwarp();  // or ptxas loads them all at once, and spills
+            const float4 loaded = landed[j * 32];
             float* o = rO + 4 * (first + j);
-            o[0] = __fadd_rn(__fmul_rn(mine[0], o[0]), __fmul_rn(other[0], loaded[j].x));
-            o[1] = __fadd_rn(__fmul_rn(mine[0], o[1]), __fmul_rn(other[0], loaded[j].y));
-            o[2] = __fadd_rn(__fmul_rn(mine[1], o[2]), __fmul_rn(other[1], loaded[j].z));
-            o[3] = __fadd_rn(__fmul_rn(mine[1], o[3]), __fmul_rn(other[1], loaded[j].w));
+            o[0] = __fadd_rn(__fmul_rn(mine[0], o[0]), __fmul_rn(other[0], loaded.x));
+            o[1] = __fadd_rn(__fmul_rn(mine[0], o[1]), __fmul_rn(other[0], loaded.y));
+            o[2] = __fadd_rn(__fmul_rn(mine[1], o[2]), __fmul_rn(other[1], loaded.z));
+            o[3] = __fadd_rn(__fmul_rn(mine[1], o[3]), __fmul_rn(other[1], loaded.w));
         }
     }
+    __syncwarp();
 }
 
 // -------------------------------------------------------------------------------------------------------- whole rows

@@ -11,7 +11,7 @@ namespace flashmla::sm90 {
 struct Softmax {
     // what exponents are relative to: the greatest scaled score so far, base 2, of both warpgroups' tiles
     float base[2] = {-INFINITY, -INFINITY};
-    float sum[2] = {0.f, 0.f};  // of this thread's columns of the tiles its warpgroup scored
+    float sum[2] = {0.f, 0.f};  // of P in the columns that the thread or its like of the other warpgroup has had
 };
 
 __device__ __forceinline__ float quad_max(float x) {
@@ -65,12 +65,13 @@ __device__ __forceinline__ void row_maxima(const float (&rS)[32], float (&high)[
     for (int i = 0; i < 2; ++i) high[i] = quad_max(fmaxf(halves[i][0], halves[i][1]));
 }
 
-// rS becomes exp2(rS - base), rP the same in T, as the register operand of P V; their sum is added to `sum`. The
+// rS becomes exp2(rS - base), rP the same in T, as the register operand of P V; their sum is `sum`. The
 // greatest P of a row must be exactly 1 (csrc/NOTES.md): otherwise T rounds it, as V's weight but not in the sum.
 template <typename T>
 __device__ __forceinline__ void exponentiate(const float (&base)[2], float (&rS)[32], uint32_t (&rP)[16],
                                              float (&sum)[2]) {
     const float from[2] = {base_of(base[0]), base_of(base[1])};
+    sum[0] = sum[1] = 0.f;
 #pragma unroll
     for (int k = 0; k < 32; ++k) {
         rS[k] = ptx::exp2_approx(rS[k] - from[k / 2 % 2]);
@@ -103,9 +104,10 @@ __device__ __forceinline__ void normalise(const Softmax& softmax, float (&rO)[12
     float scale[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-        const bool nothing = softmax.sum[i] == 0.f;
-        scale[i] = nothing ? 0.f : 1.f / softmax.sum[i];
-        lse_log2[i] = nothing ? -INFINITY : softmax.base[i] + log2f(softmax.sum[i]);
+        const float sum = quad_sum(softmax.sum[i]);
+        const bool nothing = sum == 0.f;
+        scale[i] = nothing ? 0.f : 1.f / sum;
+        lse_log2[i] = nothing ? -INFINITY : softmax.base[i] + log2f(sum);
     }
 #pragma unroll
     for (int k = 0; k < 128; ++k) rO[k] *= scale[k / 2 % 2];
