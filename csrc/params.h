@@ -94,7 +94,9 @@ void concat_and_cache_mla(const AppendParams& params, cudaStream_t stream);
 void merge_attn_states(const MergeParams& params, cudaStream_t stream);
 
 namespace sm90 {
+constexpr int kFewRows = 16;  // query rows of a key head: fwd_kvcache_mla_few_rows.cu has up to so many
 void fwd_kvcache_mla(const FwdParams& params, cudaStream_t stream);
+void fwd_kvcache_mla_few_rows(const FwdParams& params, cudaStream_t stream);
 void fwd_kvcache_mla_combine(const FwdParams& params, cudaStream_t stream);
 void paged_stream(const StreamParams& params, cudaStream_t stream);
 }  // namespace sm90

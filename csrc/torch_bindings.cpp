@@ -140,7 +140,7 @@ void fwd_kvcache_mla_op(Tensor out, Tensor lse, const Tensor q, const Tensor kv_
         .causal = causal,
         .dtype = dtype_of(q),
     };
-    sm90::fwd_kvcache_mla(params, on.stream);
+    rows <= sm90::kFewRows ? sm90::fwd_kvcache_mla_few_rows(params, on.stream) : sm90::fwd_kvcache_mla(params, on.stream);
     if (places > 0) sm90::fwd_kvcache_mla_combine(params, on.stream);
 }
 

@@ -53,7 +53,6 @@ namespace {
 
 // ------------------------------------------------------------------------------------------------------------ config
 
-constexpr int kSlices = kDimQK / 64;  // 9
 constexpr int kRope = kSlices - 1;    // the slice that is no part of V
 constexpr int kHalfSlices = 4;        // slices of half of V
 constexpr int kWarpgroup = 128;
@@ -98,22 +97,7 @@ struct Phases {
 };
 constexpr int kQueries = 2;
 
-// ---------------------------------------------------------------------------------------------------- device helpers
-
-__device__ __forceinline__ void wait(uint64_t* barrier, uint32_t phase) {
-    while (!cuda::ptx::mbarrier_try_wait_parity(barrier, phase)) {
-    }
-}
-
 // ----------------------------------------------------------------------------------------------- producers (4 warps)
-
-// Where row r of the row tile has its 576 values, of a row of the batch.
-template <typename T>
-__device__ __forceinline__ const T* query_row(const FwdParams& params, const RowTile& rows, int batch_row, int r) {
-    const QueryRow row(params, rows.first_row + r);
-    return static_cast<const T*>(params.q) + batch_row * params.q_stride_b + row.s * params.q_stride_s +
-           (rows.head * params.group + row.g) * params.q_stride_h;
-}
 
 // Starts this warp's share of loading the segment's queries. What lies where a row tile lacks rows is scored too, each
 // row for itself, and never stored.
@@ -148,19 +132,6 @@ __device__ __forceinline__ void finish_queries(SharedStorage<T>& shared) {
     cuda::ptx::fence_proxy_async(cuda::ptx::space_shared);
     __syncwarp();
     if (threadIdx.x % 32 == 0) cuda::ptx::mbarrier_arrive(&shared.queries_landed);
-}
-
-// Brings lengths and block table to L2, a line a thread of all CTAs' producers, as far as these go: the way from the
-// plan to a row's length to its page would else be three reads of memory, one after the other.
-__device__ __forceinline__ void prefetch_tables(const FwdParams& params, int thread) {
-    constexpr int kLine = 128;
-    const int cta = blockIdx.y * gridDim.x + blockIdx.x;
-    const int64_t at = (int64_t{cta} * (kThreads - kConsumers) + thread) * kLine;
-    if (params.max_len == 0) return;  // there may be no table
-    const int64_t lengths_bytes = int64_t{params.b} * 4;
-    const int64_t table_bytes = ((params.b - 1) * params.table_stride + params.max_len / params.page_size) * 4;
-    if (at < table_bytes) ptx::prefetch_l2(reinterpret_cast<const char*>(params.block_table) + at);
-    if (at < lengths_bytes) ptx::prefetch_l2(reinterpret_cast<const char*>(params.cache_seqlens) + at);
 }
 
 // One warp: its share of the segment's queries, and its portion of every other tile, each as soon as its place is free.
@@ -531,30 +502,6 @@ __device__ __forceinline__ void attend(const FwdParams& params, SharedStorage<T>
     release(me, &shared.freed[stage][stage == warpgroup ? kOwnHalf : kOtherHalf]);
 }
 
-// Lists, for the combine kernel, the row that each of the CTA's parts begins and others continue, if any. One warp.
-__device__ __forceinline__ void list_split_rows(const FwdParams& params, const Part (&parts)[kMaxParts],
-                                                bool unsplit) {
-    for (int part = blockIdx.y; part < params.split_parts; part += gridDim.y) {
-        const Part p = parts[part];
-        const int row = p.last_row, tiles = p.empty() ? 0 : num_tiles(clamped_length(params, row));
-        const bool begins = !unsplit && p.last_tile < tiles && !p.continues(row);
-        int passing = 0;  // parts that take the row over and pass it on
-        for (bool all = begins; all; passing += 32) {
-            const int next = part + 1 + passing + ptx::lane();
-            const bool passes = next < params.split_parts && parts[next].last_row == row &&
-                                parts[next].continues(row) && parts[next].last_tile < tiles;
-            const uint32_t others = ~__ballot_sync(~0u, passes);
-            all = others == 0;
-            if (!all) passing += __ffs(others) - 1 - 32;
-        }
-        const bool pair = params.arrivals != nullptr && part + 1 < params.plan_parts &&
-                          is_pair(p, parts[part + 1], row, tiles);
-        // and the part that ends it
-        const int shares = begins && !pair ? min(2 + passing, params.split_parts - part) : 0;
-        if (ptx::lane() == 0) params.split_rows[part] = make_int2(row, shares);
-    }
-}
-
 // ------------------------------------------------------------------------------------------------------------ kernel
 
 template <typename T, bool kOneByOne>
@@ -580,22 +527,23 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     cudaGridDependencySynchronize();  // nothing above reads what an earlier kernel wrote
     cudaTriggerProgrammaticLaunchCompletion();
-    if (warp >= kConsumerWarps) prefetch_tables(params, threadIdx.x - kConsumers);
-    const bool unsplit = read_plan(params, shared.parts);
+    if (warp >= kConsumerWarps) prefetch_tables(params, threadIdx.x - kConsumers, kThreads - kConsumers);
+    read_plan(params, shared.parts);
 
     Phases phases;
-    if (warp >= kConsumerWarps) {
-        ptx::decrease_registers<kProducerRegisters>();
-        for_each_segment(params, shared.parts, unsplit, [&](const Segment& segment) {
-            load(params, cache, shared, rows, segment, warp - kConsumerWarps, phases);
+    if (warp < kConsumerWarps) {
+        ptx::increase_registers<kConsumerRegisters>();
+        const int warpgroup = warp / (kConsumerWarps / 2);
+        for_each_segment(params, shared.parts, [&](const Segment& segment) {
+            attend<kOneByOne>(params, shared, rows, segment, warpgroup, phases);
         });
     } else {
-        ptx::increase_registers<kConsumerRegisters>();
-        // before `second`'s first tile has come
-        if (warp == kConsumerWarps - 1 && blockIdx.x == 0) list_split_rows(params, shared.parts, unsplit);
-        for_each_segment(params, shared.parts, unsplit, [&](const Segment& segment) {
-            attend<kOneByOne>(params, shared, rows, segment, warp / (kConsumerWarps / 2), phases);
+        ptx::decrease_registers<kProducerRegisters>();
+        const int producer = warp - kConsumerWarps;
+        for_each_segment(params, shared.parts, [&](const Segment& segment) {
+            load(params, cache, shared, rows, segment, producer, phases);
         });
+        if (producer == 0 && blockIdx.x == 0) list_split_rows(params, shared.parts);
     }
 }
 

@@ -1,6 +1,10 @@
 // What the decode kernels and the combine kernel share: dimensions, and how the plan is read.
 #pragma once
 
+#include <cuda/ptx>
+
+#include <climits>
+
 #include "../check.h"
 #include "../params.h"
 #include "ptx.cuh"
@@ -9,6 +13,7 @@ namespace flashmla::sm90 {
 
 constexpr int kDimQK = 576;
 constexpr int kDimV = 512;
+constexpr int kSlices = kDimQK / 64;  // 9
 constexpr float kLn2 = 0.6931471805599453f;
 
 // The columns of a part that kernels read, clamped to the batch.
@@ -30,6 +35,11 @@ __device__ __forceinline__ Part load_part(const FwdParams& params, int part) {
     }
     result.last_row = min(result.last_row, params.b - 1);
     return result;
+}
+
+__device__ __forceinline__ void wait(uint64_t* barrier, uint32_t phase) {
+    while (!cuda::ptx::mbarrier_try_wait_parity(barrier, phase)) {
+    }
 }
 
 __device__ __forceinline__ int clamped_length(const FwdParams& params, int row) {
@@ -101,23 +111,43 @@ __device__ __forceinline__ void prefetch_first(const FwdParams& params, const Pa
     ptx::load_to_l1(params.block_table + p.first_row * params.table_stride + page);
 }
 
-// Fills `parts` with the plan, which the CTA's first threads read, one a part. Whether some part that the plan uses has
-// no places in the workspace. Ends in a barrier.
-__device__ __forceinline__ bool read_plan(const FwdParams& params, Part (&parts)[kMaxParts]) {
+// Brings lengths and block table to L2, a line a thread of all CTAs' producers, as far as these go: the way from the
+// plan to a row's length to its page would else be three reads of memory, one after the other.
+__device__ __forceinline__ void prefetch_tables(const FwdParams& params, int thread, int threads) {
+    constexpr int kLine = 128;
+    const int cta = blockIdx.y * gridDim.x + blockIdx.x;
+    const int64_t at = (int64_t{cta} * threads + thread) * kLine;
+    if (params.max_len == 0) return;  // there may be no table
+    const int64_t lengths_bytes = int64_t{params.b} * 4;
+    const int64_t table_bytes = ((params.b - 1) * params.table_stride + params.max_len / params.page_size) * 4;
+    if (at < table_bytes) ptx::prefetch_l2(reinterpret_cast<const char*>(params.block_table) + at);
+    if (at < lengths_bytes) ptx::prefetch_l2(reinterpret_cast<const char*>(params.cache_seqlens) + at);
+}
+
+// Fills `parts` with the plan, which the CTA's first threads read, one a part. If the plan uses a part that has no places
+// in the workspace, each row becomes whole: the part's that has its first tile. Ends in a barrier.
+__device__ __forceinline__ void read_plan(const FwdParams& params, Part (&parts)[kMaxParts]) {
     const int part = threadIdx.x;
+    const bool reads = part < params.plan_parts;
     bool without_places = false;
-    if (part < params.plan_parts) {
+    if (reads) {
         const Part p = load_part(params, part);
         if (part == blockIdx.y) prefetch_first(params, p);
         parts[part] = p;
         without_places = part >= params.split_parts && !p.empty();
     }
-    return __syncthreads_or(without_places);
+    if (!__syncthreads_or(without_places)) return;
+    if (reads) {
+        parts[part].first_row += parts[part].first_tile > 0;
+        parts[part].first_tile = 0;
+        parts[part].last_tile = INT_MAX;
+    }
+    __syncthreads();
 }
 
 // Calls body(segment) for the CTA's parts, every gridDim.y-th, in order.
 template <typename Body>
-__device__ __forceinline__ void for_each_segment(const FwdParams& params, const Part (&parts)[kMaxParts], bool unsplit,
+__device__ __forceinline__ void for_each_segment(const FwdParams& params, const Part (&parts)[kMaxParts],
                                                  Body&& body) {
     for (int index = blockIdx.y; index < params.plan_parts; index += gridDim.y) {
         const Part& p = parts[index];  // read anew for each row: registers are short while it is worked on
@@ -125,17 +155,39 @@ __device__ __forceinline__ void for_each_segment(const FwdParams& params, const 
             const int length = clamped_length(params, row);
             const int tiles = num_tiles(length);
             const bool continued = p.continues(row);
-            Segment segment = {row, length, 0, tiles, -1, row < p.last_row};
-            if (unsplit) {
-                if (continued) continue;
-            } else {
-                const bool cut = row == p.last_row && p.last_tile < tiles;
-                segment.end = cut ? p.last_tile : tiles;
-                segment.begin = continued ? min(p.first_tile, segment.end) : 0;
-                segment.place = continued ? first_place(index) : cut ? last_place(index) : -1;
-            }
+            const bool cut = row == p.last_row && p.last_tile < tiles;
+            Segment segment;
+            segment.row = row;
+            segment.length = length;
+            segment.end = cut ? p.last_tile : tiles;
+            segment.begin = continued ? min(p.first_tile, segment.end) : 0;
+            segment.place = continued ? first_place(index) : cut ? last_place(index) : -1;
+            segment.more = row < p.last_row;
             body(segment);
         }
+    }
+}
+
+// Lists, for the combine kernel, the row that each of the CTA's parts begins and others continue, if any. One warp.
+__device__ __forceinline__ void list_split_rows(const FwdParams& params, const Part (&parts)[kMaxParts]) {
+    for (int part = blockIdx.y; part < params.split_parts; part += gridDim.y) {
+        const Part p = parts[part];
+        const int row = p.last_row, tiles = p.empty() ? 0 : num_tiles(clamped_length(params, row));
+        const bool begins = p.last_tile < tiles && !p.continues(row);
+        int passing = 0;  // parts that take the row over and pass it on
+        for (bool all = begins; all; passing += 32) {
+            const int next = part + 1 + passing + ptx::lane();
+            const bool passes = next < params.split_parts && parts[next].last_row == row &&
+                                parts[next].continues(row) && parts[next].last_tile < tiles;
+            const uint32_t others = ~__ballot_sync(~0u, passes);
+            all = others == 0;
+            if (!all) passing += __ffs(others) - 1 - 32;
+        }
+        const bool pair = params.arrivals != nullptr && part + 1 < params.plan_parts &&
+                          is_pair(p, parts[part + 1], row, tiles);
+        // and the part that ends it
+        const int shares = begins && !pair ? min(2 + passing, params.split_parts - part) : 0;
+        if (ptx::lane() == 0) params.split_rows[part] = make_int2(row, shares);
     }
 }
 

@@ -11,6 +11,7 @@
 
 #include "fwd_kvcache_mla.cuh"
 #include "ptx.cuh"
+#include "wgmma.cuh"
 
 namespace flashmla::sm90 {
 
@@ -28,6 +29,14 @@ struct RowTile {
     __device__ int index() const { return blockIdx.x; }
     __device__ int count(const FwdParams& params) const { return min(kRowTile, params.rows - first_row); }
 };
+
+// Where row r of the row tile has its 576 values, of a row of the batch.
+template <typename T>
+__device__ __forceinline__ const T* query_row(const FwdParams& params, const RowTile& rows, int batch_row, int r) {
+    const QueryRow row(params, rows.first_row + r);
+    return static_cast<const T*>(params.q) + batch_row * params.q_stride_b + row.s * params.q_stride_s +
+           (rows.head * params.group + row.g) * params.q_stride_h;
+}
 
 // Where a consumer thread stands. A warpgroup's accumulators give a thread two rows of the row tile, 8 apart, and in
 // them the columns 8 j + 2 (lane % 4) + {0, 1}.
@@ -161,9 +170,10 @@ __device__ __forceinline__ void add_share(const FwdParams& params, const RowTile
             ptx::cp_async_16(ptx::shared_address(landed + j * 32), share);
         }
         ptx::cp_async_wait_all();
+        wgmma::keep(rO);  // or it multiplies them earlier, and spills
 #pragma unroll
         for (int j = 0; j < kAtOnce; ++j) {
-            if (j % 4 == 0) __syncwarp();  // or ptxas loads them all at once, and spills
+            if (j % 8 == 0) __syncwarp();  // or ptxas loads them all at once, and spills
             const float4 loaded = landed[j * 32];
             float* o = rO + 4 * (first + j);
             o[0] = __fadd_rn(__fmul_rn(mine[0], o[0]), __fmul_rn(other[0], loaded.x));

@@ -1,8 +1,8 @@
 // The wgmma shapes in use, and the shared-memory descriptors they take. PTX ISA, "Asynchronous Warpgroup Level Matrix
 // Instructions".
 //
-// Every operand lies in slices of 64 x 64 16-bit values: 64 rows of 128 bytes, 8 KB, aligned to 1024 bytes, in the
-// 128-byte swizzle (the 16-byte chunk c of row r stands at place c ^ (r % 8)), as TMA writes it.
+// Every operand lies in slices of 64 x 64 16-bit values, or fewer rows: rows of 128 bytes, 8 KB, aligned to 1024 bytes,
+// in the 128-byte swizzle (the 16-byte chunk c of row r stands at place c ^ (r % 8)), as TMA writes it.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -71,6 +71,14 @@ __device__ __forceinline__ void keep(uint32_t (&a)[kCount]) {
 #define FLASHMLA_4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define FLASHMLA_16(d, i) FLASHMLA_4(d, i), FLASHMLA_4(d, i + 4), FLASHMLA_4(d, i + 8), FLASHMLA_4(d, i + 12)
 
+#define FLASHMLA_WGMMA_M64N16K16(TYPE, TRANSPOSED)                   \
+    asm volatile(                                                    \
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %10, 0;\n"                 \
+        "wgmma.mma_async.sync.aligned.m64n16k16.f32." TYPE "." TYPE  \
+        " {%0, %1, %2, %3, %4, %5, %6, %7}, %8, %9, p, 1, 1, " TRANSPOSED ", 0;\n}\n" \
+        : FLASHMLA_4(d, 0), FLASHMLA_4(d, 4)                         \
+        : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)))
+
 #define FLASHMLA_WGMMA_M64N64K16(TYPE)                                                       \
     asm volatile(                                                                            \
         "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"                                         \
@@ -118,6 +126,21 @@ __device__ __forceinline__ void keep(uint32_t (&a)[kCount]) {
           FLASHMLA_16(d, 80), FLASHMLA_16(d, 96), FLASHMLA_16(d, 112)                                        \
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)))
 
+// d [64, 16] = a [64, 16] b [16, 16]^T (+ d): both operands in shared memory, b K-major, a too or, if kMNMajor,
+// MN-major.
+template <typename T, bool kMNMajor>
+__device__ __forceinline__ void m64n16k16(float (&d)[8], uint64_t a, uint64_t b, bool accumulate) {
+    if constexpr (std::is_same_v<T, __nv_bfloat16> && kMNMajor) {
+        FLASHMLA_WGMMA_M64N16K16("bf16", "1");
+    } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+        FLASHMLA_WGMMA_M64N16K16("bf16", "0");
+    } else if constexpr (kMNMajor) {
+        FLASHMLA_WGMMA_M64N16K16("f16", "1");
+    } else {
+        FLASHMLA_WGMMA_M64N16K16("f16", "0");
+    }
+}
+
 // d [64, 64] = a [64, 16] b [64, 16]^T (+ d): both operands in shared memory, K-major.
 template <typename T>
 __device__ __forceinline__ void m64n64k16(float (&d)[32], uint64_t a, uint64_t b, bool accumulate) {
@@ -152,6 +175,7 @@ __device__ __forceinline__ void m64n256k16(float (&d)[128], const uint32_t* a, u
 #undef FLASHMLA_WGMMA_M64N256K16_RS
 #undef FLASHMLA_WGMMA_M64N256K16
 #undef FLASHMLA_WGMMA_M64N64K16
+#undef FLASHMLA_WGMMA_M64N16K16
 #undef FLASHMLA_16
 #undef FLASHMLA_4
 

@@ -1,0 +1,484 @@
+// fwd_kvcache_mla for up to 16 query rows a key head: what fwd_kvcache_mla.cu computes, from the same plan, to the same
+// results. Here memory is what bounds a call, so all is arranged for as many keys as possible to be on their way.
+//
+// Products are transposed: S^T = K Q^T and O^T = V^T P^T. A wgmma's 64 rows then are keys, or columns of V, and its
+// columns are the 16 query rows: nothing is padded to 64, Q takes 18 KB, O 32 registers a thread.
+//
+// Grid: (row tiles, parts at work at once), as there. 1 CTA a multiprocessor.
+//
+// Warp roles. Warps 0-3 and 4-7 are two warpgroups that know nothing of each other: each scores every tile of 64 keys
+// and accumulates P V for its half of the 512 output columns. Scoring twice costs less than handing P over, while the
+// tensor cores have time. Warp 8 loads keys, warps 9-11 load queries.
+//
+// Shared memory: a ring of 8 portions, each three slices of 64 keys x 64 values (24 KB). A tile is three portions.
+//
+// Query rows are a thread's columns here: a warpgroup's accumulators give it the rows 8 j + 2 (lane % 4) + {0, 1}, and
+// of what runs along the 64 rows of the product (keys; columns of V) the two at warp * 16 + lane / 4 + {0, 8}.
+
+#include <cuda/ptx>
+
+#include "fwd_kvcache_mla.cuh"
+#include "row_tile.cuh"
+#include "tma.h"
+#include "wgmma.cuh"
+
+namespace flashmla::sm90 {
+namespace {
+
+// ------------------------------------------------------------------------------------------------------------ config
+
+constexpr int kRows = kFewRows;  // 16
+constexpr int kPortionSlices = 3;
+constexpr int kPortions = kSlices / kPortionSlices;  // of a tile
+constexpr int kPortionBytes = kPortionSlices * wgmma::kSliceBytes;
+constexpr int kBlocks = 4;  // of 64 output columns: a warpgroup's
+constexpr int kWarpgroup = 128;
+constexpr int kConsumerWarps = 8;
+constexpr int kConsumers = 32 * kConsumerWarps;
+constexpr int kQueryWarps = 3;
+constexpr int kThreads = kConsumers + 32 * (1 + kQueryWarps);
+
+constexpr int kRing = 8;  // portions
+
+template <typename T>
+struct SharedStorage {
+    alignas(1024) T ring[kRing][kPortionSlices][64 * 64];
+    alignas(1024) T sQ[kSlices][kRows * 64];
+    alignas(1024) T sP[2][kRows * 64];      // of each warpgroup: P [rows, keys]; at a row's end 64 columns of results
+    Part parts[kMaxParts];                  // the plan
+    alignas(16) float high[2][4][kRows];    // of each warpgroup's warps: the rows' maxima in the tile
+    alignas(16) float sum[2][4][kRows];     // and their sums in the segment
+    uint64_t landed[kRing], freed[kRing];
+    uint64_t queries_landed, queries_freed;
+};
+
+// A place in the ring, and the phase of its barriers there.
+struct Place {
+    int slot = 0;
+    uint32_t phase = 0;
+
+    __device__ void next() {
+        if (++slot == kRing) {
+            slot = 0;
+            phase ^= 1;
+        }
+    }
+};
+
+// ----------------------------------------------------------------------------------------------- producers (4 warps)
+
+// One warp: the segment's tiles, portion by portion, each as soon as its place is free.
+template <typename T>
+__device__ __forceinline__ void load_keys(const FwdParams& params, const CUtensorMap& cache,
+                                          SharedStorage<T>& shared, const RowTile& rows, const Segment& segment,
+                                          Place& place) {
+    const int tiles_per_page = params.page_size / kTile;
+    const auto column_of = [&](int tile) { return tiles_per_page == 1 ? tile : tile / tiles_per_page; };
+    const auto page_of = [&](int tile) {
+        if (tile >= segment.end) return -1;
+        const int page = params.block_table[segment.row * params.table_stride + column_of(tile)];
+        return page >= 0 && page < params.num_pages ? page : -1;  // -1 is outside the tensor map: it reads as zeros
+    };
+    int page = page_of(segment.begin), next_page = page_of(segment.begin + 1);
+    for (int tile = segment.begin; tile < segment.end; ++tile) {
+        const int page_after = page_of(tile + 2);  // looked up two tiles ahead
+        const int in_page = (tile - column_of(tile) * tiles_per_page) * kTile;
+        for (int portion = 0; portion < kPortions; ++portion, place.next()) {
+            wait(&shared.freed[place.slot], place.phase ^ 1);
+            if (threadIdx.x % 32 == 0) {
+                uint64_t* landed = &shared.landed[place.slot];
+                cuda::ptx::mbarrier_arrive_expect_tx(cuda::ptx::sem_release, cuda::ptx::scope_cta,
+                                                     cuda::ptx::space_shared, landed, kPortionBytes);
+                const int32_t where[5] = {0, in_page, portion * kPortionSlices, rows.head, page};
+                cuda::ptx::cp_async_bulk_tensor(cuda::ptx::space_cluster, cuda::ptx::space_global,
+                                                shared.ring[place.slot], &cache, where, landed);
+            }
+            __syncwarp();
+        }
+        page = next_page;
+        next_page = page_after;
+    }
+}
+
+// kQueryWarps warps: the segment's queries, and the next row's to L2: while all of the machine streams, what comes from
+// memory takes 6 us.
+template <typename T>
+__device__ __forceinline__ void load_queries(const FwdParams& params, SharedStorage<T>& shared,
+                                             const RowTile& rows, const Segment& segment, int warp, uint32_t& phase) {
+    if (segment.begin == segment.end) return;
+    const int lane = threadIdx.x % 32, chunk = lane % 8;
+    wait(&shared.queries_freed, phase ^ 1);
+    phase ^= 1;
+#pragma unroll 1
+    for (int r = 4 * warp + lane / 8; r < rows.count(params); r += 4 * kQueryWarps) {
+        const T* from = query_row<T>(params, rows, segment.row, r) + chunk * 8;
+        const uint32_t to = ptx::shared_address(shared.sQ) + wgmma::swizzled(r, chunk);
+#pragma unroll
+        for (int slice = 0; slice < kSlices; ++slice) {
+            ptx::cp_async_16(to + slice * kRows * 128, from + slice * 64);
+        }
+    }
+    ptx::cp_async_wait_all();
+    cuda::ptx::fence_proxy_async(cuda::ptx::space_shared);
+    __syncwarp();
+    if (lane == 0) cuda::ptx::mbarrier_arrive(&shared.queries_landed);
+    if (segment.more && warp == 0 && lane < rows.count(params)) {
+        ptx::prefetch_bulk_l2(query_row<T>(params, rows, segment.row + 1, lane), kDimQK * sizeof(T));
+    }
+}
+
+// ------------------------------------------------------------------------------------------- consumers (2 warpgroups)
+
+// Which query row a thread's column h is, h = 0 .. kRows / 4 - 1, and where it stands in accumulators, for key i = 0, 1.
+__device__ __forceinline__ int row_of(int lane, int h) { return h / 2 * 8 + lane % 4 * 2 + h % 2; }
+__device__ __forceinline__ constexpr int element(int h, int i) { return h / 2 * 4 + i * 2 + h % 2; }
+
+// The running softmax of a thread's query rows.
+struct ColumnSoftmax {
+    float base[kRows / 4], sum[kRows / 4];  // the greatest scaled score so far, base 2; sum over this thread's keys
+
+    __device__ ColumnSoftmax() {
+#pragma unroll
+        for (int h = 0; h < kRows / 4; ++h) {
+            base[h] = -INFINITY;
+            sum[h] = 0.f;
+        }
+    }
+};
+
+// S^T = K Q^T, portion by portion as they land.
+template <typename T>
+__device__ __forceinline__ void score(SharedStorage<T>& shared, Place place, float (&rS)[kRows / 2]) {
+#pragma unroll 1
+    for (int portion = 0; portion < kPortions; ++portion, place.next()) {
+        wait(&shared.landed[place.slot], place.phase);
+        wgmma::fence();
+#pragma unroll
+        for (int i = 0; i < kPortionSlices; ++i) {
+            const uint64_t k = wgmma::k_major(shared.ring[place.slot][i]);
+            const uint64_t q = wgmma::k_major(shared.sQ[portion * kPortionSlices + i]);
+#pragma unroll
+            for (int step = 0; step < 4; ++step) {
+                wgmma::m64n16k16<T, false>(rS, wgmma::advance(k, step * wgmma::kStepBytesKMajor),
+                                          wgmma::advance(q, step * wgmma::kStepBytesKMajor), portion + i + step > 0);
+            }
+        }
+        wgmma::commit();
+    }
+    wgmma::wait<0>();
+    wgmma::keep(rS);
+}
+
+// Scales the scores of tile `tile`, and sets those of keys that a query row does not see to -inf.
+__device__ __forceinline__ void scale_and_mask(const FwdParams& params, const Consumer& me, const Segment& segment,
+                                               int tile, float (&rS)[kRows / 2]) {
+    // an instruction of its own: fused with the subtraction of the base, the greatest exponent would not be 0
+#pragma unroll
+    for (int k = 0; k < kRows / 2; ++k) rS[k] = __fmul_rn(rS[k], params.softmax_scale_log2);
+    const int seen_by_all = params.causal ? segment.length - params.s_q + 1 : segment.length;
+    if (!__any_sync(~0u, (tile + 1) * kTile > seen_by_all)) return;
+#pragma unroll
+    for (int h = 0; h < kRows / 4; ++h) {
+        const QueryRow row(params, row_of(me.lane, h));
+        const int visible = min(segment.length, params.causal ? seen_by_all + row.s : segment.length);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            if (tile * kTile + me.row(i) >= visible) rS[element(h, i)] = -INFINITY;
+        }
+    }
+}
+
+// Each of a thread's query rows: combined over the lanes that have it.
+template <int kCount, typename Combine>
+__device__ __forceinline__ void over_lanes(float (&x)[kCount], Combine&& combine) {
+#pragma unroll
+    for (int lanes = 4; lanes < 32; lanes *= 2) {
+#pragma unroll
+        for (int h = 0; h < kCount; ++h) x[h] = combine(x[h], __shfl_xor_sync(~0u, x[h], lanes));
+    }
+}
+
+// And over the warpgroup's four warps, in their order, by way of `exchange`. Contains a barrier of the warpgroup.
+template <typename Combine>
+__device__ __forceinline__ void over_warps(const Consumer& me, int warpgroup, float (&exchange)[4][kRows],
+                                           float (&x)[kRows / 4], Combine&& combine) {
+    if (me.lane < 4) {
+#pragma unroll
+        for (int h = 0; h < kRows / 4; h += 2) {
+            *reinterpret_cast<float2*>(&exchange[me.warp][row_of(me.lane, h)]) = make_float2(x[h], x[h + 1]);
+        }
+    }
+    ptx::named_barrier(1 + warpgroup, kWarpgroup);
+#pragma unroll
+    for (int h = 0; h < kRows / 4; h += 2) {
+#pragma unroll
+        for (int w = 0; w < 4; ++w) {
+            const float2 other = *reinterpret_cast<const float2*>(&exchange[w][row_of(me.lane, h)]);
+            x[h] = w == 0 ? other.x : combine(x[h], other.x);
+            x[h + 1] = w == 0 ? other.y : combine(x[h + 1], other.y);
+        }
+    }
+}
+
+// A [64, rows] product in T to a slice [rows, 64].
+template <typename T>
+__device__ __forceinline__ void store_transposed(const Consumer& me, const float (&x)[kRows / 2], T* slice) {
+#pragma unroll
+    for (int j = 0; j < kRows / 8; j += 2) {
+        const int row = 8 * (j + me.lane / 16) + me.lane % 8, chunk = 2 * me.warp + me.lane / 8 % 2;
+        ptx::stmatrix_x4_trans(ptx::shared_address(slice) + wgmma::swizzled(row, chunk),
+                               pack<T>(x[4 * j], x[4 * j + 1]), pack<T>(x[4 * j + 2], x[4 * j + 3]),
+                               pack<T>(x[4 * j + 4], x[4 * j + 5]), pack<T>(x[4 * j + 6], x[4 * j + 7]));
+    }
+}
+
+// Zeroes the warpgroup's half of a tile's V from key `first` on: cache rows past the length may hold NaN, and 0 * NaN is
+// NaN. `slices`: where they are.
+template <typename T>
+__device__ __forceinline__ void zero_values(const Consumer& me, T* const (&slices)[kBlocks], int first) {
+    const int chunks = (64 - first) * 8;
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b) {
+        for (int i = me.warp * 32 + me.lane; i < chunks; i += kWarpgroup) {
+            reinterpret_cast<int4*>(slices[b])[first * 8 + i] = make_int4(0, 0, 0, 0);
+        }
+    }
+}
+
+// From scores to P, in the warpgroup's sP. rescale(factor) is what becomes of O.
+template <typename T, typename Rescale>
+__device__ __forceinline__ void softmax_of(SharedStorage<T>& shared, const Consumer& me, int warpgroup,
+                                           float (&rS)[kRows / 2], ColumnSoftmax& softmax, Rescale&& rescale) {
+    constexpr int kCount = kRows / 4;
+    float high[kCount], factor[kCount];
+#pragma unroll
+    for (int h = 0; h < kCount; ++h) high[h] = fmaxf(rS[element(h, 0)], rS[element(h, 1)]);
+    const auto greatest = [](float a, float b) { return fmaxf(a, b); };
+    over_lanes(high, greatest);
+    over_warps(me, warpgroup, shared.high[warpgroup], high, greatest);
+    bool changed = false;
+#pragma unroll
+    for (int h = 0; h < kCount; ++h) {
+        const float base = fmaxf(high[h], softmax.base[h]), from = base_of(base);
+        factor[h] = ptx::exp2_approx(softmax.base[h] - from);
+        changed |= factor[h] != 1.f;
+        softmax.base[h] = base;
+        softmax.sum[h] *= factor[h];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            float& s = rS[element(h, i)];
+            s = ptx::exp2_approx(s - from);
+            softmax.sum[h] += s;
+        }
+    }
+    store_transposed<T>(me, rS, shared.sP[warpgroup]);
+    if (__any_sync(~0u, changed)) rescale(factor);
+}
+
+// Multiplies a warpgroup's O by a factor for each query row.
+__device__ __forceinline__ void scale(float (&rO)[kBlocks][kRows / 2], const float (&factor)[kRows / 4]) {
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b) {
+#pragma unroll
+        for (int h = 0; h < kRows / 4; ++h) {
+            rO[b][element(h, 0)] *= factor[h];
+            rO[b][element(h, 1)] *= factor[h];
+        }
+    }
+}
+
+// The result of rows, from registers: by way of the warpgroup's sP to out.
+template <typename T>
+__device__ __forceinline__ void store_rows(const FwdParams& params, const RowTile& rows, const Consumer& me,
+                                           int batch_row, int warpgroup, const float (&rO)[kBlocks][kRows / 2],
+                                           T* staging) {
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b) {
+        store_transposed<T>(me, rO[b], staging);
+        ptx::named_barrier(1 + warpgroup, kWarpgroup);
+        for (int i = me.warp * 32 + me.lane; i < rows.count(params) * 8; i += kWarpgroup) {
+            const QueryRow row(params, i / 8);
+            const int64_t h = rows.head * params.group + row.g, chunk = i % 8;
+            T* to = static_cast<T*>(params.out) + ((int64_t{batch_row} * params.s_q + row.s) * params.h_q + h) * kDimV;
+            reinterpret_cast<int4*>(to + (warpgroup * kBlocks + b) * 64)[chunk] =
+                *reinterpret_cast<const int4*>(reinterpret_cast<const char*>(staging) + wgmma::swizzled(i / 8, chunk));
+        }
+        ptx::named_barrier(1 + warpgroup, kWarpgroup);
+    }
+}
+
+// A share of rows, from registers to its place in the workspace, row by row. 8 lanes have 8 columns of a row at once.
+__device__ __forceinline__ void store_share(const FwdParams& params, const RowTile& rows, const Consumer& me, int place,
+                                            int warpgroup, const float (&rO)[kBlocks][kRows / 2]) {
+    float* share = params.partial_out + (int64_t{place} * params.row_tiles + rows.index()) * (kRowTile * kDimV) +
+                   warpgroup * kBlocks * 64;
+#pragma unroll
+    for (int h = 0; h < kRows / 4; ++h) {
+        const int row = row_of(me.lane, h);
+        if (row >= rows.count(params)) continue;
+#pragma unroll
+        for (int b = 0; b < kBlocks; ++b) {
+#pragma unroll
+            for (int i = 0; i < 2; ++i) __stcg(share + row * kDimV + b * 64 + me.row(i), rO[b][element(h, i)]);
+        }
+    }
+}
+
+// One segment, from its queries to its result.
+template <typename T>
+__device__ __forceinline__ void attend(const FwdParams& params, SharedStorage<T>& shared, const RowTile& rows,
+                                       const Segment& segment, int warpgroup, Place& place, uint32_t& phase) {
+    if (segment.begin == segment.end) return sm90::store_nothing<T, kConsumers>(params, rows, segment);
+    const Consumer me = {__shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32 % 4, 0), ptx::lane()};
+    const auto release = [&](uint64_t* barrier) {
+        if (me.lane == 0) cuda::ptx::mbarrier_arrive(barrier);
+    };
+    float rO[kBlocks][kRows / 2] = {};  // [256 columns of V, rows]
+    ColumnSoftmax softmax;
+    wait(&shared.queries_landed, phase);
+    phase ^= 1;
+#pragma unroll 1
+    for (int tile = segment.begin; tile < segment.end; ++tile) {
+        float rS[kRows / 2];
+        score(shared, place, rS);
+        int slots[kPortions];
+#pragma unroll
+        for (int portion = 0; portion < kPortions; ++portion, place.next()) slots[portion] = place.slot;
+        release(&shared.freed[warpgroup == 0 ? slots[2] : slots[0]]);  // the one that has none of this half of V
+        if (tile + 1 == segment.end) release(&shared.queries_freed);
+
+        T* values[kBlocks];
+#pragma unroll
+        for (int b = 0; b < kBlocks; ++b) {
+            const int first = b / kPortionSlices, second = (kBlocks + b) / kPortionSlices;
+            values[b] = warpgroup == 0 ? shared.ring[slots[first]][b % kPortionSlices]
+                                       : shared.ring[slots[second]][(kBlocks + b) % kPortionSlices];
+        }
+        scale_and_mask(params, me, segment, tile, rS);
+        softmax_of<T>(shared, me, warpgroup, rS, softmax,
+                             [&](const float (&factor)[kRows / 4]) { scale(rO, factor); });
+        const int valid = segment.length - tile * kTile;
+        if (__any_sync(~0u, valid < kTile)) zero_values(me, values, valid);
+        cuda::ptx::fence_proxy_async(cuda::ptx::space_shared);
+        ptx::named_barrier(1 + warpgroup, kWarpgroup);
+
+        const uint64_t p = wgmma::k_major(shared.sP[warpgroup]);
+#pragma unroll
+        for (int b = 0; b < kBlocks; ++b) wgmma::keep(rO[b]);
+        wgmma::fence();
+#pragma unroll
+        for (int b = 0; b < kBlocks; ++b) {
+            const uint64_t v = wgmma::mn_major(values[b]);
+#pragma unroll
+            for (int step = 0; step < 4; ++step) {
+                wgmma::m64n16k16<T, true>(rO[b], wgmma::advance(v, step * wgmma::kStepBytesMNMajor),
+                                         wgmma::advance(p, step * wgmma::kStepBytesKMajor), true);
+            }
+        }
+        wgmma::commit();
+        wgmma::wait<0>();
+#pragma unroll
+        for (int b = 0; b < kBlocks; ++b) wgmma::keep(rO[b]);
+        release(&shared.freed[slots[1]]);
+        release(&shared.freed[warpgroup == 0 ? slots[0] : slots[2]]);
+    }
+
+    constexpr int kCount = kRows / 4;
+    const auto add = [](float a, float b) { return a + b; };
+    over_lanes(softmax.sum, add);
+    over_warps(me, warpgroup, shared.sum[warpgroup], softmax.sum, add);
+    float factor[kCount], lse_log2[kCount];
+#pragma unroll
+    for (int h = 0; h < kCount; ++h) {
+        const bool nothing = softmax.sum[h] == 0.f;
+        factor[h] = nothing ? 0.f : 1.f / softmax.sum[h];
+        lse_log2[h] = nothing ? -INFINITY : softmax.base[h] + log2f(softmax.sum[h]);
+    }
+    scale(rO, factor);
+    const bool has_lse = warpgroup == 0 && me.warp == 0 && me.lane < 4;
+    if (segment.place >= 0) {
+        store_share(params, rows, me, segment.place, warpgroup, rO);
+#pragma unroll
+        for (int h = 0; h < kCount; ++h) {
+            if (has_lse) __stcg(share_lse(params, rows, segment.place) + row_of(me.lane, h), lse_log2[h]);
+        }
+        return;
+    }
+    store_rows<T>(params, rows, me, segment.row, warpgroup, rO, shared.sP[warpgroup]);
+#pragma unroll
+    for (int h = 0; h < kCount; ++h) {
+        const int r = row_of(me.lane, h);
+        if (!has_lse || r >= rows.count(params)) continue;
+        const QueryRow row(params, r);
+        const int64_t head = rows.head * params.group + row.g;
+        params.lse[(int64_t{segment.row} * params.h_q + head) * params.s_q + row.s] =
+            lse_log2[h] == -INFINITY ? INFINITY : lse_log2[h] * kLn2;
+    }
+}
+
+// ------------------------------------------------------------------------------------------------------------ kernel
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads, 1)
+    fwd_kvcache_mla_few_rows_kernel(const __grid_constant__ FwdParams params, const __grid_constant__ CUtensorMap cache) {
+    extern __shared__ __align__(1024) uint8_t shared_bytes[];
+    SharedStorage<T>& shared = *reinterpret_cast<SharedStorage<T>*>(shared_bytes);
+    const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // uniform, and known to be
+    const RowTile rows(params);
+
+    if (threadIdx.x == 0) {
+        if (params.max_len > 0) ptx::prefetch_tensor_map(&cache);
+        for (int i = 0; i < kRing; ++i) {
+            cuda::ptx::mbarrier_init(&shared.landed[i], 1);
+            cuda::ptx::mbarrier_init(&shared.freed[i], kConsumerWarps);
+        }
+        cuda::ptx::mbarrier_init(&shared.queries_landed, kQueryWarps);
+        cuda::ptx::mbarrier_init(&shared.queries_freed, kConsumerWarps);
+        cuda::ptx::fence_mbarrier_init(cuda::ptx::sem_release, cuda::ptx::scope_cluster);
+    }
+    cudaGridDependencySynchronize();  // nothing above reads what an earlier kernel wrote
+    cudaTriggerProgrammaticLaunchCompletion();
+    if (warp >= kConsumerWarps) prefetch_tables(params, threadIdx.x - kConsumers, kThreads - kConsumers);
+    read_plan(params, shared.parts);
+
+    if (warp < kConsumerWarps) {
+        Place place;
+        uint32_t phase = 0;
+        for_each_segment(params, shared.parts, [&](const Segment& segment) {
+            attend(params, shared, rows, segment, warp / (kConsumerWarps / 2), place, phase);
+        });
+    } else if (warp == kConsumerWarps) {
+        Place place;
+        for_each_segment(params, shared.parts, [&](const Segment& segment) {
+            load_keys(params, cache, shared, rows, segment, place);
+        });
+    } else {
+        uint32_t phase = 0;
+        for_each_segment(params, shared.parts, [&](const Segment& segment) {
+            load_queries(params, shared, rows, segment, warp - kConsumerWarps - 1, phase);
+        });
+        if (warp == kConsumerWarps + 1 && blockIdx.x == 0) list_split_rows(params, shared.parts);
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------- launcher
+
+template <typename T>
+void launch(const FwdParams& params, cudaStream_t stream) {
+    constexpr auto kKernel = fwd_kvcache_mla_few_rows_kernel<T>;
+    constexpr int kSharedBytes = sizeof(SharedStorage<T>);
+    static_assert(kSharedBytes <= 227 * 1024);
+    // no page, no key: every length is then 0, and nothing reads through the map
+    const CUtensorMap cache = params.max_len > 0 ? paged_cache_map(params, kSlices, kPortionSlices) : CUtensorMap{};
+    allow_shared_bytes<kKernel>(kSharedBytes, "fwd_kvcache_mla: shared memory");
+    const dim3 grid(params.row_tiles, params.grid_parts);
+    cuda_check(launch_dependent(kKernel, grid, kThreads, kSharedBytes, stream, params, cache), "fwd_kvcache_mla");
+}
+
+}  // namespace
+
+void fwd_kvcache_mla_few_rows(const FwdParams& params, cudaStream_t stream) {
+    params.dtype == DType::kBF16 ? launch<__nv_bfloat16>(params, stream) : launch<__half>(params, stream);
+}
+
+}  // namespace flashmla::sm90
