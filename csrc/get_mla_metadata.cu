@@ -3,7 +3,8 @@
 // Row r costs kRowCost + tiles(r), tiles(r) = ceil(cache_seqlens[r] / 64). The rows lie end to end on a line of cost of
 // length `total`; cut p stands at floor(p * total / parts_used) and falls into the row r with
 // row_begin(r) <= position < row_end(r), at tile max(position - row_begin(r) - kRowCost, 0). Part p lies between the
-// cuts p and p + 1. num_splits is the prefix sum of the parts that touch each row: 1 + the cuts inside it.
+// cuts p and p + 1. Cuts of a row that begins and ends at cuts are spread evenly. num_splits is the prefix sum of the
+// parts that touch each row: 1 + the cuts inside it.
 //
 // Grid: one CTA, each thread with as many consecutive rows as it takes. A scan gives every row its place on the line,
 // and that its cuts: those below a position x are ceil(x * parts_used / total), so nothing is searched. A row leaves a
@@ -99,16 +100,33 @@ struct Cut {
     bool splits_at_first;  // whether that one splits it
 };
 
+// The mark after that at cut `mark`, or all cuts' number.
+__device__ int next_mark(const SharedStorage& shared, const Line& line, int mark) {
+    int word = mark / 32;
+    uint32_t marks = shared.marked[word] & (~0u - 1 << mark % 32);
+    while (marks == 0 && ++word < kWords) marks = shared.marked[word];
+    return marks == 0 ? line.parts : word * 32 + __ffs(marks) - 1;
+}
+
 __device__ Cut cut_at(const MetadataParams& params, const SharedStorage& shared, const Line& line, int cut) {
     if (cut >= line.parts || params.b == 0) return {params.b, 0, cut, false};
     int word = cut / 32;
     uint32_t marks = shared.marked[word] & (~0u >> (31 - cut % 32));
     while (marks == 0) marks = shared.marked[--word];  // the first row's is at cut 0
-    const int first = word * 32 + 31 - __clz(marks);
+    const int first = word * 32 + 31 - __clz(marks), row = shared.marked_row[first];
     const int64_t first_tile = shared.marked_begin[first] + kRowCost;
+    const bool splits_at_first = line.position(first) > first_tile;
+
+    const int end = next_mark(shared, line, first);
+    const bool last = end == line.parts;
+    const int64_t end_begin = last ? line.total : shared.marked_begin[end];
+    const int end_row = last ? params.b : shared.marked_row[end];
+    if (!splits_at_first && end_row == row + 1 && line.position(end) <= end_begin + kRowCost) {
+        const int tiles = static_cast<int>(end_begin - first_tile), n = end - first, i = cut - first;
+        return {row, tiles / n * i + tiles % n * i / n, first, false};
+    }
     const int64_t tile = line.position(cut) - first_tile;
-    return {shared.marked_row[first], static_cast<int>(max(tile, int64_t{0})), first,
-            line.position(first) > first_tile};
+    return {row, static_cast<int>(max(tile, int64_t{0})), first, splits_at_first};
 }
 
 // ------------------------------------------------------------------------------------------------------------ kernel

@@ -13,7 +13,7 @@ constexpr int kRowTile = 64;    // query rows in a row tile
 constexpr int kMaxParts = 256;  // rows of the plan
 constexpr int kColumns = 8;
 constexpr int kMinTiles = 1;
-constexpr int kRowCost = 1;
+constexpr int kRowCost = 2;
 constexpr int kEvenShare = 32;
 enum PlanColumn { kFirstRow, kFirstTile, kLastRow, kLastTile, kFirstSplit, kFlags, kFirstRowTile, kLastRowTile };
 

@@ -1,5 +1,6 @@
-// The compiled library's private ops, flashmla_sm90::*. They take outputs as arguments and trust their callers:
-// flashmla_ops/ops.py has checked every shape, dtype, device and stride, and flashmla_ops/backends/sm90.py calls them.
+// The compiled library's private ops, flashmla_sm90::*. They trust their callers: flashmla_ops/ops.py has
+// checked every shape, dtype, device and stride, and flashmla_ops/backends/sm90.py calls them. Outputs are arguments,
+// but for fwd_kvcache_mla's: it is called most, and allocating from Python takes longer.
 //
 // Only the stable ABI of torch is used, so that one build serves every later torch and every Python.
 
@@ -51,6 +52,20 @@ struct OnDevice {
     }
 };
 
+// A contiguous tensor on the device of `like`. torch::stable::empty does the same through the dispatcher, in a
+// microsecond more.
+template <size_t kRank>
+Tensor new_empty(const int64_t (&sizes)[kRank], ScalarType dtype, const Tensor& like) {
+    int64_t strides[kRank];
+    int64_t stride = 1;
+    for (size_t i = kRank; i-- > 0; stride *= std::max<int64_t>(sizes[i], 1)) strides[i] = stride;
+    AtenTensorHandle handle = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+        kRank, sizes, strides, torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
+        aoti_torch_device_type_cuda(), like.get_device_index(), &handle));
+    return Tensor(handle);
+}
+
 // Sizes and strides in vectors of 16 bytes.
 int64_t vectors(const Tensor& t, int64_t elements) {
     return elements * static_cast<int64_t>(t.element_size()) / kVectorBytes;
@@ -69,13 +84,27 @@ void get_mla_metadata_op(Tensor tile_scheduler_metadata, Tensor num_splits, cons
                      on.stream);
 }
 
-// num_parts: parts at work at once; plan_parts: how many the plan may use.
-void fwd_kvcache_mla_op(Tensor out, Tensor lse, const Tensor q, const Tensor kv_cache, const Tensor block_table,
-                        const Tensor cache_seqlens, double softmax_scale, bool causal,
-                        const Tensor tile_scheduler_metadata, int64_t num_parts, int64_t plan_parts) {
-    if (out.numel() == 0) return;
+// num_parts: parts at work at once; plan_parts: how many the plan may use. Without a plan it makes one of num_parts.
+std::tuple<Tensor, Tensor> fwd_kvcache_mla_op(const Tensor q, const Tensor kv_cache, const Tensor block_table,
+                                              const Tensor cache_seqlens, double softmax_scale, bool causal,
+                                              const std::optional<Tensor> tile_scheduler_metadata, int64_t num_parts,
+                                              int64_t plan_parts) {
     const OnDevice on(q);
     const int64_t b = q.size(0), s_q = q.size(1), h_q = q.size(2);
+    Tensor out = new_empty({b, s_q, h_q, kDimV}, q.scalar_type(), q);
+    Tensor lse = new_empty({b, h_q, s_q}, ScalarType::Float, q);
+    if (out.numel() == 0) return {out, lse};
+    Tensor metadata = tile_scheduler_metadata.has_value() ? *tile_scheduler_metadata
+                                                          : new_empty({kMaxParts, kColumns}, ScalarType::Int, q);
+    if (!tile_scheduler_metadata.has_value()) {
+        Tensor num_splits = new_empty({b + 1}, ScalarType::Int, q);
+        get_mla_metadata({.metadata = static_cast<int*>(metadata.data_ptr()),
+                          .num_splits = static_cast<int*>(num_splits.data_ptr()),
+                          .cache_seqlens = static_cast<const int*>(cache_seqlens.data_ptr()),
+                          .b = static_cast<int>(b),
+                          .num_parts = static_cast<int>(num_parts)},
+                         on.stream);
+    }
     const int64_t num_pages = kv_cache.size(0), page_size = kv_cache.size(1), h_k = kv_cache.size(2);
     const int64_t rows = s_q * (h_q / h_k);
     const int64_t row_tiles = h_k * ((rows + kRowTile - 1) / kRowTile);
@@ -97,7 +126,7 @@ void fwd_kvcache_mla_op(Tensor out, Tensor lse, const Tensor q, const Tensor kv_
     float* partial_out = nullptr;
     if (places > 0) {
         const int64_t size = places * (kDimV + 1) + arrivals + 2 * split_parts + kScratch;
-        workspace = torch::stable::empty({size}, ScalarType::Float, std::nullopt, q.device());
+        workspace = new_empty({size}, ScalarType::Float, q);
         partial_out = static_cast<float*>(workspace->data_ptr());
     }
     float* partial_lse = partial_out + places * kDimV;
@@ -110,7 +139,7 @@ void fwd_kvcache_mla_op(Tensor out, Tensor lse, const Tensor q, const Tensor kv_
         .kv_cache = kv_cache.data_ptr(),
         .block_table = static_cast<const int*>(block_table.data_ptr()),
         .cache_seqlens = static_cast<const int*>(cache_seqlens.data_ptr()),
-        .metadata = static_cast<const int*>(tile_scheduler_metadata.data_ptr()),
+        .metadata = static_cast<const int*>(metadata.data_ptr()),
         .partial_out = partial_out,
         .partial_lse = partial_lse,
         .arrivals = arrivals > 0 ? reinterpret_cast<int*>(counters) : nullptr,
@@ -140,8 +169,10 @@ void fwd_kvcache_mla_op(Tensor out, Tensor lse, const Tensor q, const Tensor kv_
         .causal = causal,
         .dtype = dtype_of(q),
     };
-    rows <= sm90::kFewRows ? sm90::fwd_kvcache_mla_few_rows(params, on.stream) : sm90::fwd_kvcache_mla(params, on.stream);
+    rows <= sm90::kFewRows ? sm90::fwd_kvcache_mla_few_rows(params, on.stream)
+                           : sm90::fwd_kvcache_mla(params, on.stream);
     if (places > 0) sm90::fwd_kvcache_mla_combine(params, on.stream);
+    return {out, lse};
 }
 
 void concat_and_cache_mla_op(Tensor kv_cache, const Tensor kv_c, const Tensor k_pe, const Tensor slot_mapping) {
@@ -221,9 +252,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(flashmla_sm90, m) {
         "num_parts) "
         "-> ()");
     m.def(
-        "fwd_kvcache_mla(Tensor(a!) out, Tensor(b!) lse, Tensor q, Tensor kv_cache, Tensor block_table, "
-        "Tensor cache_seqlens, float softmax_scale, bool causal, Tensor tile_scheduler_metadata, int num_parts, "
-        "int plan_parts) -> ()");
+        "fwd_kvcache_mla(Tensor q, Tensor kv_cache, Tensor block_table, Tensor cache_seqlens, float softmax_scale, "
+        "bool causal, Tensor? tile_scheduler_metadata, int num_parts, int plan_parts) -> (Tensor out, Tensor lse)");
     m.def("concat_and_cache_mla(Tensor(a!) kv_cache, Tensor kv_c, Tensor k_pe, Tensor slot_mapping) -> ()");
     m.def(
         "merge_attn_states(Tensor(a!) out, Tensor(b!) lse, Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) "

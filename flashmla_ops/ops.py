@@ -266,11 +266,6 @@ def _plan_error(tile_scheduler_metadata, num_splits, q) -> str | None:
     return _plan_shape_error(tile_scheduler_metadata, num_splits, q, "q")
 
 
-def _new_out_lse(q: Tensor, head_dim_v: int) -> tuple[Tensor, Tensor]:
-    b, s_q, h_q, _ = q.shape
-    return q.new_empty(b, s_q, h_q, head_dim_v), q.new_empty(b, h_q, s_q, dtype=torch.float32)
-
-
 def _fwd_kvcache_mla(
     q,
     kv_cache,
@@ -298,10 +293,8 @@ def _fwd_kvcache_mla(
     if backend is None:
         backend = backends.choose("fwd_kvcache_mla", q, kv_cache=kv_cache, head_dim_v=head_dim_v)
         _remember(signature, backend)
-    out, lse = _new_out_lse(q, head_dim_v)
     plan = None if num_splits is None else (tile_scheduler_metadata, num_splits)
-    backend.fwd_kvcache_mla(out, lse, q, kv_cache, block_table, cache_seqlens, softmax_scale, causal, plan)
-    return out, lse
+    return backend.fwd_kvcache_mla(q, kv_cache, block_table, cache_seqlens, head_dim_v, softmax_scale, causal, plan)
 
 
 def _fwd_kvcache_mla_fake(
@@ -317,7 +310,8 @@ def _fwd_kvcache_mla_fake(
 ):
     _refuse(_fwd_error(q, kv_cache, block_table, cache_seqlens, head_dim_v))
     _refuse(_plan_error(tile_scheduler_metadata, num_splits, q))
-    return _new_out_lse(q, head_dim_v)
+    b, s_q, h_q, _ = q.shape
+    return q.new_empty(b, s_q, h_q, head_dim_v), q.new_empty(b, h_q, s_q, dtype=torch.float32)
 
 
 _define(

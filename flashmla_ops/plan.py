@@ -33,7 +33,7 @@ COLUMNS = 8
 FIRST_ROW, FIRST_TILE, LAST_ROW, LAST_TILE, FIRST_SPLIT, FLAGS, FIRST_ROW_TILE, LAST_ROW_TILE = range(COLUMNS)
 
 MIN_TILES = 1  # of a part: what its start and its merge cost is less than what more parts win (csrc/NOTES.md)
-ROW_COST = 1  # what starting a row (its queries) and writing its result cost, in tiles
+ROW_COST = 2  # what starting a row (its queries) and writing its result cost, in tiles (csrc/NOTES.md)
 EVEN_SHARE = 32  # one part in so many may stay unused, so that all rows are cut at the same places
 ROW_TILE = 64  # query rows that one worker holds: s_q * h_q / h_k of them are dealt to row tiles of this size
 
@@ -63,7 +63,8 @@ def make_plan(cache_seqlens: Tensor, num_parts: int) -> tuple[Tensor, Tensor]:
     """Deals rows of the given lengths to at most `num_parts` parts of equal load.
 
     The rows are laid end to end on a line of cost, row r taking ROW_COST + ceil(cache_seqlens[r] / TILE) of it, and
-    the line is cut at equal distances. A cut inside a row's ROW_COST moves to the row's start.
+    the line is cut at equal distances. A cut inside a row's ROW_COST moves to the row's start. Cuts inside a row that
+    begins and ends at cuts are spread over its tiles evenly: each of its parts starts and ends it once.
 
     Args:
         cache_seqlens: [b] int32, keys in each row; negative counts as 0.
@@ -86,6 +87,12 @@ def make_plan(cache_seqlens: Tensor, num_parts: int) -> tuple[Tensor, Tensor]:
     row = torch.searchsorted(row_end, position, right=True)
     known = row.clamp_max(max(b - 1, 0))
     tile = (position - row_begin[known] - ROW_COST).clamp_min(0) * (row < b) if b else torch.zeros_like(row)
+
+    # parts that have a row to themselves share its tiles alike
+    first, end = torch.searchsorted(row, row), torch.searchsorted(row, row, right=True).clamp_max(MAX_PARTS)
+    alone = (tile[first] == 0) & (tile[end] == 0) & (row[end] == row + 1)
+    if b:
+        tile = torch.where(alone, (part - first) * tiles[known] // (end - first).clamp_min(1), tile)
 
     # a part ends before its next cut: at the end of the row above when that cut stands at a row's start
     whole = tile[1:] == 0

@@ -53,8 +53,8 @@ namespace {
 
 // ------------------------------------------------------------------------------------------------------------ config
 
-constexpr int kRope = kSlices - 1;    // the slice that is no part of V
-constexpr int kHalfSlices = 4;        // slices of half of V
+constexpr int kRope = kSlices - 1;  // the slice that is no part of V
+constexpr int kHalfSlices = 4;      // slices of half of V
 constexpr int kWarpgroup = 128;
 constexpr int kConsumerWarps = 8;
 constexpr int kConsumers = 32 * kConsumerWarps;
@@ -73,8 +73,8 @@ struct SharedStorage {
     Part parts[kMaxParts];                    // the plan
     float base[2][kRowTile];                  // what P of the tile in each stage is relative to (Softmax)
     float sum[2][kRowTile][4];                // and P's sum, by the threads that have a row's columns
-    int arrived[2];             // shares of the segment's pair that each warpgroup finds in the workspace
-    uint64_t landed[2][2];  // [stage][portion]
+    int arrived[2];                           // shares of the segment's pair that each warpgroup finds in the workspace
+    uint64_t landed[2][2];                    // [stage][portion]
     uint64_t freed[2][2];
     uint64_t queries_landed, queries_freed;
 };
@@ -540,9 +540,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     } else {
         ptx::decrease_registers<kProducerRegisters>();
         const int producer = warp - kConsumerWarps;
-        for_each_segment(params, shared.parts, [&](const Segment& segment) {
-            load(params, cache, shared, rows, segment, producer, phases);
-        });
+        for_each_segment(params, shared.parts,
+                         [&](const Segment& segment) { load(params, cache, shared, rows, segment, producer, phases); });
         if (producer == 0 && blockIdx.x == 0) list_split_rows(params, shared.parts);
     }
 }

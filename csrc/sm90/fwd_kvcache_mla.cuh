@@ -1,9 +1,8 @@
 // What the decode kernels and the combine kernel share: dimensions, and how the plan is read.
 #pragma once
 
-#include <cuda/ptx>
-
 #include <climits>
+#include <cuda/ptx>
 
 #include "../check.h"
 #include "../params.h"
@@ -124,8 +123,8 @@ __device__ __forceinline__ void prefetch_tables(const FwdParams& params, int thr
     if (at < lengths_bytes) ptx::prefetch_l2(reinterpret_cast<const char*>(params.cache_seqlens) + at);
 }
 
-// Fills `parts` with the plan, which the CTA's first threads read, one a part. If the plan uses a part that has no places
-// in the workspace, each row becomes whole: the part's that has its first tile. Ends in a barrier.
+// Fills `parts` with the plan, which the CTA's first threads read, one a part. If the plan uses a part that has no
+// places in the workspace, each row becomes whole: the part's that has its first tile. Ends in a barrier.
 __device__ __forceinline__ void read_plan(const FwdParams& params, Part (&parts)[kMaxParts]) {
     const int part = threadIdx.x;
     const bool reads = part < params.plan_parts;
@@ -147,8 +146,7 @@ __device__ __forceinline__ void read_plan(const FwdParams& params, Part (&parts)
 
 // Calls body(segment) for the CTA's parts, every gridDim.y-th, in order.
 template <typename Body>
-__device__ __forceinline__ void for_each_segment(const FwdParams& params, const Part (&parts)[kMaxParts],
-                                                 Body&& body) {
+__device__ __forceinline__ void for_each_segment(const FwdParams& params, const Part (&parts)[kMaxParts], Body&& body) {
     for (int index = blockIdx.y; index < params.plan_parts; index += gridDim.y) {
         const Part& p = parts[index];  // read anew for each row: registers are short while it is worked on
         for (int row = p.first_row; row <= p.last_row; ++row) {
@@ -183,8 +181,8 @@ __device__ __forceinline__ void list_split_rows(const FwdParams& params, const P
             all = others == 0;
             if (!all) passing += __ffs(others) - 1 - 32;
         }
-        const bool pair = params.arrivals != nullptr && part + 1 < params.plan_parts &&
-                          is_pair(p, parts[part + 1], row, tiles);
+        const bool pair =
+            params.arrivals != nullptr && part + 1 < params.plan_parts && is_pair(p, parts[part + 1], row, tiles);
         // and the part that ends it
         const int shares = begins && !pair ? min(2 + passing, params.split_parts - part) : 0;
         if (ptx::lane() == 0) params.split_rows[part] = make_int2(row, shares);

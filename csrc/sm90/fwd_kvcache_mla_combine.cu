@@ -41,9 +41,9 @@ struct SplitRow {
 
 // Shares row by row: a warp has 128 columns of a query row at once.
 struct ByRows {
-    static constexpr int kRows = 1;     // that a lane has
-    static constexpr int kGroup = 1;    // query rows that a warp has
-    static constexpr int kPerGroup = 4;  // vectors of a lane that are a group's result
+    static constexpr int kRows = 1;                            // that a lane has
+    static constexpr int kGroup = 1;                           // query rows that a warp has
+    static constexpr int kPerGroup = 4;                        // vectors of a lane that are a group's result
     static constexpr int kVectorStep = 32, kColumnStep = 128;  // from one to the next
 
     // The vector `v` of a group of a row tile, and the first of its query rows and columns that are the lane's.
@@ -98,7 +98,8 @@ struct SharedStorage {
 
 // ---------------------------------------------------------------------------------------------------- device helpers
 
-// Fills shared.rows, in the order of the parts, and returns their number: of none, in the rehearsal, the first is empty.
+// Fills shared.rows, in the order of the parts, and returns their number: of none, in the rehearsal, the first is
+// empty.
 template <typename SharedStorage>
 __device__ int list_split_rows(const FwdParams& params, SharedStorage& shared, bool rehearsal) {
     const int part = threadIdx.x, warp = part / 32, lane = part % 32;
@@ -284,8 +285,8 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) fwd_kvcache_mla_combine_
             if constexpr (kTogether > 1) merged = merge_warps(shared, merged);
             if (member == 0) {
                 const int column = Layout::column(v, lane);
-                store_merged<T>(params, split.row, head, Layout::row(in_head, lane), column,
-                                column == 0, rehearsal, merged);
+                store_merged<T>(params, split.row, head, Layout::row(in_head, lane), column, column == 0, rehearsal,
+                                merged);
             }
         }
     }

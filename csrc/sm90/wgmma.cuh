@@ -71,12 +71,12 @@ __device__ __forceinline__ void keep(uint32_t (&a)[kCount]) {
 #define FLASHMLA_4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define FLASHMLA_16(d, i) FLASHMLA_4(d, i), FLASHMLA_4(d, i + 4), FLASHMLA_4(d, i + 8), FLASHMLA_4(d, i + 12)
 
-#define FLASHMLA_WGMMA_M64N16K16(TYPE, TRANSPOSED)                   \
-    asm volatile(                                                    \
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %10, 0;\n"                 \
-        "wgmma.mma_async.sync.aligned.m64n16k16.f32." TYPE "." TYPE  \
+#define FLASHMLA_WGMMA_M64N16K16(TYPE, TRANSPOSED)                                    \
+    asm volatile(                                                                     \
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %10, 0;\n"                                  \
+        "wgmma.mma_async.sync.aligned.m64n16k16.f32." TYPE "." TYPE                   \
         " {%0, %1, %2, %3, %4, %5, %6, %7}, %8, %9, p, 1, 1, " TRANSPOSED ", 0;\n}\n" \
-        : FLASHMLA_4(d, 0), FLASHMLA_4(d, 4)                         \
+        : FLASHMLA_4(d, 0), FLASHMLA_4(d, 4)                                          \
         : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)))
 
 #define FLASHMLA_WGMMA_M64N64K16(TYPE)                                                       \

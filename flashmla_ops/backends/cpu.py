@@ -56,21 +56,21 @@ class Chunks(NamedTuple):
 
 
 def fwd_kvcache_mla(
-    out: Tensor,  # [b, s_q, h_q, d_v]
-    lse: Tensor,  # [b, h_q, s_q]
     q: Tensor,
     kv_cache: Tensor,
     block_table: Tensor,
     cache_seqlens: Tensor,
+    d_v: int,
     softmax_scale: float,
     causal: bool,
     plan: tuple[Tensor, Tensor] | None,
-) -> None:
+) -> tuple[Tensor, Tensor]:  # out [b, s_q, h_q, d_v], lse [b, h_q, s_q]
     """Blocks of rows x queries, as many as fit in BLOCK_BYTES, each an online softmax over its rows' chunks."""
     check_lengths_and_pages(kv_cache, block_table, cache_seqlens)
+    b, s_q, h_q, _ = q.shape
+    out, lse = q.new_empty(b, s_q, h_q, d_v), q.new_empty(b, h_q, s_q, dtype=torch.float32)
     if out.numel() == 0:
-        return
-    b, s_q, _, d_v = out.shape
+        return out, lse
     lengths = cache_seqlens.long()
     shortest, longest = (int(v) for v in lengths.aminmax())
     chunk = max(1, min(max(STEP_KEYS // b, MIN_CHUNK), longest))
@@ -92,6 +92,7 @@ def fwd_kvcache_mla(
             visible = lengths[rows][:, None] - hidden
             block = _attend(q[rows, queries], kv_cache, block_table[rows], row_chunks, visible, softmax_scale, d_v)
             out[rows, queries], lse[rows, :, queries] = block[0].to(out.dtype), block[1]
+    return out, lse
 
 
 def _segments(metadata: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:

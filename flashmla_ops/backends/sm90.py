@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..plan import COLUMNS, MAX_PARTS, max_parts, row_tiles
+from ..plan import MAX_PARTS, max_parts, row_tiles
 from . import values
 
 PACKAGE = Path(__file__).resolve().parent.parent
@@ -121,29 +121,25 @@ def get_mla_metadata(
 
 
 def fwd_kvcache_mla(
-    out: Tensor,  # [b, s_q, h_q, d_v]
-    lse: Tensor,  # [b, h_q, s_q]
     q: Tensor,
     kv_cache: Tensor,
     block_table: Tensor,
     cache_seqlens: Tensor,
+    head_dim_v: int,  # 512, as refusal says
     softmax_scale: float,
     causal: bool,
     plan: tuple[Tensor, Tensor] | None,
-) -> None:
+) -> tuple[Tensor, Tensor]:  # out [b, s_q, h_q, d_v], lse [b, h_q, s_q]
     if values.DEBUG:
         values.check_lengths_and_pages(kv_cache, block_table, cache_seqlens)
-    b, s_q, h_q, _ = q.shape
+    _, s_q, h_q, _ = q.shape
     h_k = kv_cache.shape[2]
-    parts = _parts(q.device, s_q * h_q // h_k, h_k) if out.numel() else 1
-    if plan is None:
-        metadata, num_splits = cache_seqlens.new_empty(MAX_PARTS, COLUMNS), cache_seqlens.new_empty(b + 1)
-        torch.ops.flashmla_sm90.get_mla_metadata.default(metadata, num_splits, cache_seqlens, parts)
-        plan_parts = parts
-    else:  # it may come from elsewhere, and use more parts than this machine would
-        metadata, plan_parts = plan[0], MAX_PARTS
-    torch.ops.flashmla_sm90.fwd_kvcache_mla.default(
-        out, lse, q, kv_cache, block_table, cache_seqlens, softmax_scale, causal, metadata, parts, plan_parts
+    parts = _parts(q.device, max(s_q * h_q // h_k, 1), h_k)
+    metadata = None if plan is None else plan[0]
+    # a plan that is given may come from elsewhere, and use more parts than this machine would
+    plan_parts = parts if plan is None else MAX_PARTS
+    return torch.ops.flashmla_sm90.fwd_kvcache_mla.default(
+        q, kv_cache, block_table, cache_seqlens, softmax_scale, causal, metadata, parts, plan_parts
     )
 
 
