@@ -177,7 +177,10 @@ def decode_cases() -> Iterator[Case]:
         # rows of two shares, which the decode kernel merges itself: more rows than half a machine's parts
         pairs = {"lengths": (130, 70, 0, 200, 64, 257) * 2, "h_k": 2, "h_q": 256, "s_q": 2, "causal": True}
         for plan in ("own", 7):
-            yield decode_case(pairs | {"dtype": dtype}, plan, plan == "own" and dtype is torch.bfloat16)
+            yield decode_case(pairs | {"dtype": dtype}, plan, plan == "own")
+        # the combine kernel's instances on a Hopper, which go by batch and query rows
+        for b, h_q in ((5, 16), (9, 16), (20, 16), (40, 16), (2, 32), (7, 64), (16, 20), (20, 64)):
+            yield decode_case({"lengths": (300,) * b, "h_q": h_q, "dtype": dtype}, "own", True)
         for other in others:
             call = {"lengths": LENGTHS, "h_q": 20, "causal": True, "dtype": dtype} | other
             yield decode_case(call, "own", other == {"page_size": 128} or "strided" in other)

@@ -95,14 +95,16 @@ def test_every_kernel_is_there_for_its_architectures(sass):
 
     for kernel in ("get_mla_metadata", "concat_and_cache_mla", "merge_attn_states"):
         assert built_for(kernel) == {"sm_80", "sm_90", "sm_100", "sm_120"}, kernel
-    for kernel in ("fwd_kvcache_mla", "fwd_kvcache_mla_combine", "paged_stream"):
+    for kernel in ("fwd_kvcache_mla", "fwd_kvcache_mla_few_rows", "fwd_kvcache_mla_combine", "paged_stream"):
         assert built_for(kernel) == {"sm_90a"}, kernel
 
 
 def test_decoding_runs_on_the_tensor_cores(sass):
-    """wgmma, in each of its two dtypes: 36 instructions for a tile's scores, 8 for its values in a pair of tiles."""
-    counts = {name: text.count("HGMMA") for (_, name), text in sass.items() if "fwd_kvcache_mla_kernel" in name}
-    assert len(counts) == 2 and all(count >= 36 + 8 for count in counts.values()), counts
+    """wgmma, in each kernel and dtype: 36 instructions for a tile's scores, 8 for its values in a pair of tiles; of few
+    rows 12 in a loop over thirds of a tile, and 16."""
+    for kernel, least in (("fwd_kvcache_mla", 36 + 8), ("fwd_kvcache_mla_few_rows", 12 + 16)):
+        counts = {name: text.count("HGMMA") for (_, name), text in sass.items() if f"{kernel}_kernel" in name}
+        assert len(counts) == 2 and all(count >= least for count in counts.values()), counts
 
 
 def test_nothing_spills(sass):

@@ -296,52 +296,6 @@ __device__ __forceinline__ void wait_for_other(SharedStorage<T>& shared, const C
     wait(&shared.landed[stage][kOtherHalf], phase);
 }
 
-// Either warpgroup, where memory is what the CTA waits for: one tile after the other, each freed as soon as it can be.
-// Leaves unreleased what it used last.
-template <typename T>
-__device__ __forceinline__ void attend_one_by_one(const FwdParams& params, SharedStorage<T>& shared,
-                                                  const RowTile& rows, const Consumer& me, const Segment& segment,
-                                                  int warpgroup, Phases& phases, Softmax& softmax, float (&rO)[128]) {
-    const int tiles = segment.end - segment.begin;
-    int visible[2];
-    visible_keys(params, rows, me, segment, visible);
-    wait(&shared.queries_landed, phases.of(kQueries));
-    if (tiles <= warpgroup && me.lane == 0) cuda::ptx::mbarrier_arrive(&shared.queries_freed);  // it scores none
-#pragma unroll 1
-    for (int i = 0; i < tiles; ++i) {
-        const int stage = i % 2;
-        float factor[2];
-        if (stage == warpgroup) {
-            float rS[32], high[2];
-            uint32_t rP[16];
-            score(shared, stage, phases.of(stage), rS);
-            wgmma::wait<0>();
-            wgmma::keep(rS);
-            if (i + 2 >= tiles && me.lane == 0) cuda::ptx::mbarrier_arrive(&shared.queries_freed);
-            scale_and_mask(me, params.softmax_scale_log2, segment.begin + i, visible, rS);
-            row_maxima(rS, high);
-            softmax_of(shared, me, segment, stage, segment.begin + i, high, rS, rP, softmax, factor);
-            rescale(factor, rO);
-            wgmma::keep(rO);
-            wgmma::keep(rP);
-            accumulate(shared, stage, warpgroup, rP, rO);
-            wgmma::wait<0>();
-            wgmma::keep(rO);
-            wgmma::keep(rP);
-        } else {
-            wait_for_other(shared, me, stage, phases.of(stage), softmax, factor);
-            rescale(factor, rO);
-            wgmma::keep(rO);
-            accumulate(shared, stage, warpgroup, rO);
-            wgmma::wait<0>();
-            wgmma::keep(rO);
-        }
-        if (i + 1 < tiles) release(me, &shared.freed[stage][stage == warpgroup ? kOwnHalf : kOtherHalf]);
-        phases.flip(stage);
-    }
-    phases.flip(kQueries);
-}
-
 // Warpgroup 0: scores the segment's tiles 0, 2, ..., in stage 0. Leaves unreleased what it used last.
 template <typename T>
 __device__ __forceinline__ void attend_first(const FwdParams& params, SharedStorage<T>& shared, const RowTile& rows,
@@ -464,7 +418,7 @@ __device__ __forceinline__ bool finds_other_share(const FwdParams& params, Share
 }
 
 // One segment, from its queries to its result.
-template <bool kOneByOne, typename T>
+template <typename T>
 __device__ __forceinline__ void attend(const FwdParams& params, SharedStorage<T>& shared, const RowTile& rows,
                                        const Segment& segment, int warpgroup, Phases& phases) {
     if (segment.begin == segment.end) return store_nothing<T, kConsumers>(params, rows, segment);
@@ -472,9 +426,7 @@ __device__ __forceinline__ void attend(const FwdParams& params, SharedStorage<T>
     const Consumer me = {__shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32 % 4, 0), ptx::lane()};
     float rO[128] = {};  // [64, 256] of the warpgroup
     Softmax softmax;
-    if constexpr (kOneByOne) {
-        attend_one_by_one(params, shared, rows, me, segment, warpgroup, phases, softmax, rO);
-    } else if (warpgroup == 0) {
+    if (warpgroup == 0) {
         attend_first(params, shared, rows, me, segment, phases, softmax, rO);
     } else {
         attend_second(params, shared, rows, me, segment, phases, softmax, rO);
@@ -504,7 +456,7 @@ __device__ __forceinline__ void attend(const FwdParams& params, SharedStorage<T>
 
 // ------------------------------------------------------------------------------------------------------------ kernel
 
-template <typename T, bool kOneByOne>
+template <typename T>
 __global__ void __launch_bounds__(kThreads, 1)
     fwd_kvcache_mla_kernel(const __grid_constant__ FwdParams params, const __grid_constant__ CacheMaps cache) {
     extern __shared__ __align__(1024) uint8_t shared_bytes[];
@@ -534,9 +486,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (warp < kConsumerWarps) {
         ptx::increase_registers<kConsumerRegisters>();
         const int warpgroup = warp / (kConsumerWarps / 2);
-        for_each_segment(params, shared.parts, [&](const Segment& segment) {
-            attend<kOneByOne>(params, shared, rows, segment, warpgroup, phases);
-        });
+        for_each_segment(params, shared.parts,
+                         [&](const Segment& segment) { attend(params, shared, rows, segment, warpgroup, phases); });
     } else {
         ptx::decrease_registers<kProducerRegisters>();
         const int producer = warp - kConsumerWarps;
@@ -556,9 +507,9 @@ __global__ void clear_arrivals_kernel(int* arrivals, int count) {
     for (int i = threadIdx.x; i < count; i += blockDim.x) arrivals[i] = 0;
 }
 
-template <typename T, bool kOneByOne>
+template <typename T>
 void launch(const FwdParams& params, cudaStream_t stream) {
-    const auto kernel = fwd_kvcache_mla_kernel<T, kOneByOne>;
+    const auto kernel = fwd_kvcache_mla_kernel<T>;
     constexpr int kSharedBytes = sizeof(SharedStorage<T>);
     static_assert(kSharedBytes <= 227 * 1024);
     // no page, no key: every length is then 0, and nothing reads through the map
@@ -567,7 +518,7 @@ void launch(const FwdParams& params, cudaStream_t stream) {
         cache.half = paged_cache_map(params, kSlices, kHalfSlices);
         cache.rope = paged_cache_map(params, kSlices, 1);
     }
-    allow_shared_bytes<fwd_kvcache_mla_kernel<T, kOneByOne>>(kSharedBytes, "fwd_kvcache_mla: shared memory");
+    allow_shared_bytes<fwd_kvcache_mla_kernel<T>>(kSharedBytes, "fwd_kvcache_mla: shared memory");
     if (params.arrivals != nullptr) {
         const int count = 2 * params.split_parts * params.row_tiles;
         cuda_check(launch_dependent(clear_arrivals_kernel, 1, 256, 0, stream, params.arrivals, count),
@@ -575,12 +526,6 @@ void launch(const FwdParams& params, cudaStream_t stream) {
     }
     const dim3 grid(params.row_tiles, params.grid_parts);
     cuda_check(launch_dependent(kernel, grid, kThreads, kSharedBytes, stream, params, cache), "fwd_kvcache_mla");
-}
-
-template <typename T>
-void launch(const FwdParams& params, cudaStream_t stream) {
-    // with one row tile a key head, each tile of keys is read from memory once for 64 rows at most: that bounds it
-    params.rows <= kRowTile ? launch<T, true>(params, stream) : launch<T, false>(params, stream);
 }
 
 }  // namespace
