@@ -3,6 +3,8 @@
 //
 //   out = softmax(softmax_scale * q k^T) v,   lse = log(sum(exp(softmax_scale * q k^T)))
 //
+// Up to 16 query rows a key head are fwd_kvcache_mla_few_rows.cu's.
+//
 // Work. A row tile is 64 query rows of one key head, in the order (s_q, h_q / h_k). The plan's part p of row tile t is
 // one CTA's work: it walks the part's batch rows; of each it sees a segment of tiles of 64 keys.
 //
@@ -16,10 +18,10 @@
 //     first                                          second
 //     S0 = Q K0^T                                    S1 = Q K1^T
 //     m = max(m, rows of S0), P0 = exp2(S0 - m)
-//     m, P0 -> shared
+//     m, P0 and its sums -> shared
 //     O = O * exp2(old m - m) + P0 V0[:, left]       O = O * exp2(old m - m) + P0 V0[:, right], under which
 //                                                    m = max(m, rows of S1), P1 = exp2(S1 - m)
-//                                                    m, P1 -> shared
+//                                                    m, P1 and its sums -> shared
 //     O = O * exp2(old m - m) + P1 V1[:, left]       O = O * exp2(old m - m) + P1 V1[:, right]
 //
 // Warps 8-11 load: the segment's queries together, and each of them one of the four portions (below) of the pairs.
