@@ -116,6 +116,9 @@ def fwd_kvcache_mla(
     causal: bool = False,
     tile_scheduler_metadata: Tensor | None = None,
     num_splits: Tensor | None = None,
+    *,
+    q_scale: Tensor | None = None,
+    kv_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of s_q queries a row over that row's keys in a paged cache, whose first head_dim_v elements are values.
 
@@ -129,15 +132,22 @@ def fwd_kvcache_mla(
     Key j of row r lies in page block_table[r, j // page_size], at j % page_size. Absorbed MLA: arXiv 2405.04434, 2.1.2.
 
     Args:
-        q: [b, s_q, h_q, d_qk] bf16, fp16 (CPU: also fp32); strides: innermost 1, others multiples of 16 bytes.
-        kv_cache: [num_pages, page_size, h_k, d_qk], q's dtype, strides as q's; page_size a multiple of 16.
+        q: [b, s_q, h_q, d_qk] bf16, fp16 (CPU: also fp32; float8_e4m3fn with q_scale, over a cache of fp8 with
+            kv_scale); strides: innermost 1, others multiples of 16 bytes.
+        kv_cache: [num_pages, page_size, h_k, d_qk], q's dtype, strides as q's; page_size a multiple of 16. CPU: also
+            fp8, in uint8 or float8_e4m3fn, whose format the last dimension tells (kv_cache.py): d_qk for one kv_scale,
+            d_v + 4 * ceil(d_v / 128) + 2 * (d_qk - d_v) up to a multiple of 16 (656 for 576, 512) for scales in the
+            cache. Keys are dequantised to q's dtype.
         block_table: [b, max_pages] int32; entries past a row's last page are never read.
         cache_seqlens: [b] int32, keys of each row, this call's own included: append first, then attend.
         head_dim_v: d_v, a multiple of 16, at most d_qk.
         softmax_scale: d_qk ** -0.5 if None (absorbed DeepSeek layers need (d_nope + d_rope) ** -0.5 instead).
         tile_scheduler_metadata, num_splits: the plan of `get_mla_metadata`; without it the call plans for itself.
+        q_scale, kv_scale: one fp32 value each, by which what is stored is multiplied; for fp8 q, and caches of one
+            scale, only.
     Returns:
-        out [b, s_q, h_q, d_v] in q's dtype and lse [b, h_q, s_q] fp32 (natural logarithm), both contiguous.
+        out [b, s_q, h_q, d_v] in q's dtype (bf16 for fp8 q) and lse [b, h_q, s_q] fp32 (natural logarithm), both
+        contiguous.
     Raises:
         RuntimeError: what is wrong with which tensor; on the CPU, and on CUDA under FLASHMLA_DEBUG=1, also a length or
             a page number out of range.
@@ -145,9 +155,18 @@ def fwd_kvcache_mla(
     """
     if softmax_scale is None:
         softmax_scale = q.shape[-1] ** -0.5
-    return torch.ops.flashmla.fwd_kvcache_mla.default(
-        q, kv_cache, block_table, cache_seqlens, head_dim_v, softmax_scale, causal, tile_scheduler_metadata, num_splits
+    call = (
+        q,
+        kv_cache,
+        block_table,
+        cache_seqlens,
+        head_dim_v,
+        softmax_scale,
+        causal,
+        tile_scheduler_metadata,
+        num_splits,
     )
+    return torch.ops.flashmla.fwd_kvcache_mla.default(*call, q_scale=q_scale, kv_scale=kv_scale)
 
 
 def flash_mla_with_kvcache(
@@ -207,22 +226,33 @@ def _not_served(**given) -> None:
             raise NotImplementedError(f"{name}: {what} is not served by flashmla_ops; leave it out for dense decoding")
 
 
-def concat_and_cache_mla(kv_cache: Tensor, kv_c: Tensor, k_pe: Tensor, slot_mapping: Tensor) -> None:
+def concat_and_cache_mla(
+    kv_cache: Tensor,
+    kv_c: Tensor,
+    k_pe: Tensor,
+    slot_mapping: Tensor,
+    *,
+    kv_scale: Tensor | None = None,
+    round_scale: bool = True,
+) -> None:
     """Appends tokens to a paged cache, in place: kv_cache[slot // page_size, slot % page_size, 0] = [kv_c | k_pe].
 
     Args:
-        kv_cache: [num_pages, page_size, 1, d_v + d_rope], written. Under torch.compile pass each layer's cache as a
-            tensor of its own: a slice taken inside the graph, or a static slice of a view that already has a storage
-            offset, would be written to the wrong place (pytorch#198068). The first is refused; `mark_kv_cache` refuses
-            the second.
-        kv_c: [n, d_v], the compressed latents (after their norm), kv_cache's dtype.
+        kv_cache: [num_pages, page_size, 1, d_v + d_rope], written; CPU: also fp8, as `fwd_kvcache_mla` reads it. Under
+            torch.compile pass each layer's cache as a tensor of its own: a slice taken inside the graph, or a static
+            slice of a view that already has a storage offset, would be written to the wrong place (pytorch#198068). The
+            first is refused; `mark_kv_cache` refuses the second.
+        kv_c: [n, d_v], the compressed latents (after their norm), kv_cache's dtype; bf16, fp16 or fp32 for fp8 caches.
         k_pe: [n, d_rope], the rotated shared key part; d_rope may be 0.
         slot_mapping: [n] int64, page * page_size + position in the page; -1 skips the token.
+        kv_scale: one fp32 value, by which tokens are divided; for caches of one scale only.
+        round_scale: whether an fp8 cache's own scales are powers of two.
     Raises:
         RuntimeError: what is wrong with which tensor; on the CPU, and on CUDA under FLASHMLA_DEBUG=1, also a slot out
             of range or given twice.
     """
-    torch.ops.flashmla.concat_and_cache_mla.default(kv_cache, kv_c, k_pe, slot_mapping)
+    options = {"kv_scale": kv_scale, "round_scale": round_scale}
+    torch.ops.flashmla.concat_and_cache_mla.default(kv_cache, kv_c, k_pe, slot_mapping, **options)
 
 
 def merge_attn_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:

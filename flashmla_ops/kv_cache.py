@@ -7,26 +7,156 @@ import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
 class CacheFormat:
-    """How a token lies in a cache: a row of `last_dim` elements of `dtype`, the latent first, then the rotated part."""
+    """How a token lies in a cache, as a row of `last_dim` elements: the latent (d_v values) first, then the rotated
+    part (d_rope values).
+
+    `quantize` and `dequantize` are the reference: what backends write is equal bit for bit to the first, and what they
+    multiply is what the second returns.
+    """
 
     name: str
-    dtype: torch.dtype
+    dtypes: tuple[torch.dtype, ...]  # of the cache
+    token_dtypes: tuple[torch.dtype, ...]  # of the tokens that are appended
+    scaled = False  # whether reading and writing take a kv_scale
 
     def last_dim(self, d_v: int, d_rope: int) -> int:
         """The cache's last dimension for tokens of d_v latent and d_rope rotated values."""
+        raise NotImplementedError
+
+    def quantize(self, kv_c: Tensor, k_pe: Tensor, kv_scale: Tensor | None, round_scale: bool) -> Tensor:
+        """Tokens [n, d_v] and [n, d_rope] as rows [n, last_dim] of the cache (of bytes, if its elements are)."""
+        raise NotImplementedError
+
+    def dequantize(self, rows: Tensor, d_v: int, d_rope: int, kv_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Rows [..., last_dim] as values [..., d_v + d_rope], rounded to `dtype`."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Plain(CacheFormat):
+    """The values themselves."""
+
+    dtype: torch.dtype
+
+    @property
+    def name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        return (self.dtype,)
+
+    token_dtypes = dtypes
+
+    def last_dim(self, d_v: int, d_rope: int) -> int:
         return d_v + d_rope
 
-    def token_bytes(self, d_v: int, d_rope: int) -> int:
-        return self.last_dim(d_v, d_rope) * self.dtype.itemsize
+    def quantize(self, kv_c: Tensor, k_pe: Tensor, kv_scale: Tensor | None, round_scale: bool) -> Tensor:
+        return torch.cat([kv_c, k_pe], dim=1)
+
+    def dequantize(self, rows: Tensor, d_v: int, d_rope: int, kv_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+        return rows.to(dtype)
 
 
-FORMATS = {
-    torch.bfloat16: CacheFormat("bf16", torch.bfloat16),
-    torch.float16: CacheFormat("fp16", torch.float16),
-    torch.float32: CacheFormat("fp32", torch.float32),
-}
+PLAIN_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+BYTE_DTYPES = (torch.uint8, torch.float8_e4m3fn)  # of fp8 caches: the same bytes
+E4M3_MAX = 448.0
+SMALLEST_SCALE = 2.0**-126  # the smallest normal fp32
+
+
+def _e4m3(x: Tensor) -> Tensor:
+    """To e4m3, as bytes: to the nearest, ties to even; beyond 448, inf too, it saturates; NaN stays NaN."""
+    return x.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).view(torch.uint8)
+
+
+def _from_e4m3(rows: Tensor) -> Tensor:
+    return rows.view(torch.float8_e4m3fn).float()
+
+
+@dataclass(frozen=True)
+class Fp8Blocks(CacheFormat):
+    """FlashMLA's: e4m3 latents with an fp32 scale for every 128 of them, and rotated values in bf16.
+
+    A row is d_v bytes of e4m3 values, ceil(d_v / 128) scales, d_rope bf16 values and zeros up to a multiple of 16 bytes
+    (656 for 512 + 64). A scale is max |x| / 448 over the block's finite values, at least 2^-126, rounded up to a power
+    of two if `round_scale`; 1 for a block of zeros. A value is e4m3(x / scale), read as value * scale. What is infinite
+    saturates at 448 * scale, NaN stays NaN. https://github.com/deepseek-ai/FlashMLA, "FP8 KV cache".
+    """
+
+    name = "fp8"
+    dtypes = BYTE_DTYPES
+    token_dtypes = PLAIN_DTYPES
+    block = 128
+
+    def _scales(self, d_v: int) -> int:
+        return -(-d_v // self.block)
+
+    def last_dim(self, d_v: int, d_rope: int) -> int:
+        return -(-(d_v + 4 * self._scales(d_v) + 2 * d_rope) // 16) * 16
+
+    def quantize(self, kv_c: Tensor, k_pe: Tensor, kv_scale: Tensor | None, round_scale: bool) -> Tensor:
+        n, d_v = kv_c.shape
+        blocks = self._scales(d_v)
+        x = torch.nn.functional.pad(kv_c.float(), (0, blocks * self.block - d_v)).view(n, blocks, self.block)
+        largest = x.abs().masked_fill(~x.isfinite(), 0).amax(-1, keepdim=True)
+        scale = (largest / E4M3_MAX).clamp_min(SMALLEST_SCALE)
+        if round_scale:
+            mantissa, exponent = torch.frexp(scale)  # scale = mantissa * 2^exponent, 0.5 <= mantissa < 1
+            scale = torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).int())
+        scale = scale.masked_fill(largest == 0, 1)
+        parts = (
+            _e4m3(x / scale).flatten(1)[:, :d_v],
+            scale[..., 0].contiguous().view(torch.uint8),
+            k_pe.to(torch.bfloat16).contiguous().view(torch.uint8),
+        )
+        rows = torch.cat(parts, dim=1)
+        return torch.nn.functional.pad(rows, (0, self.last_dim(d_v, k_pe.shape[1]) - rows.shape[1]))
+
+    def dequantize(self, rows: Tensor, d_v: int, d_rope: int, kv_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+        rows = rows.view(torch.uint8)
+        values, scales, rope = rows[..., : d_v + 4 * self._scales(d_v) + 2 * d_rope].split(
+            [d_v, 4 * self._scales(d_v), 2 * d_rope], dim=-1
+        )
+        scale = scales.contiguous().view(torch.float32).repeat_interleave(self.block, dim=-1)[..., :d_v]
+        latent = (_from_e4m3(values) * scale).to(dtype)
+        return torch.cat([latent, rope.contiguous().view(torch.bfloat16).to(dtype)], dim=-1)
+
+
+@dataclass(frozen=True)
+class Fp8Tensor(CacheFormat):
+    """e4m3 with one scale for all: a value is e4m3(x / kv_scale), read as value * kv_scale.
+
+    kv_scale is taken as it is: with 0 or NaN values become what the division makes of them, within e4m3.
+    """
+
+    name = "fp8_tensor"
+    dtypes = BYTE_DTYPES
+    token_dtypes = PLAIN_DTYPES
+    scaled = True
+
+    def last_dim(self, d_v: int, d_rope: int) -> int:
+        return d_v + d_rope
+
+    def quantize(self, kv_c: Tensor, k_pe: Tensor, kv_scale: Tensor | None, round_scale: bool) -> Tensor:
+        return _e4m3(torch.cat([kv_c.float(), k_pe.float()], dim=1) / kv_scale)
+
+    def dequantize(self, rows: Tensor, d_v: int, d_rope: int, kv_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+        return (_from_e4m3(rows) * kv_scale).to(dtype)
+
+
+FORMATS = (*(Plain(dtype) for dtype in PLAIN_DTYPES), Fp8Blocks(), Fp8Tensor())
+CACHE_DTYPES = tuple(dict.fromkeys(dtype for f in FORMATS for dtype in f.dtypes))
+
+
+def formats_of(dtype: torch.dtype) -> tuple[CacheFormat, ...]:
+    """The formats that a cache of this dtype may have; which one it is, its last dimension says."""
+    return tuple(f for f in FORMATS if dtype in f.dtypes)
+
+
+def format_of(kv_cache: Tensor, d_v: int, d_rope: int) -> CacheFormat:
+    """The format of a cache that has passed the ops' checks."""
+    return next(f for f in formats_of(kv_cache.dtype) if f.last_dim(d_v, d_rope) == kv_cache.shape[-1])
 
 
 def mark_kv_cache(kv_cache: Tensor) -> Tensor:
@@ -73,9 +203,10 @@ class PagedKVCache:
         num_layers, num_pages, page_size: sizes of `layers`, a list of [num_pages, page_size, 1, head_dim] tensors.
         max_batch_size: rows of the tables, that is sequences at once.
         max_pages_per_sequence: columns of block_table.
-        head_dim: kv_lora_rank + qk_rope_head_dim.
+        head_dim: the caches' last dimension, as `CacheFormat.last_dim` has it: kv_lora_rank + qk_rope_head_dim, but
+            of fp8 with scales for every 128 values.
         max_new_tokens: the most tokens that one `extend` adds to a row; width of slot_mapping.
-        dtype: one of FORMATS.
+        dtype: of the caches, one of CACHE_DTYPES.
     Attributes:
         layers: the caches, each marked with `mark_kv_cache`.
         block_table: [max_batch_size, max_pages_per_sequence] int32.
@@ -97,8 +228,8 @@ class PagedKVCache:
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str | None = None,
     ):
-        if dtype not in FORMATS:
-            raise RuntimeError(f"dtype: expected one of {', '.join(map(str, FORMATS))}, got {dtype}")
+        if dtype not in CACHE_DTYPES:
+            raise RuntimeError(f"dtype: expected one of {', '.join(map(str, CACHE_DTYPES))}, got {dtype}")
         sizes = {"num_pages": num_pages, "max_batch_size": max_batch_size, "max_new_tokens": max_new_tokens}
         for name, value in (*sizes.items(), ("max_pages_per_sequence", max_pages_per_sequence)):
             if value < 1:

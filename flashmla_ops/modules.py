@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .functional import concat_and_cache_mla, fwd_kvcache_mla, get_mla_metadata
-from .kv_cache import slots_of
+from .kv_cache import format_of, slots_of
 
 INIT_STD = 0.02  # of all matrices at the start of training
 # For un-absorbed attention, best first. At 192 / 128 dims on Hopper cuDNN reaches 600 TFLOP/s, the memory-efficient one
@@ -237,9 +237,11 @@ class MLAttention(nn.Module):
         q, kv_c, k_pe = self._project(x, angles)
         concat_and_cache_mla(kv_cache, kv_c.flatten(0, 1), k_pe.flatten(0, 1), step.slots)
         if step.seen is not None:
-            cached = kv_cache[step.pages].flatten(1, 3)  # [b, max_pages * page_size, r + d_rope]
+            dims = kv_c.shape[-1], k_pe.shape[-1]  # r, d_rope
+            cached = kv_cache[step.pages].flatten(1, 3)  # [b, max_pages * page_size, last_dim]
+            cached = format_of(kv_cache, *dims).dequantize(cached, *dims, None, x.dtype)
             cached = torch.where(step.written, cached, 0)  # what lies beyond may be NaN, and 0 * NaN is NaN
-            kv_c, k_pe = cached.split([kv_c.shape[-1], k_pe.shape[-1]], -1)
+            kv_c, k_pe = cached.split(dims, -1)
         return self._attend(q, kv_c, k_pe, step.seen)
 
     def decode(self, x: Tensor, kv_cache: Tensor, angles: tuple[Tensor, Tensor], step: DecodeStep) -> Tensor:
@@ -517,7 +519,8 @@ class DeepseekModel(nn.Module):
         Args:
             input_ids: [b, s], row r's tokens first, then padding of any valid id.
             seqlens_q: [b] int32, tokens of each row in input_ids, 0 to s.
-            kv_caches: one [num_pages, page_size, 1, config.head_dim] a layer, in the model's dtype.
+            kv_caches: one [num_pages, page_size, 1, config.head_dim] a layer, in the model's dtype; or of uint8 in the
+                fp8 format that has its own scales, [..., 656] for 512 + 64 (kv_cache.py), where a backend serves it.
             block_table: [b, max_pages] int32. With cache_seqlens, all max_pages of every row are gathered and
                 up-projected, so pass no more columns than the longest row needs.
             cache_seqlens: [b] int32, tokens of each row in the caches, those of this call included. None means that

@@ -13,12 +13,11 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from . import backends
-from .kv_cache import FORMATS
+from .kv_cache import BYTE_DTYPES, CACHE_DTYPES, PLAIN_DTYPES, formats_of
 from .plan import COLUMNS, MAX_PARTS
 
 LIB = torch.library.Library("flashmla", "DEF")
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
-CACHE_DTYPES = tuple(FORMATS)
 ALIGNMENT = 16  # bytes: what a vector load or a TMA copy needs of a base address and of every stride
 PAGE_MULTIPLE = 16  # tokens
 DIM_MULTIPLE = 16  # elements
@@ -127,13 +126,48 @@ def _refuse_misaligned(*named: tuple[str, Tensor]) -> None:
             raise RuntimeError(f"{name}: expected a {ALIGNMENT}-byte aligned address, got one {past} bytes past")
 
 
+def _listed(dtypes) -> str:
+    return ", ".join(map(str, dtypes))
+
+
 def _cache_error(kv_cache: Tensor, dtype: torch.dtype, device: torch.device, like: str) -> str | None:
-    if error := _misplaced("kv_cache", kv_cache, "[num_pages, page_size, h_k, d_qk]", dtype, device, like):
+    if error := _misplaced("kv_cache", kv_cache, "[num_pages, page_size, h_k, last_dim]", dtype, device, like):
         return error
     page_size = kv_cache.shape[1]
     if _known(page_size % PAGE_MULTIPLE != 0) or _known(page_size < PAGE_MULTIPLE):
         return f"kv_cache: expected a page size (dimension 1) that is a multiple of {PAGE_MULTIPLE}, got {page_size}"
     return _strided("kv_cache", kv_cache)
+
+
+def _format_error(kv_cache: Tensor, d_v, d_rope, dims: str, kv_scale: Tensor | None) -> str | None:
+    """Whether the cache's last dimension is that of one of its dtype's formats, and kv_scale there if that needs it."""
+    formats = formats_of(kv_cache.dtype)
+    sizes = [f.last_dim(d_v, d_rope) for f in formats]
+    fitting = [f for f, size in zip(formats, sizes, strict=True) if _known(size == kv_cache.shape[3])]
+    if not fitting and len(formats) == 1 and not _differ(sizes[0], kv_cache.shape[3]):
+        fitting = list(formats)
+    if not fitting:
+        which = " or ".join(f"{size} ({f.name})" for f, size in zip(formats, sizes, strict=True))
+        return f"kv_cache: expected last dimension {which} for {dims}, got shape {list(kv_cache.shape)}"
+    return _scale_error("kv_scale", kv_scale, fitting[0].scaled, f"a cache of {fitting[0].name}", kv_cache)
+
+
+def _scale_error(name: str, scale: Tensor | None, needed: bool, by: str, like: Tensor) -> str | None:
+    if not needed:
+        return None if scale is None else f"{name}: expected None for {by}, got a tensor"
+    if scale is None:
+        return f"{name}: expected one fp32 value for {by}, got None"
+    if scale.dtype is not torch.float32 or scale.device != like.device or _known(scale.numel() != 1):
+        return (
+            f"{name}: expected one torch.float32 value on {like.device}, got shape {list(scale.shape)}, "
+            f"{scale.dtype}, on {scale.device}"
+        )
+    return None
+
+
+def _facts(scale: Tensor | None) -> tuple | None:
+    """What the checks of a scale read."""
+    return None if scale is None else (scale.shape, scale.dtype, scale.device)
 
 
 # ------------------------------------------------------------------------------------------------- get_mla_metadata
@@ -224,14 +258,16 @@ _define(
 # -------------------------------------------------------------------------------------------------- fwd_kvcache_mla
 
 
-def _fwd_error(q, kv_cache, block_table, cache_seqlens, head_dim_v) -> str | None:
+def _fwd_error(q, kv_cache, block_table, cache_seqlens, head_dim_v, q_scale, kv_scale) -> str | None:
     dtype, device = q.dtype, q.device
-    if dtype not in CACHE_DTYPES:
-        return f"q: expected one of {', '.join(map(str, CACHE_DTYPES))}, got {dtype}"
+    fp8 = dtype is torch.float8_e4m3fn
+    if dtype not in PLAIN_DTYPES and not fp8:
+        return f"q: expected one of {_listed((*PLAIN_DTYPES, torch.float8_e4m3fn))}, got {dtype}"
+    bytes_ = kv_cache.dtype in BYTE_DTYPES
     error = (
         _misplaced("q", q, "[b, s_q, h_q, d_qk]", dtype, device, "its own")
         or _strided("q", q)
-        or _cache_error(kv_cache, dtype, device, "q")
+        or _cache_error(kv_cache, kv_cache.dtype if bytes_ else dtype, device, "q")
         or _misplaced("block_table", block_table, "[b, max_pages]", torch.int32, device, "q")
         or _strided("block_table", block_table, inner_only=True)
         or _misplaced("cache_seqlens", cache_seqlens, "[b]", torch.int32, device, "q")
@@ -241,10 +277,8 @@ def _fwd_error(q, kv_cache, block_table, cache_seqlens, head_dim_v) -> str | Non
         return error
     b, _, h_q, d_qk = q.shape
     h_k = kv_cache.shape[2]
-    error = (
-        _size("block_table", block_table, 0, b, "q's batch")
-        or _size("cache_seqlens", cache_seqlens, 0, b, "q's batch")
-        or _size("kv_cache", kv_cache, 3, d_qk, "q's d_qk")
+    error = _size("block_table", block_table, 0, b, "q's batch") or _size(
+        "cache_seqlens", cache_seqlens, 0, b, "q's batch"
     )
     if error:
         return error
@@ -254,7 +288,15 @@ def _fwd_error(q, kv_cache, block_table, cache_seqlens, head_dim_v) -> str | Non
         return f"kv_cache: expected h_k (dimension 2) to divide q's {h_q} heads, got {h_k}"
     if _known(head_dim_v < DIM_MULTIPLE) or _known(head_dim_v > d_qk) or _known(head_dim_v % DIM_MULTIPLE != 0):
         return f"head_dim_v: expected a multiple of {DIM_MULTIPLE} up to d_qk = {d_qk}, got {head_dim_v}"
-    return None
+    error = _format_error(kv_cache, head_dim_v, d_qk - head_dim_v, f"q's d_qk {d_qk}, d_v {head_dim_v}", kv_scale)
+    error = error or _scale_error("q_scale", q_scale, fp8, f"q of {dtype}", q)
+    if not error and fp8 and kv_scale is None:
+        error = f"q: expected one of {_listed(PLAIN_DTYPES)} with this cache (e4m3 goes with fp8_tensor), got {dtype}"
+    return error
+
+
+def _out_dtype(q: Tensor) -> torch.dtype:
+    return torch.bfloat16 if q.dtype is torch.float8_e4m3fn else q.dtype
 
 
 def _plan_error(tile_scheduler_metadata, num_splits, q) -> str | None:
@@ -276,14 +318,19 @@ def _fwd_kvcache_mla(
     causal,
     tile_scheduler_metadata=None,
     num_splits=None,
+    *,
+    q_scale=None,
+    kv_scale=None,
 ):
     signature = _signature("fwd_kvcache_mla", q, kv_cache, block_table, cache_seqlens), head_dim_v
+    if q_scale is not None or kv_scale is not None:
+        signature = *signature, _facts(q_scale), _facts(kv_scale)
     if tile_scheduler_metadata is not None and num_splits is not None:
         for t in (tile_scheduler_metadata, num_splits):
             signature = *signature, t.shape, t.stride(), t.dtype, t.device
     backend = _served.get(signature)
     if backend is None:
-        _refuse(_fwd_error(q, kv_cache, block_table, cache_seqlens, head_dim_v))
+        _refuse(_fwd_error(q, kv_cache, block_table, cache_seqlens, head_dim_v, q_scale, kv_scale))
     if (q.data_ptr() | kv_cache.data_ptr()) % ALIGNMENT:
         _refuse_misaligned(("q", q), ("kv_cache", kv_cache))
     if tile_scheduler_metadata is not None and tile_scheduler_metadata.data_ptr() % ALIGNMENT:
@@ -294,7 +341,10 @@ def _fwd_kvcache_mla(
         backend = backends.choose("fwd_kvcache_mla", q, kv_cache=kv_cache, head_dim_v=head_dim_v)
         _remember(signature, backend)
     plan = None if num_splits is None else (tile_scheduler_metadata, num_splits)
-    return backend.fwd_kvcache_mla(q, kv_cache, block_table, cache_seqlens, head_dim_v, softmax_scale, causal, plan)
+    call = q, kv_cache, block_table, cache_seqlens, head_dim_v, softmax_scale, causal, plan
+    if q_scale is None and kv_scale is None:
+        return backend.fwd_kvcache_mla(*call)
+    return backend.fwd_kvcache_mla(*call, q_scale, kv_scale)
 
 
 def _fwd_kvcache_mla_fake(
@@ -307,16 +357,21 @@ def _fwd_kvcache_mla_fake(
     causal,
     tile_scheduler_metadata=None,
     num_splits=None,
+    *,
+    q_scale=None,
+    kv_scale=None,
 ):
-    _refuse(_fwd_error(q, kv_cache, block_table, cache_seqlens, head_dim_v))
+    _refuse(_fwd_error(q, kv_cache, block_table, cache_seqlens, head_dim_v, q_scale, kv_scale))
     _refuse(_plan_error(tile_scheduler_metadata, num_splits, q))
     b, s_q, h_q, _ = q.shape
-    return q.new_empty(b, s_q, h_q, head_dim_v), q.new_empty(b, h_q, s_q, dtype=torch.float32)
+    out = q.new_empty(b, s_q, h_q, head_dim_v, dtype=_out_dtype(q))
+    return out, q.new_empty(b, h_q, s_q, dtype=torch.float32)
 
 
 _define(
     "fwd_kvcache_mla(Tensor q, Tensor kv_cache, Tensor block_table, Tensor cache_seqlens, SymInt head_dim_v, "
-    "float softmax_scale, bool causal, Tensor? tile_scheduler_metadata=None, Tensor? num_splits=None) "
+    "float softmax_scale, bool causal, Tensor? tile_scheduler_metadata=None, Tensor? num_splits=None, *, "
+    "Tensor? q_scale=None, Tensor? kv_scale=None) "
     "-> (Tensor out, Tensor lse)",
     _fwd_kvcache_mla,
     _fwd_kvcache_mla_fake,
@@ -326,12 +381,15 @@ _define(
 # ---------------------------------------------------------------------------------------------- concat_and_cache_mla
 
 
-def _append_error(kv_cache, kv_c, k_pe, slot_mapping) -> str | None:
-    dtype, device = kv_cache.dtype, kv_cache.device
-    if dtype not in CACHE_DTYPES:
-        return f"kv_cache: expected one of {', '.join(map(str, CACHE_DTYPES))}, got {dtype}"
+def _append_error(kv_cache, kv_c, k_pe, slot_mapping, kv_scale) -> str | None:
+    device = kv_cache.device
+    if kv_cache.dtype not in CACHE_DTYPES:
+        return f"kv_cache: expected one of {_listed(CACHE_DTYPES)}, got {kv_cache.dtype}"
+    if kv_cache.dtype in BYTE_DTYPES and kv_c.dtype not in PLAIN_DTYPES:
+        return f"kv_c: expected one of {_listed(PLAIN_DTYPES)}, got {kv_c.dtype}"
+    dtype = kv_c.dtype if kv_cache.dtype in BYTE_DTYPES else kv_cache.dtype
     error = (
-        _cache_error(kv_cache, dtype, device, "its own")
+        _cache_error(kv_cache, kv_cache.dtype, device, "its own")
         or _size("kv_cache", kv_cache, 2, 1, "h_k: one latent serves all heads")
         or _misplaced("kv_c", kv_c, "[n, d_v]", dtype, device, "kv_cache")
         or _strided("kv_c", kv_c)
@@ -347,25 +405,28 @@ def _append_error(kv_cache, kv_c, k_pe, slot_mapping) -> str | None:
     for name, t in (("kv_c", kv_c), ("k_pe", k_pe)):
         if _known(t.shape[1] % DIM_MULTIPLE != 0):
             return f"{name}: expected dimension 1 to be a multiple of {DIM_MULTIPLE}, got {t.shape[1]}"
-    if _differ(kv_c.shape[1] + k_pe.shape[1], kv_cache.shape[3]):
-        parts = f"{kv_c.shape[1]} + {k_pe.shape[1]} (kv_c's and k_pe's)"
-        return f"kv_cache: expected last dimension {parts}, got {kv_cache.shape[3]}"
-    return None
+    d_v, d_rope = kv_c.shape[1], k_pe.shape[1]
+    return _format_error(kv_cache, d_v, d_rope, f"{d_v} + {d_rope} values (kv_c's and k_pe's)", kv_scale)
 
 
-def _concat_and_cache_mla(kv_cache, kv_c, k_pe, slot_mapping):
+def _concat_and_cache_mla(kv_cache, kv_c, k_pe, slot_mapping, *, kv_scale=None, round_scale=True):
     signature = _signature("concat_and_cache_mla", kv_cache, kv_c, k_pe, slot_mapping)
+    if kv_scale is not None:
+        signature = *signature, _facts(kv_scale)
     backend = _served.get(signature)
     if backend is None:
-        _refuse(_append_error(kv_cache, kv_c, k_pe, slot_mapping))
+        _refuse(_append_error(kv_cache, kv_c, k_pe, slot_mapping, kv_scale))
     _refuse_misaligned(("kv_cache", kv_cache), ("kv_c", kv_c), ("k_pe", k_pe))
     if backend is None:
         backend = _remember(signature, backends.choose("concat_and_cache_mla", kv_cache))
-    backend.concat_and_cache_mla(kv_cache, kv_c, k_pe, slot_mapping)
+    if kv_cache.dtype in BYTE_DTYPES:
+        backend.concat_and_cache_mla(kv_cache, kv_c, k_pe, slot_mapping, kv_scale, round_scale)
+    else:
+        backend.concat_and_cache_mla(kv_cache, kv_c, k_pe, slot_mapping)
 
 
-def _concat_and_cache_mla_fake(kv_cache, kv_c, k_pe, slot_mapping):
-    _refuse(_append_error(kv_cache, kv_c, k_pe, slot_mapping) or _view_error(kv_cache))
+def _concat_and_cache_mla_fake(kv_cache, kv_c, k_pe, slot_mapping, *, kv_scale=None, round_scale=True):
+    _refuse(_append_error(kv_cache, kv_c, k_pe, slot_mapping, kv_scale) or _view_error(kv_cache))
 
 
 def _view_error(kv_cache: Tensor) -> str | None:
@@ -381,7 +442,8 @@ def _view_error(kv_cache: Tensor) -> str | None:
 
 
 _define(
-    "concat_and_cache_mla(Tensor(a!) kv_cache, Tensor kv_c, Tensor k_pe, Tensor slot_mapping) -> ()",
+    "concat_and_cache_mla(Tensor(a!) kv_cache, Tensor kv_c, Tensor k_pe, Tensor slot_mapping, *, "
+    "Tensor? kv_scale=None, bool round_scale=True) -> ()",
     _concat_and_cache_mla,
     _concat_and_cache_mla_fake,
 )
@@ -392,8 +454,8 @@ _define(
 
 def _merge_error(out_a, lse_a, out_b, lse_b) -> str | None:
     dtype, device = out_a.dtype, out_a.device
-    if dtype not in CACHE_DTYPES:
-        return f"out_a: expected one of {', '.join(map(str, CACHE_DTYPES))}, got {dtype}"
+    if dtype not in PLAIN_DTYPES:
+        return f"out_a: expected one of {_listed(PLAIN_DTYPES)}, got {dtype}"
     for name, t in (("out_a", out_a), ("out_b", out_b)):
         if error := _misplaced(name, t, "[b, s_q, h_q, d_v]", dtype, device, "out_a") or _strided(name, t):
             return error

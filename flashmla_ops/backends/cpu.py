@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..kv_cache import BYTE_DTYPES, format_of
 from ..plan import CPU_PARTS, FIRST_ROW, FIRST_TILE, LAST_ROW, LAST_TILE, MAX_PARTS, TILE, make_plan
 from .values import check_lengths, check_lengths_and_pages, check_slots
 
@@ -46,6 +47,23 @@ def get_mla_metadata(
 # -------------------------------------------------------------------------------------------------- fwd_kvcache_mla
 
 
+class Keys(NamedTuple):
+    """The cache, and how its rows become keys."""
+
+    kv_cache: Tensor
+    d_v: int
+    d_rope: int
+    kv_scale: Tensor | None
+    dtype: torch.dtype  # to which they are rounded
+
+    def values(self, rows: Tensor) -> Tensor:
+        """Rows of the cache as fp32."""
+        if self.kv_cache.dtype not in BYTE_DTYPES:
+            return rows.float()
+        layout = format_of(self.kv_cache, self.d_v, self.d_rope)
+        return layout.dequantize(rows, self.d_v, self.d_rope, self.kv_scale, self.dtype).float()
+
+
 class Chunks(NamedTuple):
     """Each row's keys cut into consecutive ranges: row r has the ranges first[r] .. first[r] + count[r] - 1."""
 
@@ -64,11 +82,19 @@ def fwd_kvcache_mla(
     softmax_scale: float,
     causal: bool,
     plan: tuple[Tensor, Tensor] | None,
+    q_scale: Tensor | None = None,
+    kv_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # out [b, s_q, h_q, d_v], lse [b, h_q, s_q]
     """Blocks of rows x queries, as many as fit in BLOCK_BYTES, each an online softmax over its rows' chunks."""
     check_lengths_and_pages(kv_cache, block_table, cache_seqlens)
-    b, s_q, h_q, _ = q.shape
-    out, lse = q.new_empty(b, s_q, h_q, d_v), q.new_empty(b, h_q, s_q, dtype=torch.float32)
+    b, s_q, h_q, d_qk = q.shape
+    keys = Keys(kv_cache, d_v, d_qk - d_v, kv_scale, q.dtype)
+    if q_scale is not None:  # e4m3: products of what is stored are exact in fp32, and scaled after
+        keys = keys._replace(dtype=torch.float32)
+        q, out_dtype = q.float() * q_scale, torch.bfloat16
+    else:
+        out_dtype = q.dtype
+    out, lse = q.new_empty(b, s_q, h_q, d_v, dtype=out_dtype), q.new_empty(b, h_q, s_q, dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
     lengths = cache_seqlens.long()
@@ -90,7 +116,7 @@ def fwd_kvcache_mla(
             # how many of its row's keys each query sees
             hidden = s_q - 1 - torch.arange(s_q)[queries] if causal else torch.zeros(s_q, dtype=torch.long)[queries]
             visible = lengths[rows][:, None] - hidden
-            block = _attend(q[rows, queries], kv_cache, block_table[rows], row_chunks, visible, softmax_scale, d_v)
+            block = _attend(q[rows, queries], keys, block_table[rows], row_chunks, visible, softmax_scale, d_v)
             out[rows, queries], lse[rows, :, queries] = block[0].to(out.dtype), block[1]
     return out, lse
 
@@ -133,7 +159,7 @@ def _block_shape(q: Tensor, kv_cache: Tensor, d_v: int, chunk: int) -> tuple[int
 
 def _attend(
     q: Tensor,  # [n, i, h_q, d_qk]
-    kv_cache: Tensor,
+    keys: Keys,
     table: Tensor,  # [n, max_pages]
     chunks: Chunks,  # of the n rows
     visible: Tensor,  # [n, i]
@@ -145,7 +171,7 @@ def _attend(
     In fp32: m the running maximum of the scores, l the sum of exp(score - m), acc that of exp(score - m) * v.
     """
     n, i, h_q, d_qk = q.shape
-    h_k = kv_cache.shape[2]
+    h_k = keys.kv_cache.shape[2]
     m_rows = i * h_q // h_k  # query rows of one key head, in the order (i, h_q / h_k)
     q = q.unflatten(2, (h_k, -1)).transpose(1, 2).reshape(n * h_k, m_rows, d_qk).float() * softmax_scale
     acc = q.new_zeros(n * h_k, m_rows, d_v)
@@ -159,7 +185,7 @@ def _attend(
         if (begin >= furthest[:a]).all():
             continue
         position = begin[:, None] + torch.arange(int((end - begin).max()))  # [a, w]
-        kv = _gather(kv_cache, table[:a], torch.minimum(position, end[:, None] - 1))
+        kv = _gather(keys, table[:a], torch.minimum(position, end[:, None] - 1))
         scores = torch.bmm(q[: a * h_k], kv.transpose(1, 2))  # [a * h_k, m_rows, w]
         limit = torch.minimum(visible[:a], end[:, None])  # [a, i]
         if (limit <= position[:, -1:]).any():
@@ -177,17 +203,18 @@ def _attend(
     return out, lse.view(n, h_k, i, -1).transpose(2, 3).reshape(n, h_q, i)
 
 
-def _gather(kv_cache: Tensor, table: Tensor, position: Tensor) -> Tensor:
+def _gather(keys: Keys, table: Tensor, position: Tensor) -> Tensor:
     """Keys at `position` [a, w] of the rows whose pages `table` names, as fp32 [a * h_k, w, d_qk]."""
-    _, page_size, h_k, d_qk = kv_cache.shape
+    kv_cache = keys.kv_cache.view(torch.uint8) if keys.kv_cache.dtype in BYTE_DTYPES else keys.kv_cache
+    _, page_size, h_k, last_dim = kv_cache.shape
     page = table.gather(1, position // page_size).long()
     slot = position % page_size
     if kv_cache.stride(0) == page_size * kv_cache.stride(1):  # one index runs faster than two
         flat = kv_cache.flatten(0, 1)
-        kv = flat.index_select(0, (page * page_size + slot).flatten()).view(*page.shape, h_k, d_qk)
+        kv = flat.index_select(0, (page * page_size + slot).flatten()).view(*page.shape, h_k, last_dim)
     else:
         kv = kv_cache[page, slot]
-    return kv.float().transpose(1, 2).reshape(-1, position.shape[1], d_qk)
+    return keys.values(kv).transpose(1, 2).reshape(-1, position.shape[1], keys.d_v + keys.d_rope)
 
 
 def _accumulate(scores: Tensor, v: Tensor, m: Tensor, l: Tensor, acc: Tensor) -> None:  # noqa: E741
@@ -204,13 +231,22 @@ def _accumulate(scores: Tensor, v: Tensor, m: Tensor, l: Tensor, acc: Tensor) ->
 # ---------------------------------------------------------------------------------------------- concat_and_cache_mla
 
 
-def concat_and_cache_mla(kv_cache: Tensor, kv_c: Tensor, k_pe: Tensor, slot_mapping: Tensor) -> None:
+def concat_and_cache_mla(
+    kv_cache: Tensor,
+    kv_c: Tensor,
+    k_pe: Tensor,
+    slot_mapping: Tensor,
+    kv_scale: Tensor | None = None,
+    round_scale: bool = True,
+) -> None:
     num_pages, page_size = kv_cache.shape[:2]
     check_slots(slot_mapping, num_pages * page_size)
     token = (slot_mapping >= 0).nonzero()[:, 0]
     slot = slot_mapping[token]
     page, offset = slot // page_size, slot % page_size
-    kv_cache[page, offset, 0] = torch.cat([kv_c[token], k_pe[token]], dim=1)
+    layout = format_of(kv_cache, kv_c.shape[1], k_pe.shape[1])
+    rows = layout.quantize(kv_c[token], k_pe[token], kv_scale, round_scale)
+    kv_cache.view(rows.dtype)[page, offset, 0] = rows
 
 
 # ------------------------------------------------------------------------------------------------ merge_attn_states

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..kv_cache import BYTE_DTYPES
 from ..plan import MAX_PARTS, max_parts, row_tiles
 from . import values
 
@@ -39,6 +40,8 @@ def refusal(op: str, tensor: Tensor, **facts) -> str | None:
         return f"it serves CUDA tensors only, this one is on {tensor.device}"
     if reason := _no_library():
         return reason
+    if op == "concat_and_cache_mla" and tensor.dtype in BYTE_DTYPES:
+        return f"it writes no fp8 caches yet, got a kv_cache of {tensor.dtype}: the cpu backend does, on CPU tensors"
     if op != "fwd_kvcache_mla":
         return _no_device(tensor.device.index, OLDEST_CAPABILITY, op)
     return _no_fwd(tensor.device.index) or _no_call(tensor, **facts)
@@ -91,6 +94,8 @@ def _no_call(q: Tensor, kv_cache: Tensor, head_dim_v: int) -> str | None:
     elsewhere = "the cpu backend serves it, on CPU tensors"
     if q.dtype not in FWD_DTYPES:
         return f"it computes in torch.bfloat16 and torch.float16, got {q.dtype}: {elsewhere}"
+    if kv_cache.dtype in BYTE_DTYPES:
+        return f"it reads no fp8 caches yet, got a kv_cache of {kv_cache.dtype}: {elsewhere}"
     if (q.shape[3], head_dim_v) != FWD_DIMS:
         return f"it serves d_qk {FWD_DIMS[0]}, d_v {FWD_DIMS[1]}, got d_qk {q.shape[3]}, d_v {head_dim_v}: {elsewhere}"
     if kv_cache.shape[1] % TILE:

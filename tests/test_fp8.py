@@ -1,0 +1,289 @@
+"""fp8 caches: what is written is the reference's bytes, and what is read is attention over what they stand for."""
+
+import math
+import struct
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import ALL_DIMS, append_calls, decode_calls, seeds
+from torch import Tensor
+
+from flashmla_ops import concat_and_cache_mla, fwd_kvcache_mla, get_mla_metadata
+from flashmla_ops.kv_cache import BYTE_DTYPES, FORMATS, PLAIN_DTYPES, CacheFormat, format_of
+from flashmla_ops.testing import DecodeCase, make_append_case, make_decode_case
+
+FP8 = {f.name: f for f in FORMATS if f.dtypes == BYTE_DTYPES}
+BLOCKS, ONE_SCALE = FP8["fp8"], FP8["fp8_tensor"]
+INF, NAN = float("inf"), float("nan")
+
+
+@pytest.fixture
+def fp8_target(target):
+    if target.name != "cpu":
+        pytest.skip(f"{target.name} serves no fp8 caches")
+    return target
+
+
+def scale_of(layout: CacheFormat, value: float = 0.05) -> Tensor | None:
+    return torch.tensor(value) if layout.scaled else None
+
+
+# ------------------------------------------------------------------------------------------------------------ formats
+
+
+def e4m3(byte: int) -> float:
+    """The value of an e4m3 byte, by its definition (OCP 8-bit floating point, fn variant)."""
+    sign, exponent, mantissa = -1 if byte & 128 else 1, byte >> 3 & 15, byte & 7
+    if exponent == 15 and mantissa == 7:
+        return NAN
+    return sign * (mantissa / 8 * 2.0**-6 if exponent == 0 else (1 + mantissa / 8) * 2.0 ** (exponent - 7))
+
+
+E4M3 = sorted({e4m3(byte) for byte in range(256) if not math.isnan(e4m3(byte))})
+
+
+@pytest.mark.parametrize("d_v, d_rope, size", [(512, 64, 656), (256, 64, 400), (256, 32, 336), (128, 32, 208)])
+def test_rows_are_of_the_documented_size(d_v, d_rope, size):
+    assert BLOCKS.last_dim(d_v, d_rope) == size and ONE_SCALE.last_dim(d_v, d_rope) == d_v + d_rope
+
+
+@given(dims=st.sampled_from(ALL_DIMS), dtype=st.sampled_from(PLAIN_DTYPES), round_scale=st.booleans(), seed=seeds)
+@settings(max_examples=60)
+def test_a_row_is_values_scales_and_rope(dims, dtype, round_scale, seed):
+    """Byte for byte, read without the code under test; every value the nearest that e4m3 has."""
+    d_qk, d_v = dims
+    generator = torch.Generator().manual_seed(seed)
+    kv_c = torch.randn(3, d_v, generator=generator).mul(10.0 ** (seed % 7 - 3)).to(dtype)
+    k_pe = torch.randn(3, d_qk - d_v, generator=generator).to(dtype)
+    rows = BLOCKS.quantize(kv_c, k_pe, None, round_scale)
+    scales = -(-d_v // 128)
+    for token, row in enumerate(rows):
+        raw = bytes(row.tolist())
+        used = d_v + 4 * scales + 2 * (d_qk - d_v)
+        assert len(raw) % 16 == 0 and len(raw) - used < 16 and not any(raw[used:])
+        rope = (
+            torch.frombuffer(bytearray(raw[d_v + 4 * scales : used]), dtype=torch.bfloat16) if d_qk > d_v else k_pe[0]
+        )
+        assert torch.equal(rope, k_pe[token].to(torch.bfloat16) if d_qk > d_v else rope)
+        for i, scale in enumerate(struct.unpack_from(f"<{scales}f", raw, d_v)):
+            x = kv_c[token, 128 * i : 128 * (i + 1)].float()
+            exact = float(x.abs().amax() / 448)
+            assert scale == (2.0 ** math.ceil(math.log2(exact)) if round_scale else exact)
+            for value, byte in zip((x / scale).tolist(), raw[128 * i : min(128 * (i + 1), d_v)], strict=True):
+                assert abs(e4m3(byte) - value) == min(abs(candidate - value) for candidate in E4M3)
+
+
+@pytest.mark.parametrize("dtype", PLAIN_DTYPES)
+@pytest.mark.parametrize("round_scale", [True, False])
+def test_extreme_values(dtype, round_scale):
+    """Zeros, the smallest and great numbers, infinities and NaN: nothing but NaN reads back as NaN. (The very greatest
+    may be rounded up, to what no fp32 is.)"""
+    greatest, smallest = torch.finfo(dtype).max, torch.finfo(dtype).smallest_normal
+    kv_c = torch.zeros(6, 256, dtype=dtype)
+    kv_c[1, :3] = torch.tensor([smallest, -smallest, 0], dtype=dtype)
+    kv_c[2, :2] = torch.tensor([greatest / 4, -greatest / 4], dtype=dtype)
+    kv_c[3, :3] = torch.tensor([INF, 1, -INF], dtype=dtype)
+    kv_c[4, :2] = torch.tensor([NAN, 1], dtype=dtype)
+    kv_c[5, :2] = INF
+    k_pe = torch.ones(6, 16, dtype=dtype)
+    read = BLOCKS.dequantize(BLOCKS.quantize(kv_c, k_pe, None, round_scale), 256, 16, None, torch.float32)
+    assert torch.equal(read.isnan(), torch.cat([kv_c, k_pe], 1).isnan()) and read.isfinite().sum() == read.numel() - 1
+    assert torch.equal(read[0, :256], torch.zeros(256))
+    for token in (1, 2):
+        torch.testing.assert_close(read[token, :256], kv_c[token].float(), rtol=2**-4, atol=1e-38)
+    torch.testing.assert_close(read[3, 1:3], torch.tensor([1.0, -read[3, 0].item()]), rtol=2**-4, atol=0)
+    assert 1 <= read[3, 0] <= 2 and read[4, 1] == 1 and read[5, 0] == 448
+
+
+@given(seed=seeds, dtype=st.sampled_from(PLAIN_DTYPES), round_scale=st.booleans())
+def test_what_is_read_is_near_what_was_written(seed, dtype, round_scale):
+    """Within half a step of e4m3, which is 2^-4 of a value, or of the block's smallest steps; the rope within bf16."""
+    generator = torch.Generator().manual_seed(seed)
+    kv_c, k_pe = (torch.randn(4, n, generator=generator).to(dtype) for n in (512, 64))
+    read = BLOCKS.dequantize(BLOCKS.quantize(kv_c, k_pe, None, round_scale), 512, 64, None, torch.float32)
+    largest = kv_c.float().view(4, -1, 128).abs().amax(-1, keepdim=True).expand(4, 4, 128).reshape(4, 512)
+    allowed = 2**-4 * kv_c.float().abs() + 2 * largest / 448 * 2**-10
+    assert ((read[:, :512] - kv_c.float()).abs() <= allowed).all()
+    torch.testing.assert_close(read[:, 512:], k_pe.float(), rtol=2**-8, atol=0)
+
+
+@pytest.mark.parametrize("kv_scale", [0.0, NAN, INF, -1.0])
+def test_odd_scales_are_taken_as_they_are(kv_scale):
+    """No error and no hang: what arithmetic makes of them, in e4m3."""
+    x = torch.tensor([[0.0, 1.0, -500.0] + [0.0] * 13])
+    read = ONE_SCALE.dequantize(
+        ONE_SCALE.quantize(x, x, torch.tensor(kv_scale), True), 16, 16, torch.tensor(kv_scale), x.dtype
+    )
+    stored = (torch.cat([x, x], 1) / kv_scale).clamp(-448, 448).to(torch.float8_e4m3fn).float()
+    torch.testing.assert_close(read, stored * kv_scale, equal_nan=True, rtol=0, atol=0)
+
+
+# ---------------------------------------------------------------------------------------------- concat_and_cache_mla
+
+
+@pytest.mark.parametrize("name", FP8)
+@pytest.mark.parametrize("cache_dtype", BYTE_DTYPES)
+@given(data=st.data())
+@settings(max_examples=40)
+def test_append_writes_the_reference_s_bytes(fp8_target, name, cache_dtype, data):
+    """In the named slots, and nothing anywhere else."""
+    layout, call = FP8[name], data.draw(append_calls(fp8_target))
+    case = make_append_case(**call)
+    num_pages, page_size, _, d_qk = case.kv_cache.shape
+    d_v = case.kv_c.shape[1]
+    last_dim = layout.last_dim(d_v, d_qk - d_v)
+    cache = torch.randint(0, 256, (num_pages, page_size, 1, last_dim), dtype=torch.uint8, device=fp8_target.device)
+    round_scale, kv_scale = data.draw(st.booleans()), scale_of(layout)
+    expected = cache.clone().view(-1, last_dim)
+    used = case.slot_mapping >= 0
+    rows = layout.quantize(case.kv_c[used], case.k_pe[used], kv_scale, round_scale)
+    expected[case.slot_mapping[used]] = rows
+    given_cache = cache.view(cache_dtype)
+    tokens = case.kv_c, case.k_pe, case.slot_mapping
+    assert concat_and_cache_mla(given_cache, *tokens, kv_scale=kv_scale, round_scale=round_scale) is None
+    assert torch.equal(cache.view(-1, last_dim), expected)
+
+
+# -------------------------------------------------------------------------------------------------- fwd_kvcache_mla
+
+
+def quantized(case: DecodeCase, layout: CacheFormat, cache_dtype: torch.dtype) -> tuple[dict, dict]:
+    """A call over the case's cache in fp8, and the same over what that stands for, in q's dtype."""
+    d_v, d_rope, kv_scale = case.head_dim_v, case.q.shape[-1] - case.head_dim_v, scale_of(layout)
+    shape = case.kv_cache.shape[:-1]
+    tokens = case.kv_cache.reshape(-1, d_v + d_rope).split([d_v, d_rope], 1)
+    cache = layout.quantize(*tokens, kv_scale, True).view(*shape, -1)
+    plain = layout.dequantize(cache, d_v, d_rope, kv_scale, case.q.dtype)
+    fp8 = case.kwargs() | {"kv_cache": cache.view(cache_dtype), "kv_scale": kv_scale}
+    return fp8, case.kwargs() | {"kv_cache": plain}
+
+
+@pytest.mark.parametrize("name", FP8)
+@given(data=st.data())
+@settings(max_examples=250)
+def test_decoding_is_that_of_the_dequantised_cache(fp8_target, name, data):
+    """Half of the calls peaked, what must not be read NaN; with a plan and without."""
+    case = make_decode_case(**data.draw(decode_calls(fp8_target)))
+    fp8, plain = quantized(case, FP8[name], data.draw(st.sampled_from(BYTE_DTYPES)))
+    plan = {}
+    if data.draw(st.booleans(), label="with plan"):
+        made = get_mla_metadata(*case.plan_args)
+        plan = dict(zip(("tile_scheduler_metadata", "num_splits"), made, strict=True))
+    for actual, expected in zip(fwd_kvcache_mla(**fp8, **plan), fwd_kvcache_mla(**plain, **plan), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_queries_in_fp8(fp8_target, causal):
+    """Attention of q * q_scale over the cache * kv_scale, nothing rounded in between; out in bf16."""
+    case = make_decode_case([70, 0, 300], s_q=2, h_q=4, causal=causal, dtype=torch.float32, poison=False)
+    fp8, plain = quantized(case, ONE_SCALE, torch.float8_e4m3fn)
+    q_scale = torch.tensor(0.02)
+    q = (case.q / q_scale).clamp(-448, 448).to(torch.float8_e4m3fn)
+    out, lse = fwd_kvcache_mla(**fp8 | {"q": q, "q_scale": q_scale})
+    expected = fwd_kvcache_mla(**plain | {"q": q.float() * q_scale})
+    assert out.dtype is torch.bfloat16
+    torch.testing.assert_close(out.float(), expected[0], rtol=2**-8, atol=1e-6)
+    torch.testing.assert_close(lse, expected[1])
+
+
+def test_error_against_the_unquantised_cache(fp8_target):
+    """What fp8 costs: the latents' e4m3 rounding, averaged over the keys that a query attends to."""
+    case = make_decode_case([1000] * 4, poison=False)
+    exact = fwd_kvcache_mla(**case.kwargs())[0].float()
+    for name, limit in (("fp8", 0.04), ("fp8_tensor", 0.05)):
+        out = fwd_kvcache_mla(**quantized(case, FP8[name], torch.uint8)[0])[0].float()
+        assert ((out - exact).norm() / exact.norm()).item() < limit, name
+
+
+# ------------------------------------------------------------------------------------------------ errors, compilation
+
+
+def good_call(name: str) -> dict:
+    case = make_decode_case([5, 20], h_q=4, poison=False)
+    return quantized(case, FP8[name], torch.uint8)[0]
+
+
+ERRORS = [
+    (
+        "fp8",
+        {"kv_cache": lambda t: t[..., :640]},
+        r"kv_cache: expected last dimension 656 \(fp8\) or 576 \(fp8_tensor\)",
+    ),
+    ("fp8", {"kv_scale": lambda t: torch.tensor(1.0)}, "kv_scale: expected None for a cache of fp8, got a tensor"),
+    (
+        "fp8_tensor",
+        {"kv_scale": lambda t: None},
+        "kv_scale: expected one fp32 value for a cache of fp8_tensor, got None",
+    ),
+    ("fp8_tensor", {"kv_scale": lambda t: t.double()}, r"kv_scale: expected one torch.float32 value .*float64"),
+    ("fp8_tensor", {"kv_scale": lambda t: t.repeat(4)}, r"kv_scale: expected one .* got shape \[4\]"),
+    (
+        "fp8_tensor",
+        {"q": lambda t: t.to(torch.float8_e4m3fn)},
+        "q_scale: expected one fp32 value for q of .*, got None",
+    ),
+    ("fp8_tensor", {"q_scale": lambda t: torch.tensor(1.0)}, "q_scale: expected None for q of torch.bfloat16"),
+    ("fp8", {"q": lambda t: t.to(torch.int8)}, "q: expected one of .*, got torch.int8"),
+]
+
+
+@pytest.mark.parametrize("name, changes, message", ERRORS)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_wrong_calls_say_what_is_wrong(name, changes, message, device):
+    call = {"q_scale": None, **good_call(name)}
+    for argument, change in changes.items():
+        call[argument] = change(call[argument])
+    call = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in call.items()}
+    with pytest.raises(RuntimeError, match=message):
+        fwd_kvcache_mla(**call)
+
+
+def test_an_fp8_query_needs_an_fp8_cache_of_one_scale():
+    call = good_call("fp8")
+    with pytest.raises(RuntimeError, match=r"q: expected one of .* with this cache"):
+        fwd_kvcache_mla(**call | {"q": call["q"].to(torch.float8_e4m3fn), "q_scale": torch.tensor(1.0)})
+
+
+def test_wrong_appends_say_what_is_wrong():
+    tokens = torch.randn(4, 512), torch.randn(4, 64), torch.arange(4)
+    cache = torch.zeros(2, 16, 1, 656, dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match="kv_scale: expected None for a cache of fp8"):
+        concat_and_cache_mla(cache, *tokens, kv_scale=torch.tensor(1.0))
+    with pytest.raises(RuntimeError, match=r"last dimension 656 \(fp8\) or 576 \(fp8_tensor\) for 512 \+ 64 values"):
+        concat_and_cache_mla(cache[..., :640], *tokens)
+    with pytest.raises(RuntimeError, match=r"kv_c: expected one of .*, got torch.int8"):
+        concat_and_cache_mla(cache, tokens[0].char(), *tokens[1:])
+    assert not cache.any()
+
+
+@pytest.mark.parametrize("name", FP8)
+def test_append_and_decode_compile_to_one_graph(name):
+    """The calls as they are, with no view of another dtype around them; once more with other values."""
+    layout, graphs = FP8[name], []
+
+    def backend(module, _):
+        graphs.append([node.target for node in module.graph.nodes if node.op == "call_function"])
+        return module.forward
+
+    @torch.compile(fullgraph=True, backend=backend)
+    def step(cache, kv_c, k_pe, slots, q, table, seqlens, kv_scale):
+        concat_and_cache_mla(cache, kv_c, k_pe, slots, kv_scale=kv_scale)
+        return fwd_kvcache_mla(q, cache, table, seqlens, 512, kv_scale=kv_scale)
+
+    for seed in range(2):
+        torch.manual_seed(seed)
+        cache = torch.zeros(4, 16, 1, layout.last_dim(512, 64), dtype=torch.uint8)
+        kv_c, k_pe, q = torch.randn(20, 512), torch.randn(20, 64), torch.randn(1, 1, 4, 576)
+        table, seqlens, slots = torch.arange(4)[None].int(), torch.tensor([20], dtype=torch.int32), torch.arange(20)
+        with torch.no_grad():
+            out, lse = step(cache, kv_c, k_pe, slots, q, table, seqlens, scale_of(layout))
+        plain = layout.dequantize(cache, 512, 64, scale_of(layout), torch.float32)
+        expected = fwd_kvcache_mla(q, plain, table, seqlens, 512)
+        assert format_of(cache, 512, 64) is layout
+        torch.testing.assert_close((out, lse), expected)
+    assert len(graphs) == 1
+    named = [str(target) for target in graphs[0]]
+    assert [n for n in named if "flashmla" in n] and not [n for n in named if "view" in n]
