@@ -166,7 +166,10 @@ def fwd_kvcache_mla(
         tile_scheduler_metadata,
         num_splits,
     )
-    return torch.ops.flashmla.fwd_kvcache_mla.default(*call, q_scale=q_scale, kv_scale=kv_scale)
+    op = torch.ops.flashmla.fwd_kvcache_mla.default
+    if q_scale is None and kv_scale is None:  # most calls: the dispatcher takes a microsecond for keywords
+        return op(*call)
+    return op(*call, q_scale=q_scale, kv_scale=kv_scale)
 
 
 def flash_mla_with_kvcache(
@@ -251,7 +254,7 @@ def concat_and_cache_mla(
         RuntimeError: what is wrong with which tensor; on the CPU, and on CUDA under FLASHMLA_DEBUG=1, also a slot out
             of range or given twice.
     """
-    options = {"kv_scale": kv_scale, "round_scale": round_scale}
+    options = {} if kv_scale is None and round_scale else {"kv_scale": kv_scale, "round_scale": round_scale}
     torch.ops.flashmla.concat_and_cache_mla.default(kv_cache, kv_c, k_pe, slot_mapping, **options)
 
 

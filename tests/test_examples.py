@@ -4,6 +4,7 @@ path through the package."""
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -74,6 +75,14 @@ def test_generate(needs_inductor):
     figures = {name: compiled[name] for name in ("graphs", "graph breaks", "compiles", "cache copies")}
     assert figures == {"graphs": "1", "graph breaks": "0", "compiles": "1", "cache copies": "0"}
     assert compiled["agreement with eager"].startswith("yes: ")
+
+
+def test_generate_with_an_fp8_cache(needs_inductor):
+    stdout = output_of("generate.py", "--device", "cpu", "--kv-cache", "fp8", "--max-new-tokens", 40)
+    plain, fp8 = (float(bits) for bits in re.findall(r"([\d.]+) bits per byte", stdout))
+    assert abs(fp8 - plain) <= 0.005 * plain
+    compiled = table_of(stdout)["compiled"]
+    assert compiled["cache copies"] == "0" and compiled["agreement with eager"].startswith("yes: ")
 
 
 def test_generate_without_a_compiler_says_so():

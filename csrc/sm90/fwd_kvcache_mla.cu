@@ -271,8 +271,8 @@ __device__ __forceinline__ void softmax_of(SharedStorage<T>& shared, const Consu
     for (int i = 0; i < 2; ++i) {
         if (me.lane % 4 == 0) shared.base[stage][me.row(i)] = base[i];
         shared.sum[stage][me.row(i)][me.lane % 4] = sum[i];
-        softmax.sum[i] += sum[i];
     }
+    add_sum(softmax, sum);
     ptx::named_barrier(kWarpgroupOf + stage, kWarpgroup);  // all of the warpgroup has read the rope slice
     store_probabilities(me, rP, shared.sK[stage][kRope]);
     const int valid = segment.length - tile * kTile;
@@ -292,8 +292,8 @@ __device__ __forceinline__ void wait_for_other(SharedStorage<T>& shared, const C
     ptx::named_barrier(kStored + stage, kConsumers);
     const float base[2] = {shared.base[stage][me.row(0)], shared.base[stage][me.row(1)]};
     change_base(softmax, base, factor);
-#pragma unroll
-    for (int i = 0; i < 2; ++i) softmax.sum[i] += shared.sum[stage][me.row(i)][me.lane % 4];
+    const float sum[2] = {shared.sum[stage][me.row(0)][me.lane % 4], shared.sum[stage][me.row(1)][me.lane % 4]};
+    add_sum(softmax, sum);
     // the other warpgroup saw its tile land; what a wgmma of this one reads, this one must have seen land too
     wait(&shared.landed[stage][kOtherHalf], phase);
 }

@@ -32,6 +32,7 @@ __device__ __forceinline__ Part load_part(const FwdParams& params, int part) {
         result.first_row = 0;
         result.first_tile = 0;
     }
+    result.first_row = min(result.first_row, params.b);
     result.last_row = min(result.last_row, params.b - 1);
     return result;
 }

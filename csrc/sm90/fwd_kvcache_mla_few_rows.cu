@@ -236,7 +236,7 @@ __device__ __forceinline__ void store_transposed(const Consumer& me, const float
 }
 
 // Zeroes the warpgroup's half of a tile's V from key `first` on: cache rows past the length may hold NaN, and 0 * NaN
-// is NaN. `slices`: where they are.
+// is NaN. `slices`: where they are. The other warpgroup may be scoring these keys still: it masks whatever comes of it.
 template <typename T>
 __device__ __forceinline__ void zero_values(const Consumer& me, T* const (&slices)[kBlocks], int first) {
     const int chunks = (64 - first) * 8;

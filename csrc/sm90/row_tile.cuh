@@ -133,7 +133,8 @@ __device__ __forceinline__ void store_share(const FwdParams& params, const RowTi
     for (int j = 0; j < 32; ++j) {
         __stcg(share + j * 128, make_float4(rO[4 * j], rO[4 * j + 1], rO[4 * j + 2], rO[4 * j + 3]));
     }
-    if (warpgroup == 0 && me.lane % 4 == 0) {
+    // by both warpgroups, the same bits: who merges one's half has synchronised with that one only
+    if (me.lane % 4 == 0) {
         float* lse = share_lse(params, rows, place);
 #pragma unroll
         for (int i = 0; i < 2; ++i) __stcg(lse + me.row(i), lse_log2[i]);

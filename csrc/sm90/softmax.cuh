@@ -81,6 +81,13 @@ __device__ __forceinline__ void exponentiate(const float (&base)[2], float (&rS)
 }
 
 // --------------------------------------------------------------------------------------------------- running softmax
+// Both warpgroups have the same bits of base and sum after each tile: nothing may be fused with the addition of a sum.
+
+// P's sum in a tile, after change_base.
+__device__ __forceinline__ void add_sum(Softmax& softmax, const float (&sum)[2]) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) softmax.sum[i] = __fadd_rn(softmax.sum[i], sum[i]);
+}
 
 // Takes a new base into account: factor[i] is what the thread's row i of O is to be multiplied by.
 __device__ __forceinline__ void change_base(Softmax& softmax, const float (&base)[2], float (&factor)[2]) {
@@ -88,7 +95,7 @@ __device__ __forceinline__ void change_base(Softmax& softmax, const float (&base
     for (int i = 0; i < 2; ++i) {
         factor[i] = ptx::exp2_approx(softmax.base[i] - base_of(base[i]));
         softmax.base[i] = base[i];
-        softmax.sum[i] *= factor[i];
+        softmax.sum[i] = __fmul_rn(softmax.sum[i], factor[i]);
     }
 }
 
