@@ -77,8 +77,9 @@ def test_generate(needs_inductor):
     assert compiled["agreement with eager"].startswith("yes: ")
 
 
-def test_generate_with_an_fp8_cache(needs_inductor):
-    stdout = output_of("generate.py", "--device", "cpu", "--kv-cache", "fp8", "--max-new-tokens", 40)
+def test_generate_with_an_fp8_cache(needs_inductor, small_checkpoint):
+    arguments = ("--device", "cpu", "--kv-cache", "fp8", "--max-new-tokens", 20, "--checkpoint", small_checkpoint)
+    stdout = output_of("generate.py", *arguments)
     plain, fp8 = (float(bits) for bits in re.findall(r"([\d.]+) bits per byte", stdout))
     assert abs(fp8 - plain) <= 0.005 * plain
     compiled = table_of(stdout)["compiled"]

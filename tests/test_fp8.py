@@ -162,7 +162,7 @@ def quantized(case: DecodeCase, layout: CacheFormat, cache_dtype: torch.dtype) -
 
 @pytest.mark.parametrize("name", FP8)
 @given(data=st.data())
-@settings(max_examples=250)
+@settings(max_examples=100)
 def test_decoding_is_that_of_the_dequantised_cache(fp8_target, name, data):
     """Half of the calls peaked, what must not be read NaN; with a plan and without."""
     case = make_decode_case(**data.draw(decode_calls(fp8_target)))
