@@ -77,13 +77,10 @@ def test_generate(needs_inductor):
     assert compiled["agreement with eager"].startswith("yes: ")
 
 
-def test_generate_with_an_fp8_cache(needs_inductor, small_checkpoint):
-    arguments = ("--device", "cpu", "--kv-cache", "fp8", "--max-new-tokens", 20, "--checkpoint", small_checkpoint)
-    stdout = output_of("generate.py", *arguments)
+def test_generate_with_an_fp8_cache():
+    stdout = output_of("generate.py", "--device", "cpu", "--kv-cache", "fp8", "--mode", "eager", "--max-new-tokens", 8)
     plain, fp8 = (float(bits) for bits in re.findall(r"([\d.]+) bits per byte", stdout))
-    assert abs(fp8 - plain) <= 0.005 * plain
-    compiled = table_of(stdout)["compiled"]
-    assert compiled["cache copies"] == "0" and compiled["agreement with eager"].startswith("yes: ")
+    assert abs(fp8 - plain) <= 0.005 * plain and list(table_of(stdout)) == ["eager"]
 
 
 def test_generate_without_a_compiler_says_so():
