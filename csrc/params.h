@@ -63,7 +63,7 @@ struct FwdParams {
     float* partial_lse;        // [2 * split_parts, row_tiles, 64]: their log-sum-exp, base 2
     int* arrivals;             // [split_parts, row_tiles, 2]: for rows of two shares; null: they are merged like others
     int2* split_rows;          // [split_parts]: (row, shares) of the row that the part begins, if it is to be combined
-    void* scratch;             // [2, 64] in out's dtype, whose contents mean nothing
+    void* scratch;             // 16 bytes whose contents mean nothing
     int64_t q_stride_b, q_stride_s, q_stride_h;
     int64_t cache_stride_page, cache_stride_token, cache_stride_head;
     int64_t table_stride;

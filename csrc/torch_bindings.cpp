@@ -1,6 +1,6 @@
 // The compiled library's private ops, flashmla_sm90::*. They trust their callers: flashmla_ops/ops.py has
 // checked every shape, dtype, device and stride, and flashmla_ops/backends/sm90.py calls them. Outputs are arguments,
-// but for fwd_kvcache_mla's: it is called most, and allocating from Python takes longer.
+// but for fwd_kvcache_mla's: see flashmla_ops/backends/__init__.py.
 //
 // Only the stable ABI of torch is used, so that one build serves every later torch and every Python.
 
@@ -52,8 +52,8 @@ struct OnDevice {
     }
 };
 
-// A contiguous tensor on the device of `like`. torch::stable::empty does the same through the dispatcher, in a
-// microsecond more.
+// A contiguous tensor on the device of `like`. torch::stable::empty does the same through the dispatcher, in
+// more time.
 template <size_t kRank>
 Tensor new_empty(const int64_t (&sizes)[kRank], ScalarType dtype, const Tensor& like) {
     int64_t strides[kRank];
@@ -121,7 +121,7 @@ std::tuple<Tensor, Tensor> fwd_kvcache_mla_op(const Tensor q, const Tensor kv_ca
     const bool mostly_pairs = num_parts < 2 * b && rows >= kRowTile;
     const int64_t arrivals = mostly_pairs ? 2 * split_parts * row_tiles : 0;
     // partial_out, partial_lse, arrivals, split_rows, scratch: in floats
-    constexpr int64_t kScratch = 128;
+    constexpr int64_t kScratch = 4;
     std::optional<Tensor> workspace;
     float* partial_out = nullptr;
     if (places > 0) {

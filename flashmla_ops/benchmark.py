@@ -110,7 +110,7 @@ def _call_overhead(backend) -> Contenders:
     op = torch.ops.flashmla.fwd_kvcache_mla.default
 
     def backend_alone():
-        return backend.fwd_kvcache_mla(*inputs, c.head_dim_v, c.softmax_scale, c.causal, None)
+        return backend.fwd_kvcache_mla(*inputs, c.head_dim_v, c.softmax_scale, c.causal, None, None, None)
 
     def through_op():
         return op(*inputs, c.head_dim_v, c.softmax_scale, c.causal)

@@ -17,7 +17,6 @@ class CacheFormat:
 
     name: str
     dtypes: tuple[torch.dtype, ...]  # of the cache
-    token_dtypes: tuple[torch.dtype, ...]  # of the tokens that are appended
     scaled = False  # whether reading and writing take a kv_scale
 
     def last_dim(self, d_v: int, d_rope: int) -> int:
@@ -46,8 +45,6 @@ class Plain(CacheFormat):
     @property
     def dtypes(self) -> tuple[torch.dtype, ...]:
         return (self.dtype,)
-
-    token_dtypes = dtypes
 
     def last_dim(self, d_v: int, d_rope: int) -> int:
         return d_v + d_rope
@@ -86,7 +83,6 @@ class Fp8Blocks(CacheFormat):
 
     name = "fp8"
     dtypes = BYTE_DTYPES
-    token_dtypes = PLAIN_DTYPES
     block = 128
 
     def _scales(self, d_v: int) -> int:
@@ -132,7 +128,6 @@ class Fp8Tensor(CacheFormat):
 
     name = "fp8_tensor"
     dtypes = BYTE_DTYPES
-    token_dtypes = PLAIN_DTYPES
     scaled = True
 
     def last_dim(self, d_v: int, d_rope: int) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from . import backends
-from .kv_cache import BYTE_DTYPES, CACHE_DTYPES, PLAIN_DTYPES, formats_of
+from .kv_cache import BYTE_DTYPES, CACHE_DTYPES, PLAIN_DTYPES, CacheFormat, formats_of
 from .plan import COLUMNS, MAX_PARTS
 
 LIB = torch.library.Library("flashmla", "DEF")
@@ -141,15 +141,18 @@ def _cache_error(kv_cache: Tensor, dtype: torch.dtype, device: torch.device, lik
 
 def _format_error(kv_cache: Tensor, d_v, d_rope, dims: str, kv_scale: Tensor | None) -> str | None:
     """Whether the cache's last dimension is that of one of its dtype's formats, and kv_scale there if that needs it."""
-    formats = formats_of(kv_cache.dtype)
-    sizes = [f.last_dim(d_v, d_rope) for f in formats]
-    fitting = [f for f, size in zip(formats, sizes, strict=True) if _known(size == kv_cache.shape[3])]
-    if not fitting and len(formats) == 1 and not _differ(sizes[0], kv_cache.shape[3]):
-        fitting = list(formats)
-    if not fitting:
-        which = " or ".join(f"{size} ({f.name})" for f, size in zip(formats, sizes, strict=True))
-        return f"kv_cache: expected last dimension {which} for {dims}, got shape {list(kv_cache.shape)}"
-    return _scale_error("kv_scale", kv_scale, fitting[0].scaled, f"a cache of {fitting[0].name}", kv_cache)
+    formats, last_dim = formats_of(kv_cache.dtype), kv_cache.shape[3]
+
+    def fits(layout: CacheFormat) -> bool:
+        size = layout.last_dim(d_v, d_rope)
+        # the only format may be settled at run time; of several, one must be known now
+        return not _differ(size, last_dim) if len(formats) == 1 else _known(size == last_dim)
+
+    fitting = next((layout for layout in formats if fits(layout)), None)
+    if fitting is None:
+        sizes = " or ".join(f"{layout.last_dim(d_v, d_rope)} ({layout.name})" for layout in formats)
+        return f"kv_cache: expected last dimension {sizes} for {dims}, got shape {list(kv_cache.shape)}"
+    return _scale_error("kv_scale", kv_scale, fitting.scaled, f"a cache of {fitting.name}", kv_cache)
 
 
 def _scale_error(name: str, scale: Tensor | None, needed: bool, by: str, like: Tensor) -> str | None:
@@ -295,10 +298,6 @@ def _fwd_error(q, kv_cache, block_table, cache_seqlens, head_dim_v, q_scale, kv_
     return error
 
 
-def _out_dtype(q: Tensor) -> torch.dtype:
-    return torch.bfloat16 if q.dtype is torch.float8_e4m3fn else q.dtype
-
-
 def _plan_error(tile_scheduler_metadata, num_splits, q) -> str | None:
     if tile_scheduler_metadata is None and num_splits is None:
         return None
@@ -341,10 +340,9 @@ def _fwd_kvcache_mla(
         backend = backends.choose("fwd_kvcache_mla", q, kv_cache=kv_cache, head_dim_v=head_dim_v)
         _remember(signature, backend)
     plan = None if num_splits is None else (tile_scheduler_metadata, num_splits)
-    call = q, kv_cache, block_table, cache_seqlens, head_dim_v, softmax_scale, causal, plan
-    if q_scale is None and kv_scale is None:
-        return backend.fwd_kvcache_mla(*call)
-    return backend.fwd_kvcache_mla(*call, q_scale, kv_scale)
+    return backend.fwd_kvcache_mla(
+        q, kv_cache, block_table, cache_seqlens, head_dim_v, softmax_scale, causal, plan, q_scale, kv_scale
+    )
 
 
 def _fwd_kvcache_mla_fake(
@@ -364,7 +362,8 @@ def _fwd_kvcache_mla_fake(
     _refuse(_fwd_error(q, kv_cache, block_table, cache_seqlens, head_dim_v, q_scale, kv_scale))
     _refuse(_plan_error(tile_scheduler_metadata, num_splits, q))
     b, s_q, h_q, _ = q.shape
-    out = q.new_empty(b, s_q, h_q, head_dim_v, dtype=_out_dtype(q))
+    out_dtype = torch.bfloat16 if q.dtype is torch.float8_e4m3fn else q.dtype
+    out = q.new_empty(b, s_q, h_q, head_dim_v, dtype=out_dtype)
     return out, q.new_empty(b, h_q, s_q, dtype=torch.float32)
 
 
@@ -419,10 +418,7 @@ def _concat_and_cache_mla(kv_cache, kv_c, k_pe, slot_mapping, *, kv_scale=None, 
     _refuse_misaligned(("kv_cache", kv_cache), ("kv_c", kv_c), ("k_pe", k_pe))
     if backend is None:
         backend = _remember(signature, backends.choose("concat_and_cache_mla", kv_cache))
-    if kv_cache.dtype in BYTE_DTYPES:
-        backend.concat_and_cache_mla(kv_cache, kv_c, k_pe, slot_mapping, kv_scale, round_scale)
-    else:
-        backend.concat_and_cache_mla(kv_cache, kv_c, k_pe, slot_mapping)
+    backend.concat_and_cache_mla(kv_cache, kv_c, k_pe, slot_mapping, kv_scale, round_scale)
 
 
 def _concat_and_cache_mla_fake(kv_cache, kv_c, k_pe, slot_mapping, *, kv_scale=None, round_scale=True):

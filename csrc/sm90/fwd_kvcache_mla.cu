@@ -147,25 +147,18 @@ __device__ __forceinline__ void load(const FwdParams& params, const CacheMaps& c
     const int half = portion == kOwnHalf ? stage : 1 - stage;
     const int slices = kHalfSlices + (portion == kOtherHalf);
     uint64_t* landed = &shared.landed[stage][portion];
-    const int tiles_per_page = params.page_size / kTile;
-    const auto column_of = [&](int tile) { return tiles_per_page == 1 ? tile : tile / tiles_per_page; };
-    const auto page_of = [&](int tile) {
-        if (tile >= segment.end) return -1;
-        const int page = params.block_table[segment.row * params.table_stride + column_of(tile)];
-        return page >= 0 && page < params.num_pages ? page : -1;  // -1 is outside the tensor map: it reads as zeros
-    };
-    int tile = segment.begin + stage, page = page_of(tile);
+    const Pages pages(params, segment);
+    int tile = segment.begin + stage, page = pages.page_of(tile);
     start_queries(params, shared, rows, segment, warp, phases);
     bool queries_pending = true;
     for (; tile < segment.end; tile += 2, phases.flip(0)) {
-        const int next_page = page_of(tile + 2);  // looked up a tile ahead
+        const int next_page = pages.page_of(tile + 2);  // looked up a tile ahead
         wait(&shared.freed[stage][portion], phases.of(0) ^ 1);
         if (lane == 0) {
             cuda::ptx::mbarrier_arrive_expect_tx(cuda::ptx::sem_release, cuda::ptx::scope_cta, cuda::ptx::space_shared,
                                                  landed, slices * wgmma::kSliceBytes);
             const auto copy = [&](const CUtensorMap& map, int slice) {
-                const int in_page = tile - column_of(tile) * tiles_per_page;
-                const int32_t where[5] = {0, in_page * kTile, slice, rows.head, page};
+                const int32_t where[5] = {0, pages.token_of(tile), slice, rows.head, page};
                 cuda::ptx::cp_async_bulk_tensor(cuda::ptx::space_cluster, cuda::ptx::space_global,
                                                 shared.sK[stage][slice], &map, where, landed);
             };

@@ -85,6 +85,29 @@ struct Segment {
     bool more;       // whether the part goes on with the next row
 };
 
+// Where a segment's tiles lie.
+struct Pages {
+    const FwdParams& params;
+    const Segment& segment;
+    int tiles_per_page;
+
+    __device__ Pages(const FwdParams& params, const Segment& segment)
+        : params(params), segment(segment), tiles_per_page(params.page_size / kTile) {}
+
+    // Read from the table: -1 past the segment and for pages that do not exist, which is outside the tensor map and
+    // reads as zeros.
+    __device__ int page_of(int tile) const {
+        if (tile >= segment.end) return -1;
+        const int page = params.block_table[segment.row * params.table_stride + column_of(tile)];
+        return page >= 0 && page < params.num_pages ? page : -1;
+    }
+    // The tile's first token in its page.
+    __device__ int token_of(int tile) const { return (tile - column_of(tile) * tiles_per_page) * kTile; }
+
+  private:
+    __device__ int column_of(int tile) const { return tiles_per_page == 1 ? tile : tile / tiles_per_page; }
+};
+
 // Whether parts a and b, one after the other, are the only ones with tiles of a row.
 __device__ __forceinline__ bool is_pair(const Part& a, const Part& b, int row, int tiles) {
     const bool begins = a.last_row == row && !a.empty() && !a.continues(row) && 0 < a.last_tile && a.last_tile < tiles;

@@ -7,8 +7,8 @@
 // Grid: (row tiles, parts at work at once), as there. 1 CTA a multiprocessor.
 //
 // Warp roles. Warps 0-3 and 4-7 are two warpgroups that know nothing of each other: each scores every tile of 64 keys
-// and accumulates P V for its half of the 512 output columns. Scoring twice costs less than handing P over, while the
-// tensor cores have time. Warp 8 loads keys, warps 9-11 load queries.
+// and accumulates P V for its half of the 512 output columns. So nothing is handed over, at the
+// price of scoring twice: the tensor cores have time. Warp 8 loads keys, warps 9-11 load queries.
 //
 // Shared memory: a ring of 8 portions, each three slices of 64 keys x 64 values (24 KB). A tile is three portions.
 //
@@ -71,17 +71,11 @@ struct Place {
 template <typename T>
 __device__ __forceinline__ void load_keys(const FwdParams& params, const CUtensorMap& cache, SharedStorage<T>& shared,
                                           const RowTile& rows, const Segment& segment, Place& place) {
-    const int tiles_per_page = params.page_size / kTile;
-    const auto column_of = [&](int tile) { return tiles_per_page == 1 ? tile : tile / tiles_per_page; };
-    const auto page_of = [&](int tile) {
-        if (tile >= segment.end) return -1;
-        const int page = params.block_table[segment.row * params.table_stride + column_of(tile)];
-        return page >= 0 && page < params.num_pages ? page : -1;  // -1 is outside the tensor map: it reads as zeros
-    };
-    int page = page_of(segment.begin), next_page = page_of(segment.begin + 1);
+    const Pages pages(params, segment);
+    int page = pages.page_of(segment.begin), next_page = pages.page_of(segment.begin + 1);
     for (int tile = segment.begin; tile < segment.end; ++tile) {
-        const int page_after = page_of(tile + 2);  // looked up two tiles ahead
-        const int in_page = (tile - column_of(tile) * tiles_per_page) * kTile;
+        const int page_after = pages.page_of(tile + 2);  // looked up two tiles ahead
+        const int token = pages.token_of(tile);
         Place last = place;
         for (int portion = 0; portion < kPortions; ++portion, last.next())
             wait(&shared.freed[last.slot], last.phase ^ 1);
@@ -91,7 +85,7 @@ __device__ __forceinline__ void load_keys(const FwdParams& params, const CUtenso
                 uint64_t* landed = &shared.landed[place.slot];
                 cuda::ptx::mbarrier_arrive_expect_tx(cuda::ptx::sem_release, cuda::ptx::scope_cta,
                                                      cuda::ptx::space_shared, landed, kPortionBytes);
-                const int32_t where[5] = {0, in_page, portion * kPortionSlices, rows.head, page};
+                const int32_t where[5] = {0, token, portion * kPortionSlices, rows.head, page};
                 cuda::ptx::cp_async_bulk_tensor(cuda::ptx::space_cluster, cuda::ptx::space_global,
                                                 shared.ring[place.slot], &cache, where, landed);
             }

@@ -1,7 +1,7 @@
 """Which backend serves a call, and why not: the reason is a sentence a user can act on.
 
-A backend is a module with one function per op and what follows. The functions do not check; their outputs are passed
-in, but for fwd_kvcache_mla's, which it allocates: from Python that takes the GPU's host a sixth of a call.
+A backend is a module with one function per op and what follows. The functions do not check. Outputs are passed in, but
+for those of fwd_kvcache_mla, which it allocates: it is called most, and a compiled library allocates sooner.
 
     refusal(op, *tensors, **facts) -> str | None     None if it serves this call here, else why not and what would
     status() -> str                                  'ready', or why not on this machine, for the report

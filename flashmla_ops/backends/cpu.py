@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..kv_cache import BYTE_DTYPES, format_of
+from ..kv_cache import format_of
 from ..plan import CPU_PARTS, FIRST_ROW, FIRST_TILE, LAST_ROW, LAST_TILE, MAX_PARTS, TILE, make_plan
 from .values import check_lengths, check_lengths_and_pages, check_slots
 
@@ -58,8 +58,6 @@ class Keys(NamedTuple):
 
     def values(self, rows: Tensor) -> Tensor:
         """Rows of the cache as fp32."""
-        if self.kv_cache.dtype not in BYTE_DTYPES:
-            return rows.float()
         layout = format_of(self.kv_cache, self.d_v, self.d_rope)
         return layout.dequantize(rows, self.d_v, self.d_rope, self.kv_scale, self.dtype).float()
 
@@ -82,18 +80,16 @@ def fwd_kvcache_mla(
     softmax_scale: float,
     causal: bool,
     plan: tuple[Tensor, Tensor] | None,
-    q_scale: Tensor | None = None,
-    kv_scale: Tensor | None = None,
+    q_scale: Tensor | None,
+    kv_scale: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # out [b, s_q, h_q, d_v], lse [b, h_q, s_q]
     """Blocks of rows x queries, as many as fit in BLOCK_BYTES, each an online softmax over its rows' chunks."""
     check_lengths_and_pages(kv_cache, block_table, cache_seqlens)
     b, s_q, h_q, d_qk = q.shape
-    keys = Keys(kv_cache, d_v, d_qk - d_v, kv_scale, q.dtype)
-    if q_scale is not None:  # e4m3: products of what is stored are exact in fp32, and scaled after
-        keys = keys._replace(dtype=torch.float32)
+    out_dtype = q.dtype
+    if q_scale is not None:  # q in e4m3: neither it nor the keys are rounded any further
         q, out_dtype = q.float() * q_scale, torch.bfloat16
-    else:
-        out_dtype = q.dtype
+    keys = Keys(kv_cache, d_v, d_qk - d_v, kv_scale, q.dtype)
     out, lse = q.new_empty(b, s_q, h_q, d_v, dtype=out_dtype), q.new_empty(b, h_q, s_q, dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
@@ -205,7 +201,7 @@ def _attend(
 
 def _gather(keys: Keys, table: Tensor, position: Tensor) -> Tensor:
     """Keys at `position` [a, w] of the rows whose pages `table` names, as fp32 [a * h_k, w, d_qk]."""
-    kv_cache = keys.kv_cache.view(torch.uint8) if keys.kv_cache.dtype in BYTE_DTYPES else keys.kv_cache
+    kv_cache = keys.kv_cache
     _, page_size, h_k, last_dim = kv_cache.shape
     page = table.gather(1, position // page_size).long()
     slot = position % page_size
@@ -232,12 +228,7 @@ def _accumulate(scores: Tensor, v: Tensor, m: Tensor, l: Tensor, acc: Tensor) ->
 
 
 def concat_and_cache_mla(
-    kv_cache: Tensor,
-    kv_c: Tensor,
-    k_pe: Tensor,
-    slot_mapping: Tensor,
-    kv_scale: Tensor | None = None,
-    round_scale: bool = True,
+    kv_cache: Tensor, kv_c: Tensor, k_pe: Tensor, slot_mapping: Tensor, kv_scale: Tensor | None, round_scale: bool
 ) -> None:
     num_pages, page_size = kv_cache.shape[:2]
     check_slots(slot_mapping, num_pages * page_size)

@@ -134,6 +134,8 @@ def fwd_kvcache_mla(
     softmax_scale: float,
     causal: bool,
     plan: tuple[Tensor, Tensor] | None,
+    q_scale: None,
+    kv_scale: None,
 ) -> tuple[Tensor, Tensor]:  # out [b, s_q, h_q, d_v], lse [b, h_q, s_q]
     if values.DEBUG:
         values.check_lengths_and_pages(kv_cache, block_table, cache_seqlens)
@@ -148,7 +150,9 @@ def fwd_kvcache_mla(
     )
 
 
-def concat_and_cache_mla(kv_cache: Tensor, kv_c: Tensor, k_pe: Tensor, slot_mapping: Tensor) -> None:
+def concat_and_cache_mla(
+    kv_cache: Tensor, kv_c: Tensor, k_pe: Tensor, slot_mapping: Tensor, kv_scale: None, round_scale: bool
+) -> None:
     if values.DEBUG:
         values.check_slots(slot_mapping, kv_cache.shape[0] * kv_cache.shape[1])
     torch.ops.flashmla_sm90.concat_and_cache_mla.default(kv_cache, kv_c, k_pe, slot_mapping)
