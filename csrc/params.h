@@ -28,7 +28,7 @@ struct MetadataParams {
 };
 
 struct AppendParams {
-    void* kv_cache;               // [num_pages, page_size, 1, d_c + d_pe]
+    void* kv_cache;               // [num_pages, page_size, 1, last_dim]
     const void* kv_c;             // [n, d_c]
     const void* k_pe;             // [n, d_pe]
     const int64_t* slot_mapping;  // [n]
@@ -36,6 +36,10 @@ struct AppendParams {
     // in vectors of 16 bytes
     int64_t page_stride, token_stride, kv_c_stride, k_pe_stride;
     int kv_c_vectors, k_pe_vectors;
+    // for fp8 caches only
+    const float* kv_scale;  // fp8_tensor's one scale; null: fp8, with a scale for every 128 values
+    bool round_scale;       // fp8's scales are powers of two
+    DType dtype;            // of kv_c and k_pe
 };
 
 struct MergeParams {
@@ -91,6 +95,7 @@ struct StreamParams {
 
 void get_mla_metadata(const MetadataParams& params, cudaStream_t stream);
 void concat_and_cache_mla(const AppendParams& params, cudaStream_t stream);
+void concat_and_cache_mla_fp8(const AppendParams& params, cudaStream_t stream);
 void merge_attn_states(const MergeParams& params, cudaStream_t stream);
 
 namespace sm90 {

@@ -175,23 +175,31 @@ std::tuple<Tensor, Tensor> fwd_kvcache_mla_op(const Tensor q, const Tensor kv_ca
     return {out, lse};
 }
 
-void concat_and_cache_mla_op(Tensor kv_cache, const Tensor kv_c, const Tensor k_pe, const Tensor slot_mapping) {
+// A cache of bytes is in fp8: with kv_scale in fp8_tensor, without in fp8 (flashmla_ops/kv_cache.py).
+void concat_and_cache_mla_op(Tensor kv_cache, const Tensor kv_c, const Tensor k_pe, const Tensor slot_mapping,
+                             const std::optional<Tensor> kv_scale, bool round_scale) {
     if (slot_mapping.numel() == 0) return;
     const OnDevice on(kv_cache);
-    concat_and_cache_mla({.kv_cache = kv_cache.data_ptr(),
-                          .kv_c = kv_c.data_ptr(),
-                          .k_pe = k_pe.data_ptr(),
-                          .slot_mapping = static_cast<const int64_t*>(slot_mapping.data_ptr()),
-                          .n = slot_mapping.size(0),
-                          .num_slots = kv_cache.size(0) * kv_cache.size(1),
-                          .page_size = kv_cache.size(1),
-                          .page_stride = vectors(kv_cache, kv_cache.stride(0)),
-                          .token_stride = vectors(kv_cache, kv_cache.stride(1)),
-                          .kv_c_stride = vectors(kv_c, kv_c.stride(0)),
-                          .k_pe_stride = vectors(k_pe, k_pe.stride(0)),
-                          .kv_c_vectors = static_cast<int>(vectors(kv_c, kv_c.size(1))),
-                          .k_pe_vectors = static_cast<int>(vectors(k_pe, k_pe.size(1)))},
-                         on.stream);
+    const AppendParams params = {
+        .kv_cache = kv_cache.data_ptr(),
+        .kv_c = kv_c.data_ptr(),
+        .k_pe = k_pe.data_ptr(),
+        .slot_mapping = static_cast<const int64_t*>(slot_mapping.data_ptr()),
+        .n = slot_mapping.size(0),
+        .num_slots = kv_cache.size(0) * kv_cache.size(1),
+        .page_size = kv_cache.size(1),
+        .page_stride = vectors(kv_cache, kv_cache.stride(0)),
+        .token_stride = vectors(kv_cache, kv_cache.stride(1)),
+        .kv_c_stride = vectors(kv_c, kv_c.stride(0)),
+        .k_pe_stride = vectors(k_pe, k_pe.stride(0)),
+        .kv_c_vectors = static_cast<int>(vectors(kv_c, kv_c.size(1))),
+        .k_pe_vectors = static_cast<int>(vectors(k_pe, k_pe.size(1))),
+        .kv_scale = kv_scale.has_value() ? static_cast<const float*>(kv_scale->data_ptr()) : nullptr,
+        .round_scale = round_scale,
+        .dtype = dtype_of(kv_c),
+    };
+    kv_cache.element_size() == 1 ? concat_and_cache_mla_fp8(params, on.stream)
+                                 : concat_and_cache_mla(params, on.stream);
 }
 
 void merge_attn_states_op(Tensor out, Tensor lse, const Tensor out_a, const Tensor lse_a, const Tensor out_b,
@@ -254,7 +262,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(flashmla_sm90, m) {
     m.def(
         "fwd_kvcache_mla(Tensor q, Tensor kv_cache, Tensor block_table, Tensor cache_seqlens, float softmax_scale, "
         "bool causal, Tensor? tile_scheduler_metadata, int num_parts, int plan_parts) -> (Tensor out, Tensor lse)");
-    m.def("concat_and_cache_mla(Tensor(a!) kv_cache, Tensor kv_c, Tensor k_pe, Tensor slot_mapping) -> ()");
+    m.def(
+        "concat_and_cache_mla(Tensor(a!) kv_cache, Tensor kv_c, Tensor k_pe, Tensor slot_mapping, Tensor? kv_scale, "
+        "bool round_scale) -> ()");
     m.def(
         "merge_attn_states(Tensor(a!) out, Tensor(b!) lse, Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) "
         "-> ()");

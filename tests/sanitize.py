@@ -35,6 +35,7 @@ from flashmla_ops import (
     get_mla_metadata_,
     merge_attn_states,
 )
+from flashmla_ops.kv_cache import BYTE_DTYPES, FORMATS, CacheFormat
 from flashmla_ops.plan import CPU_PARTS, make_plan, max_parts, row_tiles
 from flashmla_ops.testing import (
     BAD_PAGE,
@@ -112,21 +113,39 @@ def run_metadata(b: int, device: str) -> None:
 
 def append_cases(device: str) -> Iterator[Case]:
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for n, strided in ((1, False), (70, False), (70, True)):
-            name = f"concat_and_cache_mla {dtype} n={n}" + " strided" * strided
-            bad = [2**62, 10_000, -(2**62)] if device == "cuda" and n > 1 else []  # the CPU refuses these
+        formats = [f for f in FORMATS if f.dtypes in ((dtype,), BYTE_DTYPES)]
+        for layout, (n, strided) in itertools.product(formats, ((1, False), (70, False), (70, True))):
+            yield append_case(layout, {"dtype": dtype, "num_tokens": n, "strided": strided}, device)
+    # fp8's kernels where a token has more than a warp's units, and fewer than a block of 128
+    for layout, (d_v, d_rope) in itertools.product(FORMATS[-2:], ((640, 80), (48, 16))):
+        yield append_case(layout, {"num_tokens": 20, "d_v": d_v, "d_rope": d_rope, "page_size": 48}, device)
 
-            def run(device: str, dtype=dtype, n=n, strided=strided, bad=bad) -> None:
-                case = make_append_case(n, dtype=dtype, skip=0.2, strided=strided)
-                wrong = case.slot_mapping.clone()
-                for i, slot in enumerate(bad):
-                    wrong[10 * i], case.slot_mapping[10 * i] = slot, -1
-                call = moved_kwargs(replace(case, slot_mapping=wrong), device)
-                concat_and_cache_mla(**call)
-                concat_and_cache_mla(**case.kwargs())
-                assert torch.equal(call["kv_cache"].cpu(), case.kv_cache), "another cache"
 
-            yield Case(name, n > 1, run)
+def append_case(layout: CacheFormat, call: dict, device: str) -> Case:
+    """A call of make_append_case's arguments, for a cache of this format."""
+    n, strided = call["num_tokens"], call.get("strided", False)
+    bad = [2**62, 10_000, -(2**62)] if device == "cuda" and n > 20 else []  # the CPU refuses these
+
+    def run(device: str) -> None:
+        case = make_append_case(**call, skip=0.2)
+        wrong = case.slot_mapping.clone()
+        for i, slot in enumerate(bad):
+            wrong[10 * i], case.slot_mapping[10 * i] = slot, -1
+        options = {"kv_scale": torch.tensor(0.05)} if layout.scaled else {}
+        if layout.dtypes == BYTE_DTYPES:
+            num_pages, page_size, _, _ = case.kv_cache.shape
+            last_dim = layout.last_dim(case.kv_c.shape[1], case.k_pe.shape[1])
+            cache = torch.full((num_pages, page_size + strided, 1, last_dim + 16 * strided), 7, dtype=torch.uint8)
+            case = replace(case, kv_cache=cache[:, int(strided) :, :, :last_dim])
+        for round_scale in (True, False) if layout.name == "fp8" else (True,):
+            there = moved_kwargs(replace(case, slot_mapping=wrong), device)
+            scale = {name: moved(t, device) for name, t in options.items()}
+            concat_and_cache_mla(**there, **scale, round_scale=round_scale)
+            concat_and_cache_mla(**case.kwargs(), **options, round_scale=round_scale)
+            assert torch.equal(there["kv_cache"].cpu(), case.kv_cache), "another cache"
+
+    shown = " ".join(f"{name}={value}" for name, value in call.items())
+    return Case(f"concat_and_cache_mla {layout.name} {shown}", n > 1, run)
 
 
 # merge_attn_states

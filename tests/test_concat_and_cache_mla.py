@@ -1,20 +1,25 @@
 """Appending tokens: right in every slot that is named, and nowhere else."""
 
+from dataclasses import replace
+
 import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import append_calls
+from strategies import ALL_DIMS, append_calls
 
 from flashmla_ops import concat_and_cache_mla
+from flashmla_ops.kv_cache import PLAIN_DTYPES
 from flashmla_ops.testing import make_append_case
 
 
 @given(data=st.data())
 @settings(max_examples=150)
 def test_writes_the_named_slots_and_nothing_else(target, data):
-    """Bit for bit, the gaps of a strided cache included; slots of -1, as many as come, are skipped."""
-    case = make_append_case(**data.draw(append_calls(target)))
+    """Bit for bit, the gaps of a strided cache included; slots of -1, as many as come, are skipped. Every backend
+    appends in every shape and dtype."""
+    serves = replace(target, dtypes=PLAIN_DTYPES, dims=(*ALL_DIMS, (720, 640)), page_sizes=(16, 48, 64, 112, 128))
+    case = make_append_case(**data.draw(append_calls(serves)))
     expected = reference.append(case)
     buffer = case.kv_cache.as_strided((case.kv_cache.untyped_storage().nbytes() // case.kv_cache.itemsize,), (1,), 0)
     before = buffer.clone()

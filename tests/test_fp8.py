@@ -2,6 +2,7 @@
 
 import math
 import struct
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from flashmla_ops import concat_and_cache_mla, fwd_kvcache_mla, get_mla_metadata
 from flashmla_ops.kv_cache import BYTE_DTYPES, FORMATS, PLAIN_DTYPES, CacheFormat, format_of
-from flashmla_ops.testing import DecodeCase, make_append_case, make_decode_case
+from flashmla_ops.testing import AppendCase, DecodeCase, make_append_case, make_decode_case
 
 FP8 = {f.name: f for f in FORMATS if f.dtypes == BYTE_DTYPES}
 BLOCKS, ONE_SCALE = FP8["fp8"], FP8["fp8_tensor"]
@@ -127,27 +128,104 @@ def test_odd_scales_are_taken_as_they_are(kv_scale, expected):
 # ---------------------------------------------------------------------------------------------- concat_and_cache_mla
 
 
+def check_append(layout: CacheFormat, case: AppendCase, cache: Tensor, kv_scale: Tensor | None, round_scale: bool):
+    """Appends to a cache, whose whole storage must then be the reference's, computed on the CPU, and unchanged where no
+    token went."""
+    kv_c, k_pe, slots = case.kv_c.cpu(), case.k_pe.cpu(), case.slot_mapping.cpu()
+    d_v, page_size = kv_c.shape[1], cache.shape[1]
+    bytes_ = cache.view(torch.uint8)
+    stored = bytes_.as_strided((bytes_.untyped_storage().nbytes(),), (1,), 0)
+    expected = stored.cpu()
+    view, used = expected.as_strided(cache.shape, cache.stride(), cache.storage_offset()), slots >= 0
+    rows = layout.quantize(kv_c[used], k_pe[used], kv_scale, round_scale)
+    view[slots[used] // page_size, slots[used] % page_size, 0] = rows
+
+    scale = None if kv_scale is None else kv_scale.to(cache.device)
+    tokens = case.kv_c, case.k_pe, case.slot_mapping
+    assert concat_and_cache_mla(cache, *tokens, kv_scale=scale, round_scale=round_scale) is None
+    actual = stored.cpu()
+    if layout is BLOCKS and kv_c.dtype is not torch.bfloat16:  # any NaN in bf16 will do: torch's depends on the CPU
+        for buffer in (actual, expected):
+            rope = buffer.as_strided(cache.shape, cache.stride(), cache.storage_offset())
+            begin = d_v + 4 * -(-d_v // 128)
+            rope = rope[..., begin : begin + 2 * k_pe.shape[1]]
+            values = rope.contiguous().view(torch.bfloat16)
+            rope.copy_(values.masked_fill(values.isnan(), NAN).view(torch.uint8))
+    assert torch.equal(actual, expected)
+
+
+def random_bytes(layout: CacheFormat, case: AppendCase, strided: bool = False) -> Tensor:
+    """A cache of uint8 for the case's tokens, with gaps if strided."""
+    num_pages, page_size, _, _ = case.kv_cache.shape
+    last_dim = layout.last_dim(case.kv_c.shape[1], case.k_pe.shape[1])
+    shape = num_pages, page_size + strided, 1, last_dim + 16 * strided
+    cache = torch.randint(0, 256, shape, dtype=torch.uint8, device=case.kv_cache.device)
+    return cache[:, int(strided) :, :, :last_dim]
+
+
 @pytest.mark.parametrize("name", FP8)
 @pytest.mark.parametrize("cache_dtype", BYTE_DTYPES)
 @given(data=st.data())
 @settings(max_examples=40)
-def test_append_writes_the_reference_s_bytes(fp8_target, name, cache_dtype, data):
-    """In the named slots, and nothing anywhere else."""
-    layout, call = FP8[name], data.draw(append_calls(fp8_target))
+def test_append_writes_the_reference_s_bytes(target, name, cache_dtype, data):
+    """In the named slots, and nothing anywhere else; for every shape and dtype, on every backend."""
+    layout = FP8[name]
+    serves = replace(target, dtypes=PLAIN_DTYPES, dims=(*ALL_DIMS, (720, 640)), page_sizes=(16, 48, 64))
+    call = data.draw(append_calls(serves))
     case = make_append_case(**call)
-    num_pages, page_size, _, d_qk = case.kv_cache.shape
-    d_v = case.kv_c.shape[1]
-    last_dim = layout.last_dim(d_v, d_qk - d_v)
-    cache = torch.randint(0, 256, (num_pages, page_size, 1, last_dim), dtype=torch.uint8, device=fp8_target.device)
-    round_scale, kv_scale = data.draw(st.booleans()), scale_of(layout)
-    expected = cache.clone().view(-1, last_dim)
-    used = case.slot_mapping >= 0
-    rows = layout.quantize(case.kv_c[used], case.k_pe[used], kv_scale, round_scale)
-    expected[case.slot_mapping[used]] = rows
-    given_cache = cache.view(cache_dtype)
-    tokens = case.kv_c, case.k_pe, case.slot_mapping
-    assert concat_and_cache_mla(given_cache, *tokens, kv_scale=kv_scale, round_scale=round_scale) is None
-    assert torch.equal(cache.view(-1, last_dim), expected)
+    for tokens in (case.kv_c, case.k_pe):
+        tokens.mul_(10.0 ** data.draw(st.integers(-5, 3)))
+    cache = random_bytes(layout, case, call["strided"]).view(cache_dtype)
+    check_append(layout, case, cache, scale_of(layout), data.draw(st.booleans(), label="round_scale"))
+
+
+def all_values(dtype: torch.dtype) -> Tensor:
+    """[n, 512] of all 16-bit values by magnitude and shuffled, infinities and NaN among them, or of as many fp32 bits;
+    then e4m3's values, what lies between two of them and the values beside that, in blocks of scales near powers of
+    two."""
+    generator = torch.Generator().manual_seed(0)
+    bits = torch.arange(2**16, dtype=torch.int32)
+    if dtype is torch.float32:
+        values = torch.randint(-(2**31), 2**31, (2**16,), generator=generator).int().view(dtype)
+    else:
+        values = bits.to(torch.int16).view(dtype)
+    if dtype is torch.float16:  # torch keeps the sign of its NaN in some cases only
+        values = values.masked_fill(values.isnan(), NAN)
+    near = torch.tensor(E4M3)
+    near = torch.cat([near, (near[1:] + near[:-1]) / 2])
+    near = torch.cat([near, near.nextafter(torch.tensor(INF)), near.nextafter(torch.tensor(-INF))]).clamp(-448, 448)
+    near = torch.cat([near, near.new_zeros(-len(near) % 127)]).view(-1, 127)
+    near = torch.cat([near.new_full((len(near), 1), 448.0), near], 1)  # a block's largest
+    near = torch.cat([near * scale for scale in (1.0, 2.0**-14, 2.0**-100, 0.3, 2.0**-126, 2.0**119)]).to(dtype)
+    by_magnitude = values[values.float().abs().argsort(stable=True)]
+    shuffled = values[torch.randperm(len(values), generator=generator)]
+    return torch.cat([by_magnitude, shuffled, near.flatten(), near.new_zeros(-near.numel() % 512)]).view(-1, 512)
+
+
+@pytest.mark.parametrize("dtype", PLAIN_DTYPES)
+@pytest.mark.parametrize("round_scale", [True, False])
+def test_append_of_all_values(target, dtype, round_scale):
+    """Zeros, subnormal and great numbers, ties, infinities and NaN of either sign."""
+    kv_c = all_values(dtype)
+    extreme = torch.zeros(6, 512, dtype=dtype)
+    greatest, smallest = torch.finfo(dtype).max, torch.finfo(dtype).smallest_normal
+    extreme[1], extreme[2, 130], extreme[3] = -0.0, smallest / 4, greatest
+    extreme[4, :200], extreme[5] = INF, NAN
+    kv_c = torch.cat([kv_c, extreme])
+    tokens = AppendCase(torch.zeros(0, 16, 1, 576), kv_c, kv_c[:, 64:128], torch.randperm(len(kv_c)))
+    tokens = replace(tokens, kv_cache=torch.zeros(-(-len(kv_c) // 16), 16, 1, 576)).to(target.device)
+    check_append(BLOCKS, tokens, random_bytes(BLOCKS, tokens), None, round_scale)
+    for scale in (1.0, 0.05, -0.3, 1e-45, 1e-38, 3e38):
+        check_append(ONE_SCALE, tokens, random_bytes(ONE_SCALE, tokens), torch.tensor(scale), round_scale)
+
+
+@pytest.mark.parametrize("kv_scale", [0.0, -0.0, NAN, -NAN, INF, -INF])
+def test_append_with_odd_scales(target, kv_scale):
+    """What torch's division gives on x86: NaN has a sign, that of 0 / 0 and inf / inf too."""
+    odd = torch.tensor([0.0, -0.0, 1.0, -1.0, 1e-40, 500.0, INF, -INF, NAN, -NAN, 448.0, -1e30, 2.0, 3.0, 4.0, 5.0])
+    case = AppendCase(torch.zeros(1, 16, 1, 48), odd.repeat(3, 2), odd.repeat(3, 1), torch.tensor([3, -1, 0]))
+    case = case.to(target.device)
+    check_append(ONE_SCALE, case, random_bytes(ONE_SCALE, case), torch.tensor(kv_scale), True)
 
 
 # -------------------------------------------------------------------------------------------------- fwd_kvcache_mla

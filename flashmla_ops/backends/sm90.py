@@ -40,8 +40,6 @@ def refusal(op: str, tensor: Tensor, **facts) -> str | None:
         return f"it serves CUDA tensors only, this one is on {tensor.device}"
     if reason := _no_library():
         return reason
-    if op == "concat_and_cache_mla" and tensor.dtype in BYTE_DTYPES:
-        return f"it writes no fp8 caches yet, got a kv_cache of {tensor.dtype}: the cpu backend does, on CPU tensors"
     if op != "fwd_kvcache_mla":
         return _no_device(tensor.device.index, OLDEST_CAPABILITY, op)
     return _no_fwd(tensor.device.index) or _no_call(tensor, **facts)
@@ -151,11 +149,11 @@ def fwd_kvcache_mla(
 
 
 def concat_and_cache_mla(
-    kv_cache: Tensor, kv_c: Tensor, k_pe: Tensor, slot_mapping: Tensor, kv_scale: None, round_scale: bool
+    kv_cache: Tensor, kv_c: Tensor, k_pe: Tensor, slot_mapping: Tensor, kv_scale: Tensor | None, round_scale: bool
 ) -> None:
     if values.DEBUG:
         values.check_slots(slot_mapping, kv_cache.shape[0] * kv_cache.shape[1])
-    torch.ops.flashmla_sm90.concat_and_cache_mla.default(kv_cache, kv_c, k_pe, slot_mapping)
+    torch.ops.flashmla_sm90.concat_and_cache_mla.default(kv_cache, kv_c, k_pe, slot_mapping, kv_scale, round_scale)
 
 
 def merge_attn_states(out: Tensor, lse: Tensor, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> None:
