@@ -5,6 +5,7 @@
     python examples/generate.py --checkpoint DIR --dtype bfloat16   # a DeepSeek V2, V3 or Kimi K2 checkpoint
     python examples/generate.py --random 8x1024                     # random weights, for a trial of speed
     python examples/generate.py --kv-cache fp8                      # 656 bytes a token instead of bf16's 1152
+    python examples/generate.py --kv-cache fp8_tensor               # 576: one scale a layer, attn.kv_scale
 
 Modes: eager; compiled (torch.compile); on a GPU also cudagraph (the eager step captured by hand) and reduce-overhead
 (torch.compile's own CUDA graphs). Every mode decodes the same tokens, those that eager chose, and its logits are
@@ -30,7 +31,7 @@ from torch.nn import functional as F
 from train_tiny import CONFIG, as_tokens, stdlib_text, windows
 
 from flashmla_ops import PagedKVCache, fwd_kvcache_mla
-from flashmla_ops.kv_cache import Fp8Blocks
+from flashmla_ops.kv_cache import FORMATS, Plain, named_format
 from flashmla_ops.modules import DeepseekModel, MLAConfig
 
 CHECKPOINT = Path(__file__).parent / "data" / "stdlib-6m"
@@ -39,6 +40,7 @@ PROMPTS = [
     'def read_lines(path):\n    """Return the lines of a file.',
     "    def __init__(self, name, value=None):\n        self.name = name\n        self.value = value\n\n    def ",
 ]
+KV_CACHES = ["plain", *(layout.name for layout in FORMATS if not isinstance(layout, Plain))]
 PAGE_SIZE = 64
 WARM_UP = 3  # steps left out of tokens/s: reduce-overhead records its CUDA graph in the second
 MAX_CLOSE = 0.01  # the share of close calls allowed in fp32
@@ -92,10 +94,11 @@ def random_model(shape: str, dtype: torch.dtype, device: str) -> DeepseekModel:
 
 def cache_of(kv_cache: str, config: MLAConfig, dtype: torch.dtype) -> dict:
     """PagedKVCache's arguments for a cache of `--kv-cache`."""
-    if kv_cache == "fp8":
-        last_dim = Fp8Blocks().last_dim(config.kv_lora_rank, config.qk_rope_head_dim)
-        return {"head_dim": last_dim, "dtype": torch.uint8}
-    return {"head_dim": config.head_dim, "dtype": dtype}
+    return {
+        "kv_cache_dtype": dtype if kv_cache == "plain" else kv_cache,
+        "kv_lora_rank": config.kv_lora_rank,
+        "qk_rope_head_dim": config.qk_rope_head_dim,
+    }
 
 
 def gpu_problem(kv_cache: str) -> str | None:
@@ -103,11 +106,12 @@ def gpu_problem(kv_cache: str) -> str | None:
     if not torch.cuda.is_available():
         return "torch.cuda.is_available() is False"
     q = torch.zeros(1, 1, 16, CONFIG.head_dim, dtype=torch.bfloat16, device="cuda")
-    kind = cache_of(kv_cache, CONFIG, torch.bfloat16)
-    kv_cache = torch.zeros(1, PAGE_SIZE, 1, kind["head_dim"], dtype=kind["dtype"], device="cuda")
-    block_table, cache_seqlens = (torch.zeros(shape, dtype=torch.int32, device="cuda") for shape in ((1, 1), (1,)))
+    kind = cache_of(kv_cache, CONFIG, q.dtype)
+    cache = PagedKVCache(1, 1, 1, 1, page_size=PAGE_SIZE, device="cuda", **kind)
+    kv_scale = torch.ones((), device="cuda") if named_format(kind["kv_cache_dtype"]).scaled else None
+    tables = cache.block_table, cache.cache_seqlens
     try:
-        fwd_kvcache_mla(q, kv_cache, block_table, cache_seqlens, CONFIG.kv_lora_rank)
+        fwd_kvcache_mla(q, cache.layers[0], *tables, CONFIG.kv_lora_rank, kv_scale=kv_scale)
     except NotImplementedError as error:
         return str(error)
     return None
@@ -130,7 +134,7 @@ class Run:
 
     @property
     def tolerance(self) -> float:
-        return max(TOLERANCE[self.logits.dtype], FP8_TOLERANCE if self.kv_cache == "fp8" else 0.0)
+        return max(TOLERANCE[self.logits.dtype], FP8_TOLERANCE if self.kv_cache != "plain" else 0.0)
 
     @property
     def chose_experts(self) -> bool:
@@ -365,7 +369,7 @@ def main() -> int:
     parser.add_argument("--temperature", type=float, default=0.0, help="of sampling; 0, the default, is greedy")
     parser.add_argument("--mode", action="append", choices=["eager", "compiled", "cudagraph", "reduce-overhead"])
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="float32 on CPU, bfloat16 on GPU")
-    parser.add_argument("--kv-cache", choices=["plain", "fp8"], default="plain", help="plain: in the model's dtype")
+    parser.add_argument("--kv-cache", choices=KV_CACHES, default="plain", help="plain: in the model's dtype")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="cuda where the ops run on it, else cpu")
     args = parser.parse_args()
     torch.manual_seed(0)

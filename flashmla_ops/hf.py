@@ -23,6 +23,8 @@ V2 = {
 V3 = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "norm_topk_prob": True, "rope_write_interleaved": False}
 FAMILIES = {"deepseek_v2": V2, "deepseek_v3": V3, "kimi_k2": V3}
 
+UNUSED = ("rotary_emb.inv_freq", "self_attn.v_scale")  # ends of the names of tensors that no model of ours needs
+
 # Settings that modules.py has no counterpart for, with the only value it serves.
 FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "moe_layer_freq": 1}
 
@@ -36,6 +38,7 @@ ATTENTION = {
     "kv_b_proj": "wkv_b",
     "o_proj": "wo",
 }
+KV_SCALE = "self_attn.k_scale"  # of a layer, in checkpoints that were calibrated for a cache of one scale
 FP8_BLOCK = (128, 128)  # rows and columns that share a scale, where quantization_config does not say
 
 
@@ -44,7 +47,9 @@ def load(directory, dtype: torch.dtype | None = None, device=None) -> DeepseekMo
 
     Each tensor is copied straight into its place in a model allocated without being initialised, and files are mapped
     one at a time: peak memory is the model and one shard. fp8 weights are dequantised with their block scales.
-    Multi-token-prediction layers are skipped, and a line on stderr says so; progress is on stderr too.
+    Multi-token-prediction layers are skipped, and a line on stderr says so; progress is on stderr too. A layer's
+    self_attn.k_scale, where the checkpoint has one, becomes its attn.kv_scale, which "fp8_tensor" caches use; there is
+    one for keys and values, which are the same latents, so a v_scale is left out.
 
     Args:
         directory: of a DeepSeek V2, V3, R1 or Kimi K2 checkpoint.
@@ -63,9 +68,13 @@ def load(directory, dtype: torch.dtype | None = None, device=None) -> DeepseekMo
     model = DeepseekModel(config, device="meta", dtype=dtype)
     _check_names(directory, checkpoint.files, _places(model, checkpoint.files), config)
     model.to_empty(device=device or torch.get_default_device())
+    for layer in model.layers:
+        layer.attn.kv_scale.fill_(1.0)
     places = _places(model, checkpoint.files)
     for name in _with_progress(f"loading {directory.name}", sorted(places, key=checkpoint.order), places):
         tensor, place = checkpoint.read(name), places[name]
+        if name.endswith(KV_SCALE) and tensor.numel() == 1:
+            tensor = tensor.view(())  # [] or [1]
         if tensor.shape != place.shape:
             raise RuntimeError(f"{name}: expected shape {list(place.shape)}, got {list(tensor.shape)} in {directory}")
         if tensor.dtype == torch.float8_e4m3fn:
@@ -79,12 +88,14 @@ def load(directory, dtype: torch.dtype | None = None, device=None) -> DeepseekMo
 
 def save(model: DeepseekModel, directory) -> None:
     """Writes config.json and model.safetensors, as transformers' DeepseekV3ForCausalLM (or V2's, for a softmax router)
-    reads them: one file, one tensor an expert, each in the model's dtype."""
+    reads them: one file, one tensor an expert, each in the model's dtype. A kv_scale other than 1 is written too."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     settings = config_to_hf(model.config, model.embed.weight.dtype)
     (directory / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
-    tensors = {name: place.cpu().clone(memory_format=torch.contiguous_format) for name, place in _places(model).items()}
+    scales = {f"model.layers.{i}.{KV_SCALE}": layer.attn.kv_scale for i, layer in enumerate(model.layers)}
+    places = _places(model, [name for name, scale in scales.items() if scale != 1])
+    tensors = {name: place.cpu().clone(memory_format=torch.contiguous_format) for name, place in places.items()}
     _safetensors().torch.save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
 
 
@@ -139,7 +150,8 @@ def config_to_hf(config: MLAConfig, dtype: torch.dtype) -> dict:
 def _places(model: DeepseekModel, names: Iterable[str] = ()) -> dict[str, Tensor]:
     """The model's weights by their names in a checkpoint: views, so that what is copied to them lands in the model.
 
-    Experts are one tensor each, unless transformers 5's fused tensors are among the checkpoint's `names`.
+    Experts are one tensor each, unless transformers 5's fused tensors are among the checkpoint's `names`. Layers have a
+    kv_scale where it is among them.
     """
     places = {"model.embed_tokens.weight": model.embed.weight, "model.norm.weight": model.norm.weight}
     if not model.config.tie_word_embeddings:
@@ -151,6 +163,8 @@ def _places(model: DeepseekModel, names: Iterable[str] = ()) -> dict[str, Tensor
         for theirs, ours in ATTENTION.items():
             if hasattr(layer.attn, ours):
                 places[f"{prefix}self_attn.{theirs}.weight"] = getattr(layer.attn, ours).weight
+        if f"{prefix}{KV_SCALE}" in names:
+            places[f"{prefix}{KV_SCALE}"] = layer.attn.kv_scale
         if isinstance(layer.ffn, MoE):
             places |= _moe_places(f"{prefix}mlp.", layer.ffn, fused=f"{prefix}mlp.experts.gate_up_proj" in names)
         else:
@@ -182,7 +196,7 @@ def _scale_of(name: str) -> str:
 def _check_names(directory: Path, names: Iterable[str], places: dict[str, Tensor], config: MLAConfig) -> None:
     """Raises on names that the checkpoint lacks or that nothing here knows; prints what is skipped."""
     known = {*places, *map(_scale_of, places)}
-    others = [name for name in names if name not in known and not name.endswith("rotary_emb.inv_freq")]
+    others = [name for name in names if name not in known and not name.endswith(UNUSED)]
     if config.tie_word_embeddings:
         others = [name for name in others if name != "lm_head.weight"]
     # only multi-token-prediction layers, which follow the model's own, have an eh_proj

@@ -150,8 +150,34 @@ def formats_of(dtype: torch.dtype) -> tuple[CacheFormat, ...]:
 
 
 def format_of(kv_cache: Tensor, d_v: int, d_rope: int) -> CacheFormat:
-    """The format of a cache that has passed the ops' checks."""
-    return next(f for f in formats_of(kv_cache.dtype) if f.last_dim(d_v, d_rope) == kv_cache.shape[-1])
+    """The format of a cache of tokens of d_v + d_rope values, told from its dtype and last dimension.
+
+    Raises:
+        RuntimeError: no format is like that; lists those of this dtype.
+    """
+    formats = formats_of(kv_cache.dtype)
+    for layout in formats:
+        if layout.last_dim(d_v, d_rope) == kv_cache.shape[-1]:
+            return layout
+    if not formats:
+        raise RuntimeError(f"kv_cache: expected one of {', '.join(map(str, CACHE_DTYPES))}, got {kv_cache.dtype}")
+    sizes = " or ".join(f"{layout.last_dim(d_v, d_rope)} ({layout.name})" for layout in formats)
+    raise RuntimeError(
+        f"kv_cache: expected last dimension {sizes} for {d_v} + {d_rope} values, got shape {list(kv_cache.shape)}"
+    )
+
+
+def named_format(kv_cache_dtype: str | torch.dtype) -> CacheFormat:
+    """The format of a name: of its `name` in FORMATS, or of the torch dtype of plain values.
+
+    Raises:
+        RuntimeError: an unknown name; lists those that are known.
+    """
+    by_name = {layout.name: layout for layout in FORMATS}
+    name = str(kv_cache_dtype).removeprefix("torch.")
+    if name not in by_name:
+        raise RuntimeError(f"kv_cache_dtype: expected one of {', '.join(by_name)}, got {kv_cache_dtype}")
+    return by_name[name]
 
 
 def mark_kv_cache(kv_cache: Tensor) -> Tensor:
@@ -195,13 +221,15 @@ class PagedKVCache:
     Rows without a sequence have length 0 and slots -1, which the ops treat as padding.
 
     Args:
-        num_layers, num_pages, page_size: sizes of `layers`, a list of [num_pages, page_size, 1, head_dim] tensors.
+        num_layers, num_pages, page_size: sizes of `layers`, a list of [num_pages, page_size, 1, last_dim] tensors.
         max_batch_size: rows of the tables, that is sequences at once.
         max_pages_per_sequence: columns of block_table.
-        head_dim: the caches' last dimension, as `CacheFormat.last_dim` has it: kv_lora_rank + qk_rope_head_dim, but
-            of fp8 with scales for every 128 values.
+        kv_cache_dtype: the caches' format, by its name in FORMATS: "bfloat16" (if None), "float16" and "float32" (or
+            these torch dtypes), "fp8" (e4m3 with a scale for every 128 values, rope in bf16), "fp8_tensor" (e4m3 with
+            one kv_scale, which the ops are given with each call). fp8 caches are of uint8.
+        kv_lora_rank, qk_rope_head_dim: values of a token, from which last_dim follows: 576 for 512 + 64, "fp8" 656.
         max_new_tokens: the most tokens that one `extend` adds to a row; width of slot_mapping.
-        dtype: of the caches, one of CACHE_DTYPES.
+        head_dim, dtype: last_dim and the caches' dtype (one of CACHE_DTYPES) as they are, instead of kv_cache_dtype.
     Attributes:
         layers: the caches, each marked with `mark_kv_cache`.
         block_table: [max_batch_size, max_pages_per_sequence] int32.
@@ -217,12 +245,23 @@ class PagedKVCache:
         max_batch_size: int,
         max_pages_per_sequence: int,
         *,
-        head_dim: int = 576,
+        kv_cache_dtype: str | torch.dtype | None = None,
+        kv_lora_rank: int = 512,
+        qk_rope_head_dim: int = 64,
         page_size: int = 64,
         max_new_tokens: int = 1,
-        dtype: torch.dtype = torch.bfloat16,
+        head_dim: int | None = None,
+        dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ):
+        if kv_cache_dtype is not None:
+            for name, value in (("head_dim", head_dim), ("dtype", dtype)):
+                if value is not None:
+                    raise RuntimeError(f"{name}: expected None with kv_cache_dtype, from which it follows, got {value}")
+            layout = named_format(kv_cache_dtype)
+            head_dim, dtype = layout.last_dim(kv_lora_rank, qk_rope_head_dim), layout.dtypes[0]
+        head_dim = kv_lora_rank + qk_rope_head_dim if head_dim is None else head_dim
+        dtype = torch.bfloat16 if dtype is None else dtype
         if dtype not in CACHE_DTYPES:
             raise RuntimeError(f"dtype: expected one of {', '.join(map(str, CACHE_DTYPES))}, got {dtype}")
         sizes = {"num_pages": num_pages, "max_batch_size": max_batch_size, "max_new_tokens": max_new_tokens}

@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .functional import concat_and_cache_mla, fwd_kvcache_mla, get_mla_metadata
-from .kv_cache import format_of, slots_of
+from .kv_cache import CacheFormat, format_of, slots_of
 
 INIT_STD = 0.02  # of all matrices at the start of training
 # For un-absorbed attention, best first. At 192 / 128 dims on Hopper cuDNN reaches 600 TFLOP/s, the memory-efficient one
@@ -210,11 +210,20 @@ class DecodeStep(NamedTuple):
 
 
 class MLAttention(nn.Module):
-    """Multi-head latent attention; x [b, s, hidden] to [b, s, hidden], `angles` of `rotary_angles`."""
+    """Multi-head latent attention; x [b, s, hidden] to [b, s, hidden], `angles` of `rotary_angles`.
+
+    A cache may have any format of kv_cache.py; which it has is told from the tensor.
+
+    Attributes:
+        kv_scale: [] fp32 buffer, 1 unless a checkpoint has another: in a cache of "fp8_tensor" a value x of this layer
+            is e4m3(x / kv_scale), read as e4m3 * kv_scale. max |x| / 448 uses e4m3's whole range. Change it in place
+            (`fill_`), while the layer's cache is empty. Caches of other formats leave it alone.
+    """
 
     def __init__(self, config: MLAConfig, **factory):
         super().__init__()
         self.config = config
+        self.register_buffer("kv_scale", torch.ones((), device=factory.get("device"), dtype=torch.float32))
         h, hidden = config.num_attention_heads, config.hidden_size
         r, q_rank = config.kv_lora_rank, config.q_lora_rank
         if q_rank is None:
@@ -235,11 +244,12 @@ class MLAttention(nn.Module):
     def prefill(self, x: Tensor, kv_cache: Tensor, angles: tuple[Tensor, Tensor], step: PrefillStep) -> Tensor:
         """Appends the tokens' latents to the cache; attends to them, or to all that the cache holds of their rows."""
         q, kv_c, k_pe = self._project(x, angles)
-        concat_and_cache_mla(kv_cache, kv_c.flatten(0, 1), k_pe.flatten(0, 1), step.slots)
+        layout, kv_scale = self._format_of(kv_cache)
+        concat_and_cache_mla(kv_cache, kv_c.flatten(0, 1), k_pe.flatten(0, 1), step.slots, kv_scale=kv_scale)
         if step.seen is not None:
             dims = kv_c.shape[-1], k_pe.shape[-1]  # r, d_rope
             cached = kv_cache[step.pages].flatten(1, 3)  # [b, max_pages * page_size, last_dim]
-            cached = format_of(kv_cache, *dims).dequantize(cached, *dims, None, x.dtype)
+            cached = layout.dequantize(cached, *dims, kv_scale, x.dtype)
             cached = torch.where(step.written, cached, 0)  # what lies beyond may be NaN, and 0 * NaN is NaN
             kv_c, k_pe = cached.split(dims, -1)
         return self._attend(q, kv_c, k_pe, step.seen)
@@ -248,13 +258,20 @@ class MLAttention(nn.Module):
         """Appends the tokens' latents to the cache, and attends to the cache absorbed."""
         config = self.config
         (q_nope, q_pe), kv_c, k_pe = self._project(x, angles)
-        concat_and_cache_mla(kv_cache, kv_c.flatten(0, 1), k_pe.flatten(0, 1), step.slots)
+        _, kv_scale = self._format_of(kv_cache)
+        concat_and_cache_mla(kv_cache, kv_c.flatten(0, 1), k_pe.flatten(0, 1), step.slots, kv_scale=kv_scale)
         w_ukv = self.wkv_b.weight.unflatten(0, (config.num_attention_heads, -1))  # [h, d_nope + d_v, r], a view
         w_uk, w_uv = w_ukv.split([config.qk_nope_head_dim, config.v_head_dim], 1)
         q = torch.cat([torch.einsum("bshd,hdr->bshr", q_nope, w_uk), q_pe], -1)
-        r, scale, causal = config.kv_lora_rank, config.softmax_scale, True
-        out, _ = fwd_kvcache_mla(q, kv_cache, step.block_table, step.cache_seqlens, r, scale, causal, *step.plan)
+        cached = kv_cache, step.block_table, step.cache_seqlens
+        how = config.kv_lora_rank, config.softmax_scale, True
+        out, _ = fwd_kvcache_mla(q, *cached, *how, *step.plan, kv_scale=kv_scale)
         return self.wo(torch.einsum("bshr,hdr->bshd", out, w_uv).flatten(2))
+
+    def _format_of(self, kv_cache: Tensor) -> tuple[CacheFormat, Tensor | None]:
+        """The cache's format, and the kv_scale that the ops take with it."""
+        layout = format_of(kv_cache, self.config.kv_lora_rank, self.config.qk_rope_head_dim)
+        return layout, self.kv_scale.float() if layout.scaled else None  # model.to(dtype) converts buffers too
 
     def _project(self, x: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
         """Queries (q_nope, q_pe), both [b, s, h, ...], latents kv_c [b, s, r] and rotated keys k_pe [b, s, d_rope]."""
@@ -519,8 +536,9 @@ class DeepseekModel(nn.Module):
         Args:
             input_ids: [b, s], row r's tokens first, then padding of any valid id.
             seqlens_q: [b] int32, tokens of each row in input_ids, 0 to s.
-            kv_caches: one [num_pages, page_size, 1, config.head_dim] a layer, in the model's dtype; or of uint8 in the
-                fp8 format that has its own scales, [..., 656] for 512 + 64 (kv_cache.py), where a backend serves it.
+            kv_caches: one a layer, as `PagedKVCache.layers`: [num_pages, page_size, 1, config.head_dim] in the model's
+                dtype, or of an fp8 format of kv_cache.py, where a backend serves it. With one of "fp8_tensor" each
+                layer's attn.kv_scale applies.
             block_table: [b, max_pages] int32. With cache_seqlens, all max_pages of every row are gathered and
                 up-projected, so pass no more columns than the longest row needs.
             cache_seqlens: [b] int32, tokens of each row in the caches, those of this call included. None means that

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from flashmla_ops import PagedKVCache, concat_and_cache_mla, fwd_kvcache_mla
-from flashmla_ops.kv_cache import slots_of
+from flashmla_ops.kv_cache import FORMATS, format_of, slots_of
 from flashmla_ops.testing import relative_error
 
 PAGE, PAGES, ROWS, COLUMNS, NEW = (
@@ -188,6 +188,27 @@ def test_slots_of_positions():
     assert slots.tolist() == [[-1, 7 * 16, 3 * 16 + 1], [15, 9 * 16, -1]] and slots.dtype is torch.int64
 
 
+@pytest.mark.parametrize("layout", FORMATS, ids=lambda layout: layout.name)
+@pytest.mark.parametrize("d_v, d_rope", [(512, 64), (128, 32), (512, 0)])
+def test_the_format_is_said_by_name(layout, d_v, d_rope):
+    """And is told from the tensors then."""
+    sizes = {"kv_lora_rank": d_v, "qk_rope_head_dim": d_rope, "page_size": 16}
+    cache = PagedKVCache(2, 3, 1, 3, kv_cache_dtype=layout.name, **sizes)
+    for layer in cache.layers:
+        assert layer.shape == (3, 16, 1, layout.last_dim(d_v, d_rope)) and layer.dtype is layout.dtypes[0]
+        assert format_of(layer, d_v, d_rope) is layout
+
+
+def test_defaults_and_torch_dtypes():
+    def made(**how) -> tuple:
+        layer = PagedKVCache(1, 1, 1, 1, **how).layers[0]
+        return layer.shape[-1], layer.dtype
+
+    assert made() == made(kv_cache_dtype=torch.bfloat16) == (576, torch.bfloat16)
+    assert made(dtype=torch.float32) == made(kv_cache_dtype=torch.float32) == (576, torch.float32)
+    assert made(kv_cache_dtype="fp8") == made(head_dim=656, dtype=torch.uint8) == (656, torch.uint8)
+
+
 unchecked = pytest.mark.xfail(reason="the first call of an op refuses it, the constructor not", strict=True)
 
 
@@ -195,6 +216,10 @@ unchecked = pytest.mark.xfail(reason="the first call of an op refuses it, the co
     "change, message",
     [
         ({"dtype": torch.float64}, "dtype: expected one of .*, got torch.float64"),
+        ({"kv_cache_dtype": "fp9"}, "kv_cache_dtype: expected one of bfloat16, .*, fp8, fp8_tensor, got fp9"),
+        ({"kv_cache_dtype": torch.uint8}, "kv_cache_dtype: expected one of .*, got torch.uint8"),  # which of them?
+        ({"kv_cache_dtype": "fp8", "head_dim": 576}, "head_dim: expected None with kv_cache_dtype, .*, got 576"),
+        ({"kv_cache_dtype": "fp8", "dtype": torch.uint8}, "dtype: expected None with kv_cache_dtype"),
         ({"num_pages": 0}, "num_pages: expected at least 1, got 0"),
         ({"max_batch_size": 0}, "max_batch_size: expected at least 1, got 0"),
         ({"max_new_tokens": 0}, "max_new_tokens: expected at least 1, got 0"),

@@ -11,8 +11,19 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flashmla_ops import PagedKVCache
-from flashmla_ops.modules import DeepseekModel, MLAConfig, MoE, RMSNorm, Router, rotary_angles, rotate
+from flashmla_ops import PagedKVCache, kv_cache
+from flashmla_ops.kv_cache import named_format, slots_of
+from flashmla_ops.modules import (
+    DecodeStep,
+    DeepseekModel,
+    MLAConfig,
+    MoE,
+    PrefillStep,
+    RMSNorm,
+    Router,
+    rotary_angles,
+    rotate,
+)
 
 YARN = {"type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64}
 BASE = MLAConfig(
@@ -420,6 +431,204 @@ def test_gradients_need_forward():
     assert not model.decode(token, cache.layers, cache.block_table, cache.cache_seqlens).requires_grad
     assert not model.prefill(token, lengths(1), cache.layers, cache.block_table).requires_grad
     assert model(token).requires_grad
+
+
+# ------------------------------------------------------------------------------------------------------- fp8 caches
+
+FP8 = ("fp8", "fp8_tensor")
+SCALE = 0.03
+
+
+def fp8_cache(name: str, config: MLAConfig, rows: int = 2) -> PagedKVCache:
+    dims = {"kv_lora_rank": config.kv_lora_rank, "qk_rope_head_dim": config.qk_rope_head_dim}
+    sizes = (config.num_hidden_layers, 8 * rows, rows, 8)
+    cache = PagedKVCache(*sizes, kv_cache_dtype=name, page_size=16, max_new_tokens=64, **dims)
+    for _ in range(rows):
+        cache.allocate()
+    return cache
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", FP8)
+@torch.no_grad()
+def test_attention_over_an_fp8_cache(name, dtype):
+    """Appended is the reference's quantisation of the tokens; attended to is what the cache then stands for: the same
+    as over a plain cache of those values, to which nothing is appended. In pieces of a prompt, then in decode steps."""
+    model = build(BASE)
+    attn, layout = model.layers[0].attn, named_format(name)
+    attn.kv_scale.fill_(SCALE)
+    model.to(dtype)
+    kv_scale = attn.kv_scale.float() if layout.scaled else None  # in a bf16 model rounded, for writing and for reading
+    cache, r, d_rope = fp8_cache(name, BASE), BASE.kv_lora_rank, BASE.qk_rope_head_dim
+    fp8 = cache.layers[0]
+    for n in (20, 33, 1, 3):
+        cache.extend(n)
+        table, seqlens = cache.block_table, cache.cache_seqlens
+        x = torch.randn(2, n, BASE.hidden_size, dtype=dtype)
+        positions = seqlens[:, None] - n + torch.arange(n)
+        angles, slots = rotary_angles(BASE, positions), slots_of(table, positions, 16).flatten()
+        if n > 3:
+            keys = torch.arange(8 * 16)
+            seen = (keys <= positions[..., None])[:, None]
+            step, run = PrefillStep(slots, table.long(), (keys < seqlens[:, None])[..., None], seen), attn.prefill
+        else:
+            step, run = DecodeStep(slots, table, seqlens, (None, None)), attn.decode
+        out = run(x, fp8, angles, step)
+        _, kv_c, k_pe = attn._project(x, angles)
+        written = fp8.flatten(0, 2)[slots]
+        assert written.equal(layout.quantize(kv_c.flatten(0, 1), k_pe.flatten(0, 1), kv_scale, True))
+        plain = layout.dequantize(fp8, r, d_rope, kv_scale, dtype)
+        expected = run(x, plain, angles, step._replace(slots=torch.full_like(slots, -1)))
+        torch.testing.assert_close(out, expected)
+
+
+def compare_with_eager(model: DeepseekModel, run, step: dict, caches: list[torch.Tensor]) -> None:
+    eager_caches = [cache.clone() for cache in caches]
+    expected = model.decode(kv_caches=eager_caches, **step)
+    torch.testing.assert_close(run(kv_caches=caches, **step), expected, rtol=1e-4, atol=1e-4)
+    for cache, eager in zip(caches, eager_caches, strict=True):
+        assert cache.any() and cache.equal(eager)
+
+
+def fp8_step() -> tuple[DeepseekModel, list[torch.Tensor], dict]:
+    """A model of two layers, one cache of each format, and a step of the first two tokens of two rows."""
+    config = changed(num_hidden_layers=2, n_routed_experts=0)
+    model, caches = build(config), [fp8_cache(name, config) for name in FP8]
+    for layer in model.layers:
+        layer.attn.kv_scale.fill_(SCALE)
+    caches[0].extend(2)
+    step = {"block_table": caches[0].block_table, "cache_seqlens": caches[0].cache_seqlens}
+    layers = [cache.layers[0] for cache in caches]
+    return model, layers, {"input_ids": torch.randint(80, (2, 2)), **step}
+
+
+def test_decode_over_fp8_caches_compiles():
+    """Into one graph; a scale that is changed in place is seen without another."""
+    model, caches, step = fp8_step()
+    compiled = torch.compile(model.decode, fullgraph=True, backend="aot_eager")
+    compare_with_eager(model, compiled, step, caches)
+    model.layers[1].attn.kv_scale.fill_(2 * SCALE)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        compare_with_eager(model, compiled, step, caches)
+
+
+def test_attention_over_fp8_caches_compiled_by_inductor(needs_inductor):
+    """The caches are written in place, and neither copied nor viewed as another dtype."""
+    from torch._dynamo.utils import ReinplaceCounters
+    from torch._inductor.utils import run_and_get_code
+
+    ReinplaceCounters.clear()
+    model, caches, step = fp8_step()
+    table, seqlens = step["block_table"], step["cache_seqlens"]
+
+    def decode(x: torch.Tensor, caches: list[torch.Tensor]) -> torch.Tensor:
+        positions = seqlens[:, None] - 2 + torch.arange(2)
+        shared = DecodeStep(slots_of(table, positions, 16).flatten(), table, seqlens, (None, None))
+        for layer, cache in zip(model.layers, caches, strict=True):
+            x = layer.attn.decode(x, cache, rotary_angles(BASE, positions), shared)
+        return x
+
+    x, eager_caches = torch.randn(2, 2, BASE.hidden_size), [cache.clone() for cache in caches]
+    with torch.no_grad():
+        expected = decode(x, eager_caches)
+        logits, (code,) = run_and_get_code(torch.compile(decode, fullgraph=True), x, caches)
+    torch.testing.assert_close(logits, expected)
+    assert ReinplaceCounters.get_total_missed_bytes() == 0 and "view.dtype" not in code
+    for cache, eager in zip(caches, eager_caches, strict=True):
+        assert cache.any() and cache.equal(eager)
+        assert f"empty_strided_cpu({tuple(cache.shape)}" not in code
+
+
+def test_prefill_over_fp8_caches_compiles():
+    model, caches, step = fp8_step()
+    call = {"seqlens_q": lengths(2, 1), **step, "cache_seqlens": lengths(2, 1)}
+    eager_caches = [cache.clone() for cache in caches]
+    expected = model.prefill(kv_caches=eager_caches, **call)
+    compiled = torch.compile(model.prefill, fullgraph=True, backend="aot_eager")
+    logits = compiled(kv_caches=caches, **call)
+    torch.testing.assert_close(logits[0], expected[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits[1, 0], expected[1, 0], rtol=1e-4, atol=1e-4)
+    assert all(cache.any() and cache.equal(eager) for cache, eager in zip(caches, eager_caches, strict=True))
+
+
+def test_decode_over_fp8_caches_exports():
+    model, caches, step = fp8_step()
+
+    class Decode(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, kv_caches, input_ids, block_table, cache_seqlens):
+            return self.model.decode(input_ids, kv_caches, block_table, cache_seqlens)
+
+    exported = torch.export.export(Decode(), ([cache.clone() for cache in caches],), step, strict=False)
+    run = exported.module()
+    compare_with_eager(model, lambda kv_caches, **step: run(kv_caches, **step), step, caches)
+
+
+def test_a_format_of_one_s_own(monkeypatch):
+    """A format that is added to the table is served by its name, in caches, modules and ops."""
+
+    class Fp8SmallBlocks(kv_cache.Fp8Blocks):
+        name = "fp8_small_blocks"
+        block = 8
+
+    own = Fp8SmallBlocks()
+    monkeypatch.setattr(kv_cache, "FORMATS", (*kv_cache.FORMATS, own))
+    model, cache = build(BASE), fp8_cache("fp8_small_blocks", BASE)
+    assert cache.layers[0].shape[-1] == own.last_dim(64, 16) == 64 + 4 * 8 + 2 * 16
+    ids = torch.randint(80, (2, 12))
+    own_experts = model(ids, return_routing=True)[1].experts
+    cache.extend(12)
+    logits = model.decode(ids, cache.layers, cache.block_table, cache.cache_seqlens, experts=own_experts)
+    exact = model(ids)
+    assert 0 < (logits - exact).norm() < 0.05 * exact.norm()
+
+
+def test_a_cache_of_no_format_is_refused():
+    model, cache = build(BASE), paged(BASE, 1)
+    cache.extend(1)
+    call = torch.zeros(1, 1, dtype=torch.long), cache.block_table, cache.cache_seqlens
+    for dtype, last_dim, message in (
+        (torch.uint8, 96, r"last dimension 112 \(fp8\) or 80 \(fp8_tensor\) for 64 \+ 16 values, got shape"),
+        (torch.float32, 96, r"last dimension 80 \(float32\) for 64 \+ 16 values"),
+        (torch.int8, 80, r"one of torch.bfloat16, .*, got torch.int8"),
+    ):
+        caches = [torch.zeros(8, 16, 1, last_dim, dtype=dtype)] * 3
+        for run in (
+            lambda ids, *tables, caches=caches: model.decode(ids, caches, *tables),
+            lambda ids, *tables, caches=caches: model.prefill(ids, lengths(1), caches, *tables),
+        ):
+            with pytest.raises(RuntimeError, match=f"kv_cache: expected {message}"):
+                run(*call)
+
+
+def test_kv_scales_in_checkpoints(tmp_path):
+    """As engines write them, a k_scale a layer; 1 where there is none."""
+    safetensors = pytest.importorskip("safetensors.torch", reason='needs safetensors: pip install "flashmla_ops[hf]"')
+    file, key = tmp_path / "model.safetensors", "model.layers.1.self_attn.k_scale"
+
+    def read() -> list[float]:
+        model = DeepseekModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
+        assert all(layer.attn.kv_scale.dtype is torch.float32 for layer in model.layers)
+        return [layer.attn.kv_scale.item() for layer in model.layers]
+
+    model = build(BASE)
+    model.save_pretrained(tmp_path)
+    assert read() == [1, 1, 1] and not [name for name in safetensors.load_file(file) if "scale" in name]
+    model.layers[1].attn.kv_scale.fill_(SCALE)
+    model.save_pretrained(tmp_path)
+    scale = torch.tensor(SCALE).item()
+    assert read() == [1, scale, 1]
+    tensors = safetensors.load_file(file)
+    assert [name for name in tensors if "scale" in name] == [key] and tensors[key].item() == scale
+    tensors |= {key: tensors[key].bfloat16()[None], "model.layers.1.self_attn.v_scale": torch.ones(())}
+    safetensors.save_file(tensors, file)
+    assert read() == [1, tensors[key].item(), 1]
+    safetensors.save_file(tensors | {key: torch.ones(2)}, file)
+    with pytest.raises(RuntimeError, match=rf"{key}: expected shape \[\], got \[2\]"):
+        read()
 
 
 # ------------------------------------------------------------------------------------------------------- on the GPU
