@@ -8,10 +8,15 @@
 //
 // Grid: one CTA, each thread with as many consecutive rows as it takes. A scan gives every row its place on the line,
 // and that its cuts: those below a position x are ceil(x * parts_used / total), so nothing is searched. A row leaves a
-// mark at the first of its cuts; every part reads the marks at its own and at the next cut. Any architecture.
+// mark at the first of its cuts, and another one if that one does not split it. Between two cuts lie kMinTiles +
+// kRowCost or more, so a row has at most one cut that does not: the marks say all that parts and num_splits need, and a
+// warp finds them by shuffles. Any architecture.
 //
 // It runs once a decode step, before everything else, on one multiprocessor: what counts is the length of the chain of
-// dependent instructions, and that they be few, since none of them is in the instruction cache.
+// dependent instructions, and that they be few, since none of them is in the instruction cache. So all is computed in
+// 32 bits where the total allows it, which the CTA knows after the scan.
+
+#include <type_traits>
 
 #include "check.h"
 #include "params.h"
@@ -19,40 +24,48 @@
 namespace flashmla {
 namespace {
 
-constexpr int kFewThreads = kMaxParts;  // one a part, at least
+constexpr int kWarpParts = 31;  // of a warp, which has 32 cuts: the last part's next one too
+constexpr int kFewThreads = (kMaxParts + kWarpParts - 1) / kWarpParts * 32;  // warps for all parts, at least
 constexpr int kManyThreads = 1024;
 constexpr int kWords = kMaxParts / 32;
+// Totals below this are planned in 32 bits: products with kMaxParts fit, fp32 is exact, and the sum of kManyThreads
+// sums, none of them taken for more than this, cannot overflow.
+constexpr int kSmallTotal = 1 << 20;
 
 struct SharedStorage {
-    int64_t cost_sum[32], split_sum[32];  // of the warps
-    uint32_t marked[kWords];              // bit p: cut p is the first of its row
-    int marked_row[kMaxParts];            // at the marks: the row,
-    int64_t marked_begin[kMaxParts];      // and where on the line it begins
+    int small_sum[32];                          // of the warps
+    int64_t sum[32];                            // of the warps
+    uint32_t marked[kWords], starting[kWords];  // bit p: cut p is the first of its row; and does not split it
+    int marked_row[kMaxParts];                  // at the marks: the row,
+    int64_t marked_begin[kMaxParts];            // and where on the line it begins
 };
 
+// a / b, with an error of 2^-22 at most, in few instructions.
+__device__ float ratio(float a, float b) { return __fdividef(a, b); }
+
 // The line of cost and its division.
+template <typename Int>
 struct Line {
-    int64_t total;
-    int parts;     // parts_used
-    int64_t step;  // total = step * parts + rest
-    int rest;
+    Int total;
+    int parts;  // parts_used
     float cuts_per_cost;
 
-    __device__ Line(int64_t total, int num_parts)
+    __device__ Line(Int total, int num_parts)
         : total(total),
-          parts(static_cast<int>(max(int64_t{1}, min(int64_t{num_parts}, total / (kMinTiles + kRowCost))))),
-          step(total / parts),
-          rest(static_cast<int>(total - step * parts)),
-          cuts_per_cost(parts / static_cast<float>(total)) {}
+          parts(static_cast<int>(max(Int{1}, min(static_cast<Int>(num_parts), total / (kMinTiles + kRowCost))))),
+          cuts_per_cost(ratio(static_cast<float>(parts), static_cast<float>(total))) {}
 
-    __device__ int64_t position(int cut) const { return cut * step + cut * rest / parts; }
-
-    // How many cuts stand below x, 0 <= x <= total: ceil(x * parts / total), from an estimate that is off by few.
-    __device__ int cuts_below(int64_t x) const {
-        const int64_t wanted = x * parts;
-        int cuts = static_cast<int>(static_cast<float>(x) * cuts_per_cost);
-        while (cuts * total < wanted) ++cuts;
-        while (cuts > 0 && (cuts - 1) * total >= wanted) --cuts;
+    // How many cuts stand below x, 0 <= x <= total: ceil(x * parts / total), from an estimate. That of 32 bits is above
+    // the quotient by less than 2^-9, so that its integer part is the ceiling or one less.
+    __device__ int cuts_below(Int x) const {
+        const Int wanted = x * parts;
+        int cuts = static_cast<int>(static_cast<float>(x) * cuts_per_cost + 0x1p-10f);
+        if constexpr (std::is_same_v<Int, int>) {
+            cuts += cuts * total < wanted;
+        } else {
+            while (cuts * total < wanted) ++cuts;
+            while (cuts > 0 && (cuts - 1) * total >= wanted) --cuts;
+        }
         return cuts;
     }
 };
@@ -64,126 +77,172 @@ __device__ int num_tiles(const MetadataParams& params, int row) {
     return length / kTile + (length % kTile != 0);
 }
 
-__device__ int64_t warp_scan(int64_t value) {
+template <typename Int>
+__device__ Int warp_scan(Int value) {
+#pragma unroll
     for (int offset = 1; offset < 32; offset *= 2) {
-        const int64_t below = __shfl_up_sync(~0u, value, offset);
+        const Int below = __shfl_up_sync(~0u, value, offset);
         if (threadIdx.x % 32 >= offset) value += below;
     }
     return value;
 }
 
-// The sum over the CTA's threads before this one; `total` is that of all. `warp_sum` is used for nothing else.
-__device__ int64_t sum_before(int64_t value, int64_t (&warp_sum)[32], int64_t& total) {
+__device__ int warp_sum(int value) { return __reduce_add_sync(~0u, value); }
+__device__ int64_t warp_sum(int64_t value) {
+    for (int offset = 1; offset < 32; offset *= 2) value += __shfl_xor_sync(~0u, value, offset);
+    return value;
+}
+
+// The sum over the CTA's threads before this one; `total` is that of all. `sums` is used for nothing else.
+template <typename Int>
+__device__ Int sum_before(Int value, Int (&sums)[32], Int& total) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int64_t sum = warp_scan(value);
-    if (lane == 31) warp_sum[warp] = sum;
+    const Int sum = warp_scan(value);
+    if (lane == 31) sums[warp] = sum;
     __syncthreads();
-    const int64_t warps = warp_scan(lane < blockDim.x / 32 ? warp_sum[lane] : 0);
-    total = __shfl_sync(~0u, warps, 31);
-    const int64_t below = __shfl_sync(~0u, warps, max(warp - 1, 0));
-    return sum - value + (warp > 0 ? below : 0);
+    const Int of_warp = lane < blockDim.x / 32 ? sums[lane] : 0;
+    total = warp_sum(of_warp);
+    return sum - value + warp_sum(lane < warp ? of_warp : 0);
 }
 
-// A row on the line: its cuts are first .. end - 1, and those from `inside` on split it.
-struct RowCuts {
-    int first, inside, end;
+// The marks, of which each lane has a word; lanes beyond kWords have the same ones again.
+struct Marks {
+    uint32_t marked, starting;
+    int starting_before;  // in the words before
 
-    __device__ RowCuts(const Line& line, int64_t begin, int64_t next) {
-        first = line.cuts_below(begin);
-        end = line.cuts_below(next);
-        inside = first < end ? min(line.cuts_below(min(begin + kRowCost + 1, next)), end) : end;
+    __device__ explicit Marks(const SharedStorage& shared)
+        : marked(shared.marked[threadIdx.x % kWords]), starting(shared.starting[threadIdx.x % kWords]) {
+        const int lane = threadIdx.x % kWords, here = __popc(starting);
+        int up_to = here;
+#pragma unroll
+        for (int offset = 1; offset < kWords; offset *= 2) {
+            const int below = __shfl_up_sync(~0u, up_to, offset, kWords);
+            if (lane >= offset) up_to += below;
+        }
+        starting_before = up_to - here;
+    }
+
+    // What follows is called by a whole warp.
+
+    // How many of the first `cuts` (1 or more) do not split their row.
+    __device__ int starting_below(int cuts) const {
+        const int word = (cuts - 1) / 32;
+        const uint32_t bits = __shfl_sync(~0u, starting, word) & (~0u >> (31 - (cuts - 1) % 32));
+        return __shfl_sync(~0u, starting_before, word) + __popc(bits);
+    }
+
+    __device__ bool is_starting(int cut) const { return __shfl_sync(~0u, starting, cut / 32) >> cut % 32 & 1; }
+
+    // The last mark up to `cut`, and the first after it, or `none`.
+    __device__ int2 around(int cut, int none) const {
+        const uint32_t words = __ballot_sync(~0u, marked != 0) & ((1 << kWords) - 1);
+        const int word = cut / 32;
+        const uint32_t here = __shfl_sync(~0u, marked, word);
+        const uint32_t low = here & (~0u >> (31 - cut % 32)), high = here & (~1u << cut % 32);
+        const uint32_t low_words = words & ((1u << word) - 1), high_words = words & (~1u << word);
+        const int low_word = low != 0 ? word : 31 - __clz(low_words),
+                  high_word = high != 0 ? word : __ffs(high_words) - 1;
+        const uint32_t other_low = __shfl_sync(~0u, marked, low_word), other_high = __shfl_sync(~0u, marked, high_word);
+        const int first = low_word * 32 + 31 - __clz(low != 0 ? low : other_low);
+        const int end = high_word * 32 + __ffs(high != 0 ? high : other_high) - 1;
+        return {first, high_word < 0 ? none : end};
     }
 };
-
-struct Cut {
-    int row, tile, first;  // first: of the cuts of that row
-    bool splits_at_first;  // whether that one splits it
-};
-
-// The mark after that at cut `mark`, or all cuts' number.
-__device__ int next_mark(const SharedStorage& shared, const Line& line, int mark) {
-    int word = mark / 32;
-    uint32_t marks = shared.marked[word] & (~0u - 1 << mark % 32);
-    while (marks == 0 && ++word < kWords) marks = shared.marked[word];
-    return marks == 0 ? line.parts : word * 32 + __ffs(marks) - 1;
-}
-
-__device__ Cut cut_at(const MetadataParams& params, const SharedStorage& shared, const Line& line, int cut) {
-    if (cut >= line.parts || params.b == 0) return {params.b, 0, cut, false};
-    int word = cut / 32;
-    uint32_t marks = shared.marked[word] & (~0u >> (31 - cut % 32));
-    while (marks == 0) marks = shared.marked[--word];  // the first row's is at cut 0
-    const int first = word * 32 + 31 - __clz(marks), row = shared.marked_row[first];
-    const int64_t first_tile = shared.marked_begin[first] + kRowCost;
-    const bool splits_at_first = line.position(first) > first_tile;
-
-    const int end = next_mark(shared, line, first);
-    const bool last = end == line.parts;
-    const int64_t end_begin = last ? line.total : shared.marked_begin[end];
-    const int end_row = last ? params.b : shared.marked_row[end];
-    if (!splits_at_first && end_row == row + 1 && line.position(end) <= end_begin + kRowCost) {
-        const int tiles = static_cast<int>(end_begin - first_tile), n = end - first, i = cut - first;
-        return {row, tiles / n * i + tiles % n * i / n, first, false};
-    }
-    const int64_t tile = line.position(cut) - first_tile;
-    return {row, static_cast<int>(max(tile, int64_t{0})), first, splits_at_first};
-}
 
 // ------------------------------------------------------------------------------------------------------------ kernel
 
-// Part p's columns, from its cut and the next one.
-__device__ void write_part(const MetadataParams& params, const SharedStorage& shared, const Line& line, int p) {
-    const Cut cut = cut_at(params, shared, line, p);
+// The columns of a warp's parts, each from its cut and the next one, which is the next lane's.
+template <typename Int>
+__device__ void write_parts(const MetadataParams& params, const SharedStorage& shared, const Line<Int>& line,
+                            const Marks& marks) {
+    const int lane = threadIdx.x % 32, cut = threadIdx.x / 32 * kWarpParts + lane;
+    const auto [first, end] = marks.around(cut, line.parts);
+    const bool last = end == line.parts;
+    const bool first_starts = marks.is_starting(first), end_starts = marks.is_starting(end) || last;
+    int row = params.b, tile = 0;
+    if (cut < line.parts && params.b > 0) {
+        row = shared.marked_row[first];
+        const Int first_tile = static_cast<Int>(shared.marked_begin[first]) + kRowCost;
+        const Int end_begin = last ? line.total : static_cast<Int>(shared.marked_begin[end]);
+        const int end_row = last ? params.b : shared.marked_row[end];
+        // parts that have the row to themselves share its tiles alike
+        const bool alone = first_starts && end_starts && end_row == row + 1;
+        using Unsigned = std::make_unsigned_t<Int>;
+        const Unsigned product = alone ? (cut - first) * (end_begin - first_tile) : cut * line.total;
+        const Int quotient = static_cast<Int>(product / static_cast<Unsigned>(alone ? end - first : line.parts));
+        tile = static_cast<int>(alone ? quotient : max(quotient - first_tile, Int{0}));
+    }
+    const int next_row = __shfl_down_sync(~0u, row, 1), next_tile = __shfl_down_sync(~0u, tile, 1);
+    if (lane == kWarpParts || cut >= kMaxParts) return;
     int4 work = {0, 0, -1, 0};  // first_row, first_tile, last_row, last_tile
     int first_split = 0;
-    if (cut.row < params.b) {
-        const Cut next = cut_at(params, shared, line, p + 1);
-        const bool whole = next.tile == 0;  // the next part starts with a row of its own
-        const int last_row = whole ? next.row - 1 : next.row;
-        work = {cut.row, cut.tile, last_row, whole ? num_tiles(params, last_row) : next.tile};
-        first_split = p - cut.first + cut.splits_at_first;
+    if (row < params.b) {
+        const bool whole = next_tile == 0;  // the next part starts with a row of its own
+        const int last_row = whole ? next_row - 1 : next_row;
+        work = {row, tile, last_row, whole ? num_tiles(params, last_row) : next_tile};
+        first_split = cut - first + !first_starts;
     }
     static_assert(kFirstRow == 0 && kFirstTile == 1 && kLastRow == 2 && kLastTile == 3 && kFirstSplit == 4);
-    int4* columns = reinterpret_cast<int4*>(params.metadata + p * kColumns);
+    int4* columns = reinterpret_cast<int4*>(params.metadata + cut * kColumns);
     columns[0] = work;
     columns[1] = {first_split, 0, 0, 0};
 }
 
+// What follows the scan: this thread's rows from first_row on begin at `begin` on a line of length `total`.
+template <typename Int>
+__device__ void write_plan(const MetadataParams& params, SharedStorage& shared, int first_row, int per_thread,
+                           const Int begin, const Int total) {
+    const Line<Int> line(total, params.num_parts);
+    Int at = begin;
+    int first = line.cuts_below(at);
+#pragma unroll 1  // fewer instructions to fetch
+    for (int row = first_row; row < min(first_row + per_thread, params.b); ++row) {
+        const Int next = at + kRowCost + num_tiles(params, row);
+        const int end = line.cuts_below(next);
+        if (first < end) {
+            const uint32_t bit = 1u << first % 32;
+            atomicOr(&shared.marked[first / 32], bit);
+            if (line.cuts_below(min(at + kRowCost + 1, next)) > first) atomicOr(&shared.starting[first / 32], bit);
+            shared.marked_row[first] = row;
+            shared.marked_begin[first] = at;
+        }
+        at = next;
+        first = end;
+    }
+    __syncthreads();
+
+    const Marks marks(shared);
+    if (threadIdx.x < kFewThreads) write_parts(params, shared, line, marks);
+    if (threadIdx.x == 0) params.num_splits[0] = 0;
+    at = begin;
+#pragma unroll 1
+    for (int row = first_row; row < first_row + per_thread; ++row) {  // as often in every lane
+        const bool exists = row < params.b;
+        at += exists ? kRowCost + num_tiles(params, row) : 0;
+        const int cuts = line.cuts_below(at);
+        const int splits = row + 1 + cuts - marks.starting_below(cuts);
+        if (exists) params.num_splits[row + 1] = splits;
+    }
+}
+
 __global__ void __launch_bounds__(kManyThreads) get_mla_metadata_kernel(const MetadataParams params, int per_thread) {
     __shared__ SharedStorage shared;
-    const int tid = threadIdx.x;
-    const int first_row = min(tid * per_thread, params.b), end_row = min(first_row + per_thread, params.b);
-
+    const int first_row = min(static_cast<int>(threadIdx.x) * per_thread, params.b);
     int64_t cost = 0;
-    for (int row = first_row; row < end_row; ++row) cost += kRowCost + num_tiles(params, row);
-    if (tid < kWords) shared.marked[tid] = 0;
-    int64_t total;
-    const int64_t cost_before = sum_before(cost, shared.cost_sum, total);
-    const Line line(total, params.num_parts);
+#pragma unroll 4
+    for (int row = first_row; row < min(first_row + per_thread, params.b); ++row)
+        cost += kRowCost + num_tiles(params, row);
+    if (threadIdx.x < kWords) shared.marked[threadIdx.x] = shared.starting[threadIdx.x] = 0;
 
-    int64_t splits = 0;
-    for (int64_t row = first_row, begin = cost_before; row < end_row; ++row) {
-        const int64_t next = begin + kRowCost + num_tiles(params, row);
-        const RowCuts cuts(line, begin, next);
-        splits += 1 + cuts.end - cuts.inside;
-        if (cuts.first < cuts.end) {
-            atomicOr(&shared.marked[cuts.first / 32], 1u << cuts.first % 32);
-            shared.marked_row[cuts.first] = row;
-            shared.marked_begin[cuts.first] = begin;
-        }
-        begin = next;
-    }
-    int64_t all_splits;
-    int64_t splits_before = sum_before(splits, shared.split_sum, all_splits);
-
-    if (tid < kMaxParts) write_part(params, shared, line, tid);
-    if (tid == 0) params.num_splits[0] = 0;
-    for (int64_t row = first_row, begin = cost_before; row < end_row; ++row) {
-        const int64_t next = begin + kRowCost + num_tiles(params, row);
-        const RowCuts cuts(line, begin, next);
-        splits_before += 1 + cuts.end - cuts.inside;
-        params.num_splits[row + 1] = static_cast<int>(splits_before);
-        begin = next;
+    int small_total;
+    const int small_before =
+        sum_before(static_cast<int>(min(cost, int64_t{kSmallTotal})), shared.small_sum, small_total);
+    if (small_total < kSmallTotal) {
+        write_plan(params, shared, first_row, per_thread, small_before, small_total);
+    } else {
+        int64_t total;
+        const int64_t before = sum_before(cost, shared.sum, total);
+        write_plan(params, shared, first_row, per_thread, before, total);
     }
 }
 
