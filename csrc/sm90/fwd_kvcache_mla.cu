@@ -17,12 +17,12 @@
 //
 //     first                                          second
 //     S0 = Q K0^T                                    S1 = Q K1^T
-//     m = max(m, rows of S0), P0 = exp2(S0 - m)
-//     m, P0 and its sums -> shared
-//     O = O * exp2(old m - m) + P0 V0[:, left]       O = O * exp2(old m - m) + P0 V0[:, right], under which
-//                                                    m = max(m, rows of S1), P1 = exp2(S1 - m)
+//     m = max(m, rows of S0) -> shared
+//     P0 = exp2(S0 - m) and its sums -> shared       m = max(m, rows of S1), P1 = exp2(S1 - m)
+//     O = O * exp2(old m - m) + P0 V0[:, left]       O = O * exp2(old m - m) + P0 V0[:, right]
 //                                                    m, P1 and its sums -> shared
 //     O = O * exp2(old m - m) + P1 V1[:, left]       O = O * exp2(old m - m) + P1 V1[:, right]
+//     the next S0, as far as it has landed
 //
 // Warps 8-11 load: the segment's queries together, and each of them one of the four portions (below) of the pairs.
 //
@@ -82,7 +82,7 @@ struct SharedStorage {
 };
 
 // Named barriers of the consumers, by event; 0 is __syncthreads's.
-enum Barrier { kWarpgroupOf = 1 /* + warpgroup */, kStored = 3 /* + stage */ };
+enum Barrier { kWarpgroupOf = 1 /* + warpgroup */, kStored = 3 /* + stage */, kBased = 5 };
 
 // The paged cache, of which a copy takes half of V or the rope slice of one tile.
 struct CacheMaps {
@@ -148,6 +148,9 @@ __device__ __forceinline__ void load(const FwdParams& params, const CacheMaps& c
     const int slices = kHalfSlices + (portion == kOtherHalf);
     uint64_t* landed = &shared.landed[stage][portion];
     const Pages pages(params, segment);
+    // Several row tiles read the same keys at about the same time. They take turns in bringing tiles to L2 a pair
+    // ahead, so that none waits for memory. Keys that are read once come slower for that (csrc/NOTES.md).
+    const int readers = params.row_tiles / params.h_k, turn = rows.first_row / kRowTile;
     int tile = segment.begin + stage, page = pages.page_of(tile);
     start_queries(params, shared, rows, segment, warp, phases);
     bool queries_pending = true;
@@ -162,8 +165,16 @@ __device__ __forceinline__ void load(const FwdParams& params, const CacheMaps& c
                 cuda::ptx::cp_async_bulk_tensor(cuda::ptx::space_cluster, cuda::ptx::space_global,
                                                 shared.sK[stage][slice], &map, where, landed);
             };
+            const auto prefetch = [&](const CUtensorMap& map, int slice) {
+                const int32_t where[5] = {0, pages.token_of(tile + 2), slice, rows.head, next_page};
+                ptx::prefetch_box_l2(&map, where);
+            };
             copy(cache.half, half * kHalfSlices);
             if (portion == kOtherHalf) copy(cache.rope, kRope);
+            if (readers > 1 && tile / 2 % readers == turn && next_page >= 0) {
+                prefetch(cache.half, half * kHalfSlices);
+                if (portion == kOtherHalf) prefetch(cache.rope, kRope);
+            }
         }
         __syncwarp();
         if (queries_pending) {
@@ -184,20 +195,23 @@ __device__ __forceinline__ void release(const Consumer& me, uint64_t* freed) {
     if (me.lane == 0) cuda::ptx::mbarrier_arrive(freed);
 }
 
-// Starts S = Q K^T of the tile in `stage`, portion by portion as they land.
+// Starts the share of S = Q K^T that slices `from` to `to` of a portion have, in the order of the portion, once it has
+// landed. The own half comes first.
 template <typename T>
-__device__ __forceinline__ void score(SharedStorage<T>& shared, int stage, uint32_t phase, float (&rS)[32]) {
+__device__ __forceinline__ void score(SharedStorage<T>& shared, int stage, Portion portion, uint32_t phase,
+                                      float (&rS)[32], int from = 0, int to = kHalfSlices + 1) {
+    wait(&shared.landed[stage][portion], phase);
+    wgmma::fence();
 #pragma unroll
-    for (int i = 0; i < kSlices; ++i) {
-        if (i == 0) wait(&shared.landed[stage][kOwnHalf], phase);
-        if (i == kHalfSlices) wait(&shared.landed[stage][kOtherHalf], phase);
-        if (i == 0 || i == kHalfSlices) wgmma::fence();
-        const int slice = i == kRope ? kRope : (i + kHalfSlices * stage) % kRope;  // its own half first
+    for (int i = from; i < min(to, kHalfSlices + (portion == kOtherHalf)); ++i) {
+        const int half = portion == kOwnHalf ? stage : 1 - stage;
+        const int slice = i == kHalfSlices ? kRope : half * kHalfSlices + i;
         const uint64_t q = wgmma::k_major(shared.sQ[slice]), k = wgmma::k_major(shared.sK[stage][slice]);
 #pragma unroll
         for (int step = 0; step < 4; ++step) {
             wgmma::m64n64k16<T>(rS, wgmma::advance(q, step * wgmma::kStepBytesKMajor),
-                                wgmma::advance(k, step * wgmma::kStepBytesKMajor), i + step > 0);
+                                wgmma::advance(k, step * wgmma::kStepBytesKMajor),
+                                portion == kOtherHalf || i + step > 0);
         }
     }
     wgmma::commit();
@@ -250,22 +264,22 @@ __device__ __forceinline__ void accumulate(SharedStorage<T>& shared, int stage, 
     wgmma::commit();
 }
 
-// From the scores of tile `tile`, which is in `stage`, and their row maxima to its P: in rP, and for the other
-// warpgroup in the rope slice, with the base it is relative to.
+// Leaves what P of the tile in `stage` is relative to for the other warpgroup.
 template <typename T>
-__device__ __forceinline__ void softmax_of(SharedStorage<T>& shared, const Consumer& me, const Segment& segment,
-                                           int stage, int tile, const float (&high)[2], float (&rS)[32],
-                                           uint32_t (&rP)[16], Softmax& softmax, float (&factor)[2]) {
-    const float base[2] = {fmaxf(high[0], softmax.base[0]), fmaxf(high[1], softmax.base[1])};
-    change_base(softmax, base, factor);
-    float sum[2];
-    exponentiate<T>(base, rS, rP, sum);
+__device__ __forceinline__ void leave_base(SharedStorage<T>& shared, const Consumer& me, int stage,
+                                           const float (&base)[2]) {
+    if (me.lane % 4 != 0) return;
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-        if (me.lane % 4 == 0) shared.base[stage][me.row(i)] = base[i];
-        shared.sum[stage][me.row(i)][me.lane % 4] = sum[i];
-    }
-    add_sum(softmax, sum);
+    for (int i = 0; i < 2; ++i) shared.base[stage][me.row(i)] = base[i];
+}
+
+// And P itself, in the tile's rope slice, with its sums. Zeroes V past the row's length.
+template <typename T>
+__device__ __forceinline__ void leave_probabilities(SharedStorage<T>& shared, const Consumer& me,
+                                                    const Segment& segment, int stage, int tile, const float (&sum)[2],
+                                                    const uint32_t (&rP)[16]) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) shared.sum[stage][me.row(i)][me.lane % 4] = sum[i];
     ptx::named_barrier(kWarpgroupOf + stage, kWarpgroup);  // all of the warpgroup has read the rope slice
     store_probabilities(me, rP, shared.sK[stage][kRope]);
     const int valid = segment.length - tile * kTile;
@@ -278,17 +292,27 @@ __device__ __forceinline__ void softmax_of(SharedStorage<T>& shared, const Consu
     ptx::named_barrier_arrive(kStored + stage, kConsumers);
 }
 
-// Waits for the other warpgroup's P of the tile in `stage`, and for its V.
+// Takes the other warpgroup's base of the tile in `stage`; it has been waited for.
 template <typename T>
-__device__ __forceinline__ void wait_for_other(SharedStorage<T>& shared, const Consumer& me, int stage, uint32_t phase,
-                                               Softmax& softmax, float (&factor)[2]) {
-    ptx::named_barrier(kStored + stage, kConsumers);
+__device__ __forceinline__ void take_base(SharedStorage<T>& shared, const Consumer& me, int stage, Softmax& softmax,
+                                          float (&factor)[2]) {
     const float base[2] = {shared.base[stage][me.row(0)], shared.base[stage][me.row(1)]};
     change_base(softmax, base, factor);
-    const float sum[2] = {shared.sum[stage][me.row(0)][me.lane % 4], shared.sum[stage][me.row(1)][me.lane % 4]};
-    add_sum(softmax, sum);
+}
+
+// Waits for the other warpgroup's P of the tile in `stage`, and for its V.
+template <typename T>
+__device__ __forceinline__ void wait_for_probabilities(SharedStorage<T>& shared, int stage, uint32_t phase) {
+    ptx::named_barrier(kStored + stage, kConsumers);
     // the other warpgroup saw its tile land; what a wgmma of this one reads, this one must have seen land too
     wait(&shared.landed[stage][kOtherHalf], phase);
+}
+
+// Takes the sums of P of the tile in `stage`, after its base.
+template <typename T>
+__device__ __forceinline__ void take_sum(SharedStorage<T>& shared, const Consumer& me, int stage, Softmax& softmax) {
+    const float sum[2] = {shared.sum[stage][me.row(0)][me.lane % 4], shared.sum[stage][me.row(1)][me.lane % 4]};
+    add_sum(softmax, sum);
 }
 
 // Warpgroup 0: scores the segment's tiles 0, 2, ..., in stage 0. Leaves unreleased what it used last.
@@ -300,18 +324,27 @@ __device__ __forceinline__ void attend_first(const FwdParams& params, SharedStor
     int visible[2];
     visible_keys(params, rows, me, segment, visible);
     wait(&shared.queries_landed, phases.of(kQueries));
-    for (int i = 0; i < tiles; i += 2) {
-        const bool both = i + 1 < tiles, last = i + 2 >= tiles;
-        float rS[32], high[2], factor[2];
+    float rS[32];
+    score(shared, 0, kOwnHalf, phases.of(0), rS);
+    for (int i = 0;; i += 2) {
+        const bool last = i + 2 >= tiles;
+        float high[2], factor[2], sum[2];
         uint32_t rP[16];
-        score(shared, 0, phases.of(0), rS);
+        score(shared, 0, kOtherHalf, phases.of(0), rS);
         wgmma::wait<0>();
         wgmma::keep(rS);
+        wgmma::keep(rO);
         if (last && me.lane == 0) cuda::ptx::mbarrier_arrive(&shared.queries_freed);
         const int tile = segment.begin + i;
         scale_and_mask(me, params.softmax_scale_log2, tile, visible, rS);
         row_maxima(rS, high);
-        softmax_of(shared, me, segment, 0, tile, high, rS, rP, softmax, factor);
+        const float base[2] = {fmaxf(high[0], softmax.base[0]), fmaxf(high[1], softmax.base[1])};
+        change_base(softmax, base, factor);
+        leave_base(shared, me, 0, base);
+        ptx::named_barrier_arrive(kBased, kConsumers);
+        exponentiate<T>(base, rS, rP, sum);
+        add_sum(softmax, sum);
+        leave_probabilities(shared, me, segment, 0, tile, sum, rP);
         rescale(factor, rO);
         wgmma::keep(rO);
         wgmma::keep(rP);
@@ -320,17 +353,25 @@ __device__ __forceinline__ void attend_first(const FwdParams& params, SharedStor
         wgmma::keep(rO);
         wgmma::keep(rP);
         phases.flip(0);
-        if (both) {
-            release(me, &shared.freed[0][kOwnHalf]);
-            wait_for_other(shared, me, 1, phases.of(1), softmax, factor);
-            rescale(factor, rO);
-            wgmma::keep(rO);
-            accumulate(shared, 1, 0, rO);
+        if (i + 1 == tiles) break;
+        release(me, &shared.freed[0][kOwnHalf]);
+        wait_for_probabilities(shared, 1, phases.of(1));
+        phases.flip(1);
+        take_base(shared, me, 1, softmax, factor);
+        take_sum(shared, me, 1, softmax);
+        rescale(factor, rO);
+        wgmma::keep(rO);
+        accumulate(shared, 1, 0, rO);
+        if (last) {
             wgmma::wait<0>();
             wgmma::keep(rO);
-            if (!last) release(me, &shared.freed[1][kOtherHalf]);
-            phases.flip(1);
+            break;
         }
+        // the tensor cores go on with the next pair; one slice before the release, the rest of the portion after it
+        score(shared, 0, kOwnHalf, phases.of(0), rS, 0, 1);
+        wgmma::wait<1>();
+        release(me, &shared.freed[1][kOtherHalf]);
+        score(shared, 0, kOwnHalf, phases.of(0), rS, 1);
     }
     phases.flip(kQueries);
 }
@@ -346,20 +387,29 @@ __device__ __forceinline__ void attend_second(const FwdParams& params, SharedSto
     wait(&shared.queries_landed, phases.of(kQueries));
     float factor[2];
     for (int i = 1; i < tiles; i += 2) {
-        float rS[32], high[2];
+        float rS[32], high[2], sum[2];
         uint32_t rP[16];
-        score(shared, 1, phases.of(1), rS);
+        score(shared, 1, kOwnHalf, phases.of(1), rS);
+        score(shared, 1, kOtherHalf, phases.of(1), rS);
         wgmma::wait<0>();  // ptxas lets nobody write to O, which is waited for, while another wgmma is under way
         wgmma::keep(rS);
         const int tile = segment.begin + i;
         scale_and_mask(me, params.softmax_scale_log2, tile, visible, rS);
         row_maxima(rS, high);
-        wait_for_other(shared, me, 0, phases.of(0), softmax, factor);
+        ptx::named_barrier(kBased, kConsumers);
+        take_base(shared, me, 0, softmax, factor);
+        const float base[2] = {fmaxf(high[0], softmax.base[0]), fmaxf(high[1], softmax.base[1])};
+        leave_base(shared, me, 1, base);
+        exponentiate<T>(base, rS, rP, sum);  // by the time P0 is there
         rescale(factor, rO);
         wgmma::keep(rO);
+        wait_for_probabilities(shared, 0, phases.of(0));
         accumulate(shared, 0, 1, rO);
         if (i + 2 >= tiles && me.lane == 0) cuda::ptx::mbarrier_arrive(&shared.queries_freed);
-        softmax_of(shared, me, segment, 1, tile, high, rS, rP, softmax, factor);
+        take_sum(shared, me, 0, softmax);
+        change_base(softmax, base, factor);
+        add_sum(softmax, sum);
+        leave_probabilities(shared, me, segment, 1, tile, sum, rP);
         wgmma::wait<0>();
         wgmma::keep(rO);
         release(me, &shared.freed[0][kOtherHalf]);
@@ -376,9 +426,12 @@ __device__ __forceinline__ void attend_second(const FwdParams& params, SharedSto
     }
     if (tiles % 2 == 1) {  // the last tile has no partner
         if (tiles == 1 && me.lane == 0) cuda::ptx::mbarrier_arrive(&shared.queries_freed);
-        wait_for_other(shared, me, 0, phases.of(0), softmax, factor);
+        ptx::named_barrier(kBased, kConsumers);
+        take_base(shared, me, 0, softmax, factor);
         rescale(factor, rO);
         wgmma::keep(rO);
+        wait_for_probabilities(shared, 0, phases.of(0));
+        take_sum(shared, me, 0, softmax);
         accumulate(shared, 0, 1, rO);
         wgmma::wait<0>();
         wgmma::keep(rO);

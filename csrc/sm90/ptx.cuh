@@ -64,6 +64,13 @@ __device__ __forceinline__ void prefetch_bulk_l2(const void* pointer, uint32_t b
     asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(pointer), "r"(bytes));
 }
 
+// Brings a box of a tensor into L2. "cp.async.bulk.prefetch.tensor"
+__device__ __forceinline__ void prefetch_box_l2(const void* map, const int32_t (&where)[5]) {
+    asm volatile("cp.async.bulk.prefetch.tensor.5d.L2.global.tile [%0, {%1, %2, %3, %4, %5}];" ::"l"(map),
+                 "r"(where[0]), "r"(where[1]), "r"(where[2]), "r"(where[3]), "r"(where[4])
+                 : "memory");
+}
+
 // Hands a warpgroup's registers back, or takes more of them. "setmaxnreg"
 template <int kRegisters>
 __device__ __forceinline__ void decrease_registers() {
