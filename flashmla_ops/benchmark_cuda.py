@@ -7,6 +7,8 @@ peer and ours take turns on the same tensors.
 The floor of a decode call is the larger of two times: `paged_stream` of exactly its pages (what it would take if
 arithmetic cost nothing), and its FLOP at the highest matrix rate seen so far in the run. The floor of any other op is
 a launch inside a graph, or its bytes at the rate of a copy. benchmark_layer.py has whole steps of a layer.
+
+Decoding of an fp8 cache takes turns with ours of the same values in bf16, and is held against a limit on their ratio.
 """
 
 import json
@@ -16,7 +18,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -38,20 +40,27 @@ from .benchmark_timing import (
     pages_in_use,
 )
 from .functional import concat_and_cache_mla, fwd_kvcache_mla, get_mla_metadata, merge_attn_states
+from .kv_cache import E4M3_MAX, named_format
 from .plan import make_plan, max_parts, row_tiles
 from .testing import (
+    KV_SCALE,
     DecodeCase,
+    Fp8DecodeCase,
+    attention,
     check_decode,
     make_append_case,
     make_decode_case,
     make_merge_case,
+    quantized,
     relative_error,
     varied_lengths,
 )
 
 OP_NODES, OP_BYTES = 32, 2 << 30
-PROCESS_SECONDS = 90  # a row takes a few seconds
+PROCESS_SECONDS, OP_SECONDS = 90, 15  # a row takes a few seconds; for each further one of a process
 CEILINGS = "ceilings"
+FP8 = "fp8"  # the group of decode rows over fp8 caches
+PEER_FP8_TOLERANCE = 0.1  # FlashMLA's, which rounds P to e4m3: steps of 2^-4 to 2^-3
 CHECKOUT = Path(__file__).resolve().parent.parent
 # Paged streaming of 128 and 16384 pages and the matrix rate of sound cards: floors of a slower run do not count.
 STREAM_US = {"H100": (5.5, 393.0), "H200": (5.0, 279.0)}
@@ -69,16 +78,23 @@ class DecodeShape:
     s_k: int
     varied: bool
     dtype: torch.dtype = torch.bfloat16
+    kv_format: str | None = None  # of an fp8 cache
+    of_bf16: tuple[float, float] | None = None  # the most of our time over bf16's, on an H100 and on an H200
+    over_peer: float | None = None  # the least of FlashMLA's time over ours
 
     @property
     def name(self) -> str:
-        dtype = str(self.dtype).removeprefix("torch.")
-        return f"fwd_kvcache_mla b{self.b} h{self.h_q} s{self.s_q} k{self.s_k} {dtype}"
+        kind = self.kv_format or str(self.dtype).removeprefix("torch.")
+        return f"fwd_kvcache_mla b{self.b} h{self.h_q} s{self.s_q} k{self.s_k} {kind}"
+
+    def limits(self, gpu: str) -> dict[str, float | None]:
+        return {"limit": self.of_bf16 and self.of_bf16["H200" in gpu], "peer_limit": self.over_peer}
 
     def make(self, seed: int) -> DecodeCase:
         lengths = varied_lengths(self.b, self.s_k, self.s_q) if self.varied else [self.s_k] * self.b
         shape = {"s_q": self.s_q, "h_q": self.h_q, "dtype": self.dtype, "causal": self.s_q > 1}
-        return make_decode_case(lengths, **shape, device="cuda", seed=seed, poison=False)
+        case = make_decode_case(lengths, **shape, device="cuda", seed=seed, poison=False)
+        return quantized(case, self.kv_format) if self.kv_format else case
 
 
 def _shapes() -> Iterator[DecodeShape]:
@@ -100,6 +116,16 @@ def _shapes() -> Iterator[DecodeShape]:
         yield DecodeShape("other", 1, h_q, 1, 131072, varied=False)
     for h_q in (8, 12, 20):
         yield DecodeShape("other", 32, h_q, 1, 4096, varied=True)
+    for b, h_q, s_k, *of_bf16 in (
+        (128, 16, 8192, 0.66, 0.66),
+        (128, 64, 8192, 0.72, 0.85),
+        (128, 128, 8192, 1.3, 1.3),
+        (16, 16, 4096, 0.8, 0.8),
+    ):
+        yield DecodeShape(FP8, b, h_q, 1, s_k, varied=b == 128, kv_format="fp8", of_bf16=tuple(of_bf16))
+    for b, h_q, s_k in ((128, 16, 8192), (128, 128, 8192), (16, 16, 4096), (1, 128, 8192)):
+        over_peer = 1.05 if h_q == 16 else 1.0
+        yield DecodeShape(FP8, b, h_q, 1, s_k, varied=b == 128, kv_format="fp8_tensor", over_peer=over_peer)
 
 
 @dataclass
@@ -124,16 +150,22 @@ def _plan(b: int, seed: int) -> OpCase:
     return OpCase(lambda: get_mla_metadata(on_device, 128, 1), check)
 
 
-def _append(num_tokens: int, seed: int) -> OpCase:
-    c = make_append_case(num_tokens, device="cuda", seed=seed)
+def _append(num_tokens: int, kv_format: str, seed: int, device: str = "cuda") -> OpCase:
+    c = make_append_case(num_tokens, device=device, seed=seed)
+    layout, d_v, d_rope = named_format(kv_format), c.kv_c.shape[1], c.k_pe.shape[1]
+    shape = *c.kv_cache.shape[:-1], layout.last_dim(d_v, d_rope)
+    c = replace(c, kv_cache=torch.zeros(shape, dtype=layout.dtypes[0], device=device))
+    kv_scale = torch.tensor(KV_SCALE, device=device) if layout.scaled else None
 
     def run() -> tuple[Tensor]:
-        concat_and_cache_mla(**c.kwargs())
+        concat_and_cache_mla(**c.kwargs(), kv_scale=kv_scale)
         return (c.kv_cache,)
 
     def check(kv_cache: Tensor) -> float:
-        written = kv_cache.flatten(0, 2)[c.slot_mapping]
-        assert torch.equal(written, torch.cat([c.kv_c, c.k_pe], 1)), "the cache does not hold the tokens"
+        written = kv_cache.flatten(0, 2)[c.slot_mapping].cpu()
+        # on the CPU: powers of two, as torch makes them on CUDA, need not be exact
+        wanted = layout.quantize(c.kv_c.cpu(), c.k_pe.cpu(), None if kv_scale is None else kv_scale.cpu(), True)
+        assert torch.equal(written, wanted), "the cache does not hold the tokens"
         return 0.0
 
     return OpCase(run, check, c.bytes_moved())
@@ -157,7 +189,13 @@ def _merge(b: int, seed: int) -> OpCase:
 DECODE = {shape.name: shape for shape in _shapes()}
 OPS: dict[str, Callable[[int], OpCase]] = {  # by seed
     **{f"get_mla_metadata b{b}": lambda seed, b=b: _plan(b, seed) for b in (1, 32, 128, 512, 2048)},
-    **{f"concat_and_cache_mla n{n} bfloat16": lambda seed, n=n: _append(n, seed) for n in (128, 8192, 500_000)},
+    **{
+        f"concat_and_cache_mla n{n} {kv_format}": lambda seed, n=n, kv_format=kv_format: _append(n, kv_format, seed)
+        for n, kv_format in (
+            *((128, "bfloat16"), (8192, "bfloat16"), (500_000, "bfloat16")),
+            *((8192, "fp8"), (8192, "fp8_tensor")),
+        )
+    },
     **{f"merge_attn_states b{b} h128 bfloat16": lambda seed, b=b: _merge(b, seed) for b in (128, 16384)},
 }
 NAMES = [*DECODE, *OPS, *LAYER]
@@ -195,6 +233,41 @@ def _peer(case: DecodeCase) -> Callable:
     return lambda: op(*args, *plan)[:2]
 
 
+def _e4m3_q(case: Fp8DecodeCase) -> tuple[Tensor, Tensor]:
+    """q in e4m3 and its scale, which is the cache's."""
+    q = (case.q.float() / case.kv_scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+    return q, case.kv_scale.view(1)
+
+
+def _peer_fp8(case: Fp8DecodeCase) -> Callable:
+    """FlashMLA's dense fp8 decoding, which takes q in e4m3 too."""
+    ops, (q, scale) = torch.ops.flash_mla_legacy, _e4m3_q(case)
+    plan = ops.get_mla_decoding_metadata_dense_fp8(*case.plan_args)
+    args = (q, case.kv_cache.view(torch.float8_e4m3fn), case.head_dim_v, case.cache_seqlens, case.block_table)
+    args = (*args, case.softmax_scale, case.causal, *plan[:2], scale, scale)
+    return lambda: ops.fwd_kvcache_mla_fp8(*args)[:2]
+
+
+def _check_peer_fp8(case: Fp8DecodeCase, out: Tensor, lse: Tensor) -> float:
+    """The error of out against float64 of what the peer is given: q is rounded already."""
+    q, scale = _e4m3_q(case)
+    error = relative_error(out, attention(replace(case, q=q.float() * scale).dequantized())[0])
+    assert error < PEER_FP8_TOLERANCE, f"error {error:.1e} of out"
+    return error
+
+
+PEERS = {None: (_peer, check_decode), "fp8_tensor": (_peer_fp8, _check_peer_fp8)}  # by kv_format: the call, its check
+
+
+def _refusal(call: Callable[[DecodeCase], Callable], case: DecodeCase) -> str | None:
+    try:
+        call(case)()
+        torch.cuda.synchronize()
+    except Exception as error:  # another version of the peer, say
+        return f"cannot be called: {type(error).__name__}: {str(error).strip()}".splitlines()[0]
+    return None
+
+
 def _stream(case: DecodeCase) -> Callable:
     pages = pages_in_use(case.block_table, case.cache_seqlens, case.kv_cache.shape[1])
     return lambda: torch.ops.flashmla_sm90.paged_stream(case.kv_cache, pages)
@@ -207,40 +280,54 @@ def _ours(case: DecodeCase) -> Callable:
 
 
 def decode_row(shape: DecodeShape, flush: ColdL2, peer: bool) -> dict:
-    makers = {"stream": _stream, **({"peer": _peer} if peer else {}), "ours": _ours}
+    first = shape.make(0)
+    nodes = nodes_for(DECODE_NODES, DECODE_BYTES, first.bytes_moved())
+    call_peer, check_peer = PEERS.get(shape.kv_format, (None, None)) if peer else (None, None)
+    if peer_wrong := call_peer and _refusal(call_peer, first):
+        call_peer = None
+    makers: dict[str, Callable[[DecodeCase], Callable]] = {"stream": _stream}
+    makers |= {"bf16": _ours} if shape.kv_format else {}
+    makers |= {"peer": call_peer} if call_peer else {}
+    makers |= {"ours": _ours}
     medians: dict[str, list[float]] = {name: [] for name in makers}
-    errors: list[float] = []
-    peer_wrong = None
-    nodes = nodes_for(DECODE_NODES, DECODE_BYTES, shape.make(0).bytes_moved())
+    errors: dict[str, list[float]] = {name: [] for name in makers}
     kept = []  # so that the next round's memory is other memory
     for seed in range(ALLOCATIONS):
         cases = [shape.make(seed * nodes + i) for i in range(nodes)]
-        replays = {name: Replay([make(case) for case in cases]) for name, make in makers.items()}
+        exact = [case.dequantized() for case in cases]  # what results are held against, and what bf16 is given
+        replays = {
+            name: Replay([make(case) for case in (exact if name == "bf16" else cases)]) for name, make in makers.items()
+        }
         kept.append(replays)
         for name, us in zip(replays, median_us(list(replays.values()), flush), strict=True):
             medians[name].append(us)
         for i, case in enumerate(cases):
-            errors.append(check_decode(case, *replays["ours"].outputs[i]))
+            for name in ("ours", "bf16") if shape.kv_format else ("ours",):
+                errors[name].append(check_decode(exact[i], *replays[name].outputs[i]))
             try:
-                if peer:
-                    check_decode(case, *replays["peer"].outputs[i])
+                if call_peer:
+                    errors["peer"].append(check_peer(case, *replays["peer"].outputs[i]))
             except AssertionError as wrong:
                 peer_wrong = str(wrong)
-    return {
+    row = {
         "group": shape.group,
         "lengths": "varied" if shape.varied else "equal",
         "nodes": nodes,
         "us": statistics.median(medians["ours"]),
         "stream_us": statistics.median(medians["stream"]),
-        "peer_us": min(medians["peer"]) if peer else None,
+        "peer_us": min(medians["peer"]) if call_peer else None,
         "peer_wrong": peer_wrong,
         "medians_us": medians,
         "flops": case.flops(),
         "bytes": case.bytes_moved(),
-        "error": max(errors),
+        "error": max(errors["ours"]),
         "host_us": host_us(kept[-1]["ours"].calls[0]),
         "matmul_tflops": matrix_tflops(flush),
     }
+    if not shape.kv_format:
+        return row
+    row |= {"bf16_us": statistics.median(medians["bf16"]), **shape.limits(torch.cuda.get_device_name())}
+    return row | {"peer_error": max(errors.get("peer", ()), default=None)}
 
 
 def op_row(make: Callable[[int], OpCase], flush: ColdL2) -> dict:
@@ -291,7 +378,7 @@ class RowProcess:
         command = [sys.executable, "-m", f"{__package__}.benchmark", *flags]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         self.names = names
-        self.seconds = LAYER_SECONDS if names[0] in LAYER else PROCESS_SECONDS
+        self.seconds = LAYER_SECONDS if names[0] in LAYER else PROCESS_SECONDS + OP_SECONDS * (len(names) - 1)
         self.process = subprocess.Popen(command, text=True, **pipes)
 
     def rows(self) -> list[dict]:
@@ -366,8 +453,13 @@ def complete(row: dict, ceilings: dict) -> None:
     row["tflops"], row["gbs"] = row["flops"] / us / 1e6, row["bytes"] / us / 1e3
     reached = [row["tflops"], row.get("matmul_tflops", 0.0)]
     if peer_us and not row["peer_wrong"]:
-        row["peer_over_ours"] = peer_us / us
-        reached.append(row["flops"] / peer_us / 1e6)
+        if row["group"] == FP8:  # a figure of its own: the peer multiplies in fp8, where matrix rates are twice as high
+            row["peer_fp8_over_ours"] = peer_us / us
+        else:
+            row["peer_over_ours"] = peer_us / us
+            reached.append(row["flops"] / peer_us / 1e6)
+    if "bf16_us" in row:
+        row["of_bf16"] = us / row["bf16_us"]
     ceilings["matrix_tflops"] = max(ceilings["matrix_tflops"], *reached)
     if "parts" in row:
         row["floor_us"] = complete_parts(row["parts"], ceilings)
@@ -375,6 +467,24 @@ def complete(row: dict, ceilings: dict) -> None:
         memory_us = row.get("stream_us") or max(ceilings["launch_us"], row["bytes"] / ceilings["copy_gbs"] / 1e3)
         row["floor_us"] = max(memory_us, row["flops"] / ceilings["matrix_tflops"] / 1e6)
     row["of_floor"] = row["floor_us"] / us
+
+
+def fp8_verdicts(row: dict) -> dict[str, bool]:
+    """Whether each limit of an fp8 row that has a figure is kept."""
+    limit, peer_limit, over_ours = row["limit"], row["peer_limit"], row.get("peer_fp8_over_ours")
+    verdicts = {"of_bf16": row["of_bf16"] <= limit} if limit else {}
+    return verdicts | ({"peer": over_ours >= peer_limit} if peer_limit and over_ours else {})
+
+
+def fp8_line(row: dict) -> str:
+    """Below the row's own line: bf16 on the same lengths, and the limits."""
+    shown = {name: "kept" if kept else "MISSED" for name, kept in fp8_verdicts(row).items()}
+    text = f"    {row['of_bf16']:.2f} x the {row['bf16_us']:.1f} us of bf16"
+    text += f" (limit {row['limit']:g}: {shown['of_bf16']})" if "of_bf16" in shown else ""
+    if "peer" in shown:
+        ratio, limit = row["peer_fp8_over_ours"], row["peer_limit"]
+        text += f"; peer over ours {ratio:.2f} (limit {limit:g}: {shown['peer']}), its error {row['peer_error']:.1e}"
+    return text
 
 
 def header(peer: bool) -> str:
@@ -389,10 +499,15 @@ def line(row: dict, peer: bool) -> str:
     text += f" {row['floor_us']:9.1f} {100 * row['of_floor']:10.0f}"
     if peer:
         peer_us = f"{row['peer_us']:.1f}" if row.get("peer_us") else ""
-        ratio = f"{row['peer_over_ours']:.2f}" if "peer_over_ours" in row else "wrong" if peer_us else ""
+        ratio = f"{_over_ours(row):.2f}" if _over_ours(row) else "wrong" if row.get("peer_wrong") else ""
         text += f" {peer_us:>8} {ratio:>9}"
     text += f" {row['error']:8.1e} {row['host_us']:8.1f}"
-    return f"{text}\n{layer_line(row)}" if "parts" in row else text
+    text += f"\n{layer_line(row)}" if "parts" in row else f"\n{fp8_line(row)}" if "bf16_us" in row else ""
+    return f"{text}\n    peer: {row['peer_wrong']}" if row.get("peer_wrong") else text
+
+
+def _over_ours(row: dict) -> float | None:
+    return row.get("peer_over_ours", row.get("peer_fp8_over_ours"))
 
 
 def summary(rows: list[dict], ceilings: dict, gpu: str) -> Iterator[str]:
@@ -400,6 +515,11 @@ def summary(rows: list[dict], ceilings: dict, gpu: str) -> Iterator[str]:
     for group in dict.fromkeys([*(row["group"] for row in compared), "all"] if compared else []):
         ratios = [row["peer_over_ours"] for row in compared if group in (row["group"], "all")]
         yield f"peer/ours, {group:15} geometric mean {statistics.geometric_mean(ratios):.3f} of {len(ratios)} rows"
+    fp8 = [row for row in rows if "bf16_us" in row]
+    if ratios := [row["peer_fp8_over_ours"] for row in fp8 if "peer_fp8_over_ours" in row]:
+        yield f"peer/ours, {FP8:15} geometric mean {statistics.geometric_mean(ratios):.3f} of {len(ratios)} rows"
+    if verdicts := [kept for row in fp8 for kept in fp8_verdicts(row).values()]:
+        yield f"limits of fp8 rows kept: {sum(verdicts)} of {len(verdicts)}"
     figure = "peer_over_ours" if compared else "of_floor"
     layers = [row for row in rows if "parts" in row]
     if worst := min((r for r in rows if figure in r and r not in layers), key=lambda row: row[figure], default=None):
@@ -483,7 +603,7 @@ def plot(document: dict, path: str) -> None:
 
     places = range(len(rows))
     bars.barh([p - 0.2 for p in places], [1 / row["of_floor"] for row in rows], 0.4, label="flashmla_ops")
-    peers = [(p, row) for p, row in zip(places, rows, strict=True) if "peer_over_ours" in row]
+    peers = [(p, row) for p, row in zip(places, rows, strict=True) if _over_ours(row)]
     if peers:
         ratios = [row["peer_us"] / row["floor_us"] for _, row in peers]
         bars.barh([p + 0.2 for p, _ in peers], ratios, 0.4, label="FlashMLA")

@@ -34,7 +34,7 @@ class Replay:
     def time(self, flush: Callable[[], object]) -> float:
         """Microseconds a call in one replay; no output of an earlier one is left, in L2 or elsewhere."""
         for t in itertools.chain.from_iterable(self.outputs):
-            t.fill_(math.nan if t.is_floating_point() else -(2**31))
+            t.fill_(math.nan if t.is_floating_point() else torch.iinfo(t.dtype).max)
         flush()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()

@@ -132,12 +132,12 @@ def fwd_kvcache_mla(
     Key j of row r lies in page block_table[r, j // page_size], at j % page_size. Absorbed MLA: arXiv 2405.04434, 2.1.2.
 
     Args:
-        q: [b, s_q, h_q, d_qk] bf16, fp16 (CPU: also fp32; float8_e4m3fn with q_scale, over a cache of fp8 with
-            kv_scale); strides: innermost 1, others multiples of 16 bytes.
-        kv_cache: [num_pages, page_size, h_k, d_qk], q's dtype, strides as q's; page_size a multiple of 16. CPU: also
-            fp8, in uint8 or float8_e4m3fn, whose format the last dimension tells (kv_cache.py): d_qk for one kv_scale,
-            d_v + 4 * ceil(d_v / 128) + 2 * (d_qk - d_v) up to a multiple of 16 (656 for 576, 512) for scales in the
-            cache. Keys are dequantised to q's dtype.
+        q: [b, s_q, h_q, d_qk] bf16, fp16 (CPU: also fp32), or float8_e4m3fn with q_scale, over a cache of fp8 with
+            kv_scale; strides: innermost 1, others multiples of 16 bytes.
+        kv_cache: [num_pages, page_size, h_k, d_qk], q's dtype, strides as q's; page_size a multiple of 16. Or fp8 (CPU
+            and Hopper), in uint8 or float8_e4m3fn, whose format the last dimension tells (kv_cache.py): d_qk for one
+            kv_scale, d_v + 4 * ceil(d_v / 128) + 2 * (d_qk - d_v) up to a multiple of 16 (656 for 576, 512) for scales
+            in the cache. Keys are dequantised to q's dtype.
         block_table: [b, max_pages] int32; entries past a row's last page are never read.
         cache_seqlens: [b] int32, keys of each row, this call's own included: append first, then attend.
         head_dim_v: d_v, a multiple of 16, at most d_qk.
@@ -241,10 +241,10 @@ def concat_and_cache_mla(
     """Appends tokens to a paged cache, in place: kv_cache[slot // page_size, slot % page_size, 0] = [kv_c | k_pe].
 
     Args:
-        kv_cache: [num_pages, page_size, 1, d_v + d_rope], written; CPU: also fp8, as `fwd_kvcache_mla` reads it. Under
-            torch.compile pass each layer's cache as a tensor of its own: a slice taken inside the graph, or a static
-            slice of a view that already has a storage offset, would be written to the wrong place (pytorch#198068). The
-            first is refused; `mark_kv_cache` refuses the second.
+        kv_cache: [num_pages, page_size, 1, d_v + d_rope], written; or fp8, as `fwd_kvcache_mla` reads it, on the CPU
+            and on CUDA. Under torch.compile pass each layer's cache as a tensor of its own: a slice taken inside the
+            graph, or a static slice of a view that already has a storage offset, would be written to the wrong place
+            (pytorch#198068). The first is refused; `mark_kv_cache` refuses the second.
         kv_c: [n, d_v], the compressed latents (after their norm), kv_cache's dtype; bf16, fp16 or fp32 for fp8 caches.
         k_pe: [n, d_rope], the rotated shared key part; d_rope may be 0.
         slot_mapping: [n] int64, page * page_size + position in the page; -1 skips the token.

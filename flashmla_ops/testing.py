@@ -14,9 +14,11 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from .kv_cache import format_of, named_format
 from .plan import TILE
 
 BAD_PAGE = 2**31 - 1
+KV_SCALE = 0.05  # of cases whose format has one scale: values of std 1 lie well within e4m3
 FP32_EPS = 2.0**-23
 BLOCK_BYTES = 256 << 20  # working set of one block of rows in `attention`
 
@@ -61,8 +63,26 @@ class DecodeCase(_Case):
     def bytes_moved(self) -> int:
         """Each key, query and output once."""
         b, s_q, h_q, d_qk = self.q.shape
-        key_bytes = self.kv_cache.shape[2] * d_qk * self.kv_cache.itemsize * int(self.cache_seqlens.long().sum())
+        _, _, h_k, last_dim = self.kv_cache.shape
+        key_bytes = h_k * last_dim * self.kv_cache.itemsize * int(self.cache_seqlens.long().sum())
         return key_bytes + b * s_q * h_q * ((d_qk + self.head_dim_v) * self.q.itemsize + 4)
+
+    def dequantized(self) -> "DecodeCase":
+        """The call over the values that its cache stands for."""
+        return self
+
+
+@dataclass
+class Fp8DecodeCase(DecodeCase):
+    """A call of fwd_kvcache_mla over an fp8 cache, as `quantized` makes it."""
+
+    kv_scale: Tensor | None  # of a format of one scale
+
+    def dequantized(self) -> DecodeCase:
+        d_v, d_rope = self.head_dim_v, self.q.shape[3] - self.head_dim_v
+        layout = format_of(self.kv_cache, d_v, d_rope)
+        values = layout.dequantize(self.kv_cache, d_v, d_rope, self.kv_scale, self.q.dtype)
+        return DecodeCase(**{f.name: getattr(self, f.name) for f in fields(DecodeCase)} | {"kv_cache": values})
 
 
 @dataclass
@@ -76,8 +96,9 @@ class AppendCase(_Case):
 
     def bytes_moved(self) -> int:
         """Each token read and written once, and its slot read."""
-        n, last_dim = self.kv_c.shape[0], self.kv_cache.shape[3]
-        return n * (2 * last_dim * self.kv_cache.itemsize + 8)
+        n, d_v = self.kv_c.shape
+        read = (d_v + self.k_pe.shape[1]) * self.kv_c.itemsize
+        return n * (read + self.kv_cache.shape[3] * self.kv_cache.itemsize + 8)
 
 
 @dataclass
@@ -159,6 +180,15 @@ def make_decode_case(
         kv_cache = with_gaps(kv_cache)
     scale = d_qk**-0.5 if softmax_scale is None else softmax_scale
     return DecodeCase(q, kv_cache, block_table.int(), lengths.int(), d_v, scale, causal)
+
+
+def quantized(case: DecodeCase, kv_format: str) -> Fp8DecodeCase:
+    """The case with its cache in the fp8 format of this name."""
+    layout, d_v = named_format(kv_format), case.head_dim_v
+    kv_scale = torch.tensor(KV_SCALE, device=case.q.device) if layout.scaled else None
+    kv_c, k_pe = case.kv_cache.flatten(0, 2).tensor_split([d_v], 1)
+    kv_cache = layout.quantize(kv_c, k_pe, kv_scale, True).view(*case.kv_cache.shape[:-1], -1)
+    return Fp8DecodeCase(**case.kwargs() | {"kv_cache": kv_cache}, kv_scale=kv_scale)
 
 
 def make_append_case(

@@ -10,8 +10,9 @@ from collections import Counter
 import pytest
 import torch
 
-from flashmla_ops import benchmark, benchmark_cuda, benchmark_layer, benchmark_sweep
+from flashmla_ops import benchmark, benchmark_cuda, benchmark_layer, benchmark_sweep, fwd_kvcache_mla
 from flashmla_ops.modules import MLAConfig
+from flashmla_ops.testing import make_decode_case, quantized
 
 CEILINGS = {
     "matrix_tflops": 700.0,
@@ -26,6 +27,11 @@ CEILINGS = {
 def decode_row(case: str = "fwd_kvcache_mla b1 h16 s1 k1024 bfloat16", **changes) -> dict:
     row = {"case": case, "group": "small batch", "us": 10.0, "stream_us": 5.0, "flops": 10**9, "bytes": 10**7}
     return row | {"peer_us": 20.0, "peer_wrong": None, "error": 2e-3, "host_us": 9.0, "matmul_tflops": 690.0} | changes
+
+
+def fp8_row(case: str = "fwd_kvcache_mla b128 h128 s1 k8192 fp8_tensor", **changes) -> dict:
+    row = decode_row(case, group="fp8", bf16_us=16.0, limit=None, peer_limit=1.05, peer_error=2e-2)
+    return row | changes
 
 
 def layer_row(**changes) -> dict:
@@ -50,8 +56,11 @@ def test_names_are_unique():
 
 def test_groups():
     sizes = Counter(shape.group for shape in benchmark_cuda.DECODE.values())
-    assert sizes == {"b128 h128 s1": 4, "h128 s>1": 4, "h16/32/64": 7, "small batch": 12, "other": 5}
+    assert sizes == {"b128 h128 s1": 4, "h128 s>1": 4, "h16/32/64": 7, "small batch": 12, "other": 5, "fp8": 8}
     for shape in benchmark_cuda.DECODE.values():
+        if shape.kv_format:
+            assert shape.group == "fp8" and shape.dtype is torch.bfloat16 and shape.varied == (shape.b == 128)
+            continue
         in_group = {
             "b128 h128 s1": (shape.b, shape.h_q, shape.s_q) == (128, 128, 1) and shape.varied,
             "h128 s>1": shape.h_q == 128 and shape.s_q > 1,
@@ -60,6 +69,32 @@ def test_groups():
             "other": shape.s_k == 131072 or shape.h_q in (8, 12, 20),
         }
         assert [group for group, fits in in_group.items() if fits] == [shape.group], shape
+
+
+def test_fp8_limits():
+    """Issue D, Shows 3; the other fp8 rows are FlashMLA's in kernels.md."""
+    blocks, one_scale = {}, {}
+    for shape in benchmark_cuda.DECODE.values():
+        h100, h200 = (shape.limits(f"NVIDIA {card}") for card in ("H100 80GB HBM3", "H200"))
+        assert h100["peer_limit"] == h200["peer_limit"]
+        if shape.kv_format == "fp8":
+            blocks[shape.b, shape.h_q, shape.s_k] = h100["limit"], h200["limit"], h100["peer_limit"]
+        elif shape.kv_format:
+            one_scale[shape.b, shape.h_q, shape.s_k] = h100["limit"], h200["limit"], h100["peer_limit"]
+        else:
+            assert set(h100.values()) == {None}
+    assert blocks == {
+        (128, 16, 8192): (0.66, 0.66, None),
+        (128, 64, 8192): (0.72, 0.85, None),
+        (128, 128, 8192): (1.3, 1.3, None),
+        (16, 16, 4096): (0.8, 0.8, None),
+    }
+    assert one_scale == {
+        (128, 16, 8192): (None, None, 1.05),
+        (128, 128, 8192): (None, None, 1.0),
+        (16, 16, 4096): (None, None, 1.05),
+        (1, 128, 8192): (None, None, 1.0),
+    }
 
 
 def test_layer_limits():
@@ -112,6 +147,31 @@ def test_line_and_summary():
     assert "peer/ours, all             geometric mean 3.162 of 2 rows" in text
     assert "worst row: fwd_kvcache_mla b1 h16 s1 k1024 bfloat16, peer over ours 2.00" in text
     assert "layer steps within their limits: 1 of 1" in text and "the floors count" in text
+
+
+def test_fp8_rows_are_held_against_bf16_and_count_apart():
+    rows = [decode_row(), fp8_row(flops=7 * 10**9), fp8_row(limit=0.6, peer_limit=None, peer_us=None)]
+    ceilings = dict(CEILINGS)
+    for row in rows:
+        benchmark_cuda.complete(row, ceilings)
+    assert ceilings == CEILINGS | {"matrix_tflops": 700.0}  # not the peer's rate, whose products are in fp8
+    assert [row.get("peer_over_ours") for row in rows] == [2.0, None, None]
+    assert (rows[1]["peer_fp8_over_ours"], rows[1]["of_bf16"]) == (2.0, 0.625)
+    own, below = benchmark_cuda.line(rows[1], True).splitlines()
+    assert len(own) == len(benchmark_cuda.header(True)) and " 2.00 " in own
+    assert below == "    0.62 x the 16.0 us of bf16; peer over ours 2.00 (limit 1.05: kept), its error 2.0e-02"
+    assert benchmark_cuda.line(rows[2], True).endswith("    0.62 x the 16.0 us of bf16 (limit 0.6: MISSED)")
+    text = "\n".join(benchmark_cuda.summary(rows, ceilings, "another GPU"))
+    assert "peer/ours, all             geometric mean 2.000 of 1 rows" in text
+    assert "peer/ours, fp8             geometric mean 2.000 of 1 rows" in text
+    assert "limits of fp8 rows kept: 1 of 2" in text
+
+
+def test_a_row_says_what_is_wrong_with_its_peer():
+    row = fp8_row(peer_us=None, peer_wrong="cannot be called: AttributeError: gone", peer_error=None)
+    benchmark_cuda.complete(row, dict(CEILINGS))
+    own, below, reason = benchmark_cuda.line(row, True).splitlines()
+    assert " wrong " in own and "peer" not in below and reason == "    peer: cannot be called: AttributeError: gone"
 
 
 def test_summary_of_layer_rows_alone():
@@ -282,9 +342,117 @@ class Eager:
     def time(self, flush) -> float:
         for outputs in self.outputs:
             for t in outputs:
-                t.fill_(float("nan") if t.is_floating_point() else -1)
+                t.fill_(float("nan") if t.is_floating_point() else torch.iinfo(t.dtype).max)
         self.replay()
         return 12.5
+
+
+class TinyDecodeShape(benchmark_cuda.DecodeShape):
+    def make(self, seed: int):
+        case = make_decode_case([self.s_k] * self.b, h_q=self.h_q, seed=seed, poison=False)
+        return quantized(case, self.kv_format) if self.kv_format else case
+
+
+@pytest.fixture
+def on_cpu(monkeypatch):
+    monkeypatch.setattr(benchmark_cuda, "Replay", Eager)
+    monkeypatch.setattr(benchmark_cuda, "ALLOCATIONS", 2)
+    monkeypatch.setattr(benchmark_cuda, "DECODE_NODES", 2)
+    monkeypatch.setattr(benchmark_cuda, "median_us", lambda replays, flush: [r.time(flush) for r in replays])
+    monkeypatch.setattr(benchmark_cuda, "_stream", lambda case: lambda: None)
+    monkeypatch.setattr(benchmark_cuda, "host_us", lambda run: run() is not None and 1.0)
+    monkeypatch.setattr(benchmark_cuda, "matrix_tflops", lambda flush: 700.0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+
+
+def dense_fp8(case):
+    """Stands for FlashMLA's."""
+    q, scale = benchmark_cuda._e4m3_q(case)
+    return lambda: fwd_kvcache_mla(**case.kwargs() | {"q": q, "q_scale": scale})
+
+
+@pytest.mark.parametrize("kv_format", [None, "fp8", "fp8_tensor"])
+def test_a_decode_row_from_end_to_end(kv_format, monkeypatch, on_cpu):
+    monkeypatch.setitem(benchmark_cuda.PEERS, "fp8_tensor", (dense_fp8, benchmark_cuda._check_peer_fp8))
+    shape = TinyDecodeShape("fp8", 2, 4, 1, 100, False, kv_format=kv_format, of_bf16=(0.5, 1.5), over_peer=1.05)
+    with_peer = kv_format == "fp8_tensor"
+    row = json.loads(json.dumps({"case": "x", **benchmark_cuda.decode_row(shape, None, with_peer)}))
+    assert row["us"] == 12.5 and row["nodes"] == 2 and row["peer_wrong"] is None and row["error"] < 4e-3
+    benchmark_cuda.complete(row, dict(CEILINGS))
+    text = benchmark_cuda.line(row, True)
+    assert ("1.00 x the 12.5 us of bf16 (limit 1.5: kept)" in text) == bool(kv_format)
+    assert ("peer over ours 1.00 (limit 1.05: MISSED)" in text) == with_peer
+    if with_peer:
+        assert row["peer_error"] < benchmark_cuda.PEER_FP8_TOLERANCE
+
+
+def test_an_fp8_peer_that_is_missing_or_wrong(monkeypatch, on_cpu):
+    """The row says so, and has our time."""
+    shape = TinyDecodeShape("fp8", 1, 4, 1, 100, False, kv_format="fp8_tensor", over_peer=1.05)
+    row = benchmark_cuda.decode_row(shape, None, True)
+    assert row["peer_wrong"].startswith("cannot be called: ") and row["peer_us"] is None and row["us"] == 12.5
+
+    def wrong(case):
+        return lambda: [t * 1.2 for t in dense_fp8(case)()]
+
+    monkeypatch.setitem(benchmark_cuda.PEERS, "fp8_tensor", (wrong, benchmark_cuda._check_peer_fp8))
+    row = benchmark_cuda.decode_row(shape, None, True)
+    assert row["peer_wrong"] == "error 2.0e-01 of out" and row["us"] == 12.5
+
+
+def test_how_the_fp8_peer_is_called(monkeypatch):
+    """As the schemas of sgl-flash-mla 1.0.0 say."""
+    case = quantized(make_decode_case([100, 70], h_q=4, poison=False), "fp8_tensor")
+
+    class Peer:
+        @staticmethod
+        def get_mla_decoding_metadata_dense_fp8(seqlens_k, num_heads_per_head_k, num_heads_k):
+            assert seqlens_k is case.cache_seqlens and (num_heads_per_head_k, num_heads_k) == (4, 1)
+            return ["metadata", "splits"]
+
+        @staticmethod
+        def fwd_kvcache_mla_fp8(
+            q,
+            kcache,
+            head_size_v,
+            seqlens_k,
+            block_table,
+            softmax_scale,
+            is_causal,
+            metadata,
+            splits,
+            descale_q,
+            descale_k,
+        ):
+            assert q.dtype is kcache.dtype is torch.float8_e4m3fn and kcache.shape == case.kv_cache.shape
+            assert descale_q.shape == descale_k.shape == (1,) and (metadata, splits) == ("metadata", "splits")
+            call = q, kcache, block_table, seqlens_k, head_size_v, softmax_scale, is_causal
+            return list(fwd_kvcache_mla(*call, q_scale=descale_q, kv_scale=descale_k))
+
+    monkeypatch.setattr(torch.ops, "flash_mla_legacy", Peer, raising=False)
+    assert benchmark_cuda._check_peer_fp8(case, *benchmark_cuda._peer_fp8(case)()) < 1e-2
+
+
+@pytest.mark.parametrize("kv_format, token", [("bfloat16", 1152), ("fp8", 656), ("fp8_tensor", 576)])
+def test_appends_are_checked_bit_for_bit(kv_format, token):
+    case = benchmark_cuda._append(70, kv_format, seed=1, device="cpu")
+    assert case.bytes_moved == 70 * (1152 + token + 8)
+    (kv_cache,) = case.run()
+    assert case.check(kv_cache) == 0.0 and kv_cache.shape[-1] * kv_cache.itemsize == token
+    kv_cache.view(torch.uint8)[:, :, :, 5] ^= 1
+    with pytest.raises(AssertionError, match="does not hold the tokens"):
+        case.check(kv_cache)
+
+
+@pytest.mark.parametrize("kv_format, token", [("fp8", 656), ("fp8_tensor", 576)])
+def test_a_case_over_an_fp8_cache(kv_format, token):
+    plain = make_decode_case([100, 70], poison=False)
+    case = quantized(plain, kv_format)
+    assert plain.dequantized() is plain and plain.bytes_moved() - case.bytes_moved() == 170 * (1152 - token)
+    again = case.dequantized()
+    assert type(again) is type(plain) and again.q is plain.q and again.flops() == case.flops() == plain.flops()
+    torch.testing.assert_close(again.kv_cache, plain.kv_cache, rtol=2**-4, atol=2**-8)
 
 
 class TinyShape(benchmark_layer.LayerShape):
@@ -389,7 +557,8 @@ def test_sweeps_table():
 
 
 def rows_document() -> dict:
-    rows = [decode_row(), decode_row("fwd_kvcache_mla b4 h16 s1 k4096 bfloat16", peer_us=None), layer_row()]
+    unmatched = decode_row("fwd_kvcache_mla b4 h16 s1 k4096 bfloat16", peer_us=None)
+    rows = [decode_row(), unmatched, fp8_row(), layer_row()]
     for row in rows:
         benchmark_cuda.complete(row, dict(CEILINGS))
     return {"machine": {"gpu": "made up"}, "ceilings": CEILINGS, "rows": rows}
