@@ -19,6 +19,10 @@ enum PlanColumn { kFirstRow, kFirstTile, kLastRow, kLastTile, kFirstSplit, kFlag
 
 enum class DType { kBF16, kFP16, kFP32 };
 
+// How a token lies in a cache (flashmla_ops/kv_cache.py): as it is; e4m3 with a scale for every 128 values and rope in
+// bf16; e4m3 with one scale for all.
+enum class CacheFormat { kPlain, kFp8Blocks, kFp8Tensor };
+
 struct MetadataParams {
     int* metadata;             // [kMaxParts, kColumns]
     int* num_splits;           // [b + 1]
@@ -59,7 +63,9 @@ struct FwdParams {
     void* out;                 // [b, s_q, h_q, 512], contiguous
     float* lse;                // [b, h_q, s_q], contiguous
     const void* q;             // [b, s_q, h_q, 576]
-    const void* kv_cache;      // [num_pages, page_size, h_k, 576]
+    const void* kv_cache;      // [num_pages, page_size, h_k, 576 values, or 656 bytes of kFp8Blocks]
+    const float* q_scale;      // of q in e4m3; null: q is in dtype
+    const float* kv_scale;     // of kFp8Tensor
     const int* block_table;    // [b, max_pages]
     const int* cache_seqlens;  // [b]
     const int* metadata;       // [kMaxParts, kColumns]
@@ -82,7 +88,9 @@ struct FwdParams {
     int split_parts;  // parts that the workspace has room for; a plan that uses others is executed unsplit
     float softmax_scale_log2;
     bool causal;
-    DType dtype;
+    bool few_rows;  // fwd_kvcache_mla_few_rows.cu computes: its shares lie in rows
+    DType dtype;    // of out
+    CacheFormat format;
 };
 
 struct StreamParams {
@@ -102,6 +110,7 @@ namespace sm90 {
 constexpr int kFewRows = 16;  // query rows of a key head: fwd_kvcache_mla_few_rows.cu has up to so many
 void fwd_kvcache_mla(const FwdParams& params, cudaStream_t stream);
 void fwd_kvcache_mla_few_rows(const FwdParams& params, cudaStream_t stream);
+void fwd_kvcache_mla_fp8(const FwdParams& params, cudaStream_t stream);
 void fwd_kvcache_mla_combine(const FwdParams& params, cudaStream_t stream);
 void paged_stream(const StreamParams& params, cudaStream_t stream);
 }  // namespace sm90

@@ -71,6 +71,10 @@ int64_t vectors(const Tensor& t, int64_t elements) {
     return elements * static_cast<int64_t>(t.element_size()) / kVectorBytes;
 }
 
+const float* pointer_to(const std::optional<Tensor>& scale) {
+    return scale.has_value() ? static_cast<const float*>(scale->data_ptr()) : nullptr;
+}
+
 // --------------------------------------------------------------------------------------------------------------- ops
 
 void get_mla_metadata_op(Tensor tile_scheduler_metadata, Tensor num_splits, const Tensor cache_seqlens,
@@ -84,14 +88,17 @@ void get_mla_metadata_op(Tensor tile_scheduler_metadata, Tensor num_splits, cons
                      on.stream);
 }
 
-// num_parts: parts at work at once; plan_parts: how many the plan may use. Without a plan it makes one of num_parts.
+// num_parts: parts at work at once; plan_parts: how many the plan may use. Without a plan it makes one of num_parts. A
+// cache of bytes is in fp8: with kv_scale in fp8_tensor, without in fp8.
 std::tuple<Tensor, Tensor> fwd_kvcache_mla_op(const Tensor q, const Tensor kv_cache, const Tensor block_table,
                                               const Tensor cache_seqlens, double softmax_scale, bool causal,
                                               const std::optional<Tensor> tile_scheduler_metadata, int64_t num_parts,
-                                              int64_t plan_parts) {
+                                              int64_t plan_parts, const std::optional<Tensor> q_scale,
+                                              const std::optional<Tensor> kv_scale) {
     const OnDevice on(q);
     const int64_t b = q.size(0), s_q = q.size(1), h_q = q.size(2);
-    Tensor out = new_empty({b, s_q, h_q, kDimV}, q.scalar_type(), q);
+    const ScalarType out_dtype = q_scale.has_value() ? ScalarType::BFloat16 : q.scalar_type();
+    Tensor out = new_empty({b, s_q, h_q, kDimV}, out_dtype, q);
     Tensor lse = new_empty({b, h_q, s_q}, ScalarType::Float, q);
     if (out.numel() == 0) return {out, lse};
     Tensor metadata = tile_scheduler_metadata.has_value() ? *tile_scheduler_metadata
@@ -118,7 +125,10 @@ std::tuple<Tensor, Tensor> fwd_kvcache_mla_op(const Tensor q, const Tensor kv_ca
     const int64_t places = 2 * split_parts * row_tiles * kRowTile;
     // A machine's own plan gives rows num_parts / b parts, more or less. Where most are split in two, and shares are
     // large, merging them in the decode kernel saves more than clearing the counters costs (csrc/NOTES.md).
-    const bool mostly_pairs = num_parts < 2 * b && rows >= kRowTile;
+    const CacheFormat format = kv_cache.element_size() > 1 ? CacheFormat::kPlain
+                               : kv_scale.has_value()      ? CacheFormat::kFp8Tensor
+                                                           : CacheFormat::kFp8Blocks;
+    const bool mostly_pairs = num_parts < 2 * b && rows >= kRowTile && format == CacheFormat::kPlain;
     const int64_t arrivals = mostly_pairs ? 2 * split_parts * row_tiles : 0;
     // partial_out, partial_lse, arrivals, split_rows, scratch: in floats
     constexpr int64_t kScratch = 4;
@@ -137,6 +147,8 @@ std::tuple<Tensor, Tensor> fwd_kvcache_mla_op(const Tensor q, const Tensor kv_ca
         .lse = static_cast<float*>(lse.data_ptr()),
         .q = q.data_ptr(),
         .kv_cache = kv_cache.data_ptr(),
+        .q_scale = pointer_to(q_scale),
+        .kv_scale = pointer_to(kv_scale),
         .block_table = static_cast<const int*>(block_table.data_ptr()),
         .cache_seqlens = static_cast<const int*>(cache_seqlens.data_ptr()),
         .metadata = static_cast<const int*>(metadata.data_ptr()),
@@ -167,10 +179,14 @@ std::tuple<Tensor, Tensor> fwd_kvcache_mla_op(const Tensor q, const Tensor kv_ca
         .split_parts = static_cast<int>(split_parts),
         .softmax_scale_log2 = static_cast<float>(softmax_scale * 1.4426950408889634),
         .causal = causal,
-        .dtype = dtype_of(q),
+        .few_rows = rows <= sm90::kFewRows && format == CacheFormat::kPlain,
+        .dtype = dtype_of(out),
+        .format = format,
     };
-    rows <= sm90::kFewRows ? sm90::fwd_kvcache_mla_few_rows(params, on.stream)
-                           : sm90::fwd_kvcache_mla(params, on.stream);
+    const auto kernel = format != CacheFormat::kPlain ? sm90::fwd_kvcache_mla_fp8
+                        : params.few_rows             ? sm90::fwd_kvcache_mla_few_rows
+                                                      : sm90::fwd_kvcache_mla;
+    kernel(params, on.stream);
     if (places > 0) sm90::fwd_kvcache_mla_combine(params, on.stream);
     return {out, lse};
 }
@@ -194,7 +210,7 @@ void concat_and_cache_mla_op(Tensor kv_cache, const Tensor kv_c, const Tensor k_
         .k_pe_stride = vectors(k_pe, k_pe.stride(0)),
         .kv_c_vectors = static_cast<int>(vectors(kv_c, kv_c.size(1))),
         .k_pe_vectors = static_cast<int>(vectors(k_pe, k_pe.size(1))),
-        .kv_scale = kv_scale.has_value() ? static_cast<const float*>(kv_scale->data_ptr()) : nullptr,
+        .kv_scale = pointer_to(kv_scale),
         .round_scale = round_scale,
         .dtype = dtype_of(kv_c),
     };
@@ -261,7 +277,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(flashmla_sm90, m) {
         "-> ()");
     m.def(
         "fwd_kvcache_mla(Tensor q, Tensor kv_cache, Tensor block_table, Tensor cache_seqlens, float softmax_scale, "
-        "bool causal, Tensor? tile_scheduler_metadata, int num_parts, int plan_parts) -> (Tensor out, Tensor lse)");
+        "bool causal, Tensor? tile_scheduler_metadata, int num_parts, int plan_parts, Tensor? q_scale, Tensor? "
+        "kv_scale) "
+        "-> (Tensor out, Tensor lse)");
     m.def(
         "concat_and_cache_mla(Tensor(a!) kv_cache, Tensor kv_c, Tensor k_pe, Tensor slot_mapping, Tensor? kv_scale, "
         "bool round_scale) -> ()");

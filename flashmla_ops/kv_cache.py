@@ -12,7 +12,7 @@ class CacheFormat:
     part (d_rope values).
 
     `quantize` and `dequantize` are the reference: what backends write is equal bit for bit to the first, and what they
-    multiply is what the second returns.
+    multiply is what the second returns; but the last place may differ, and a kv_scale may multiply products instead.
     """
 
     name: str

@@ -7,12 +7,16 @@
 //   faults divergent   a thread waits at a warp's barrier that does not name it synccheck
 //   faults clean       the same kernels without their faults; exits with 0 if their results are right
 //
-// Each kernel copies kThreads ints, one a thread.
+// Each of these kernels copies kThreads ints, one a thread. And what has no fault, though racecheck reports one:
+//
+//   faults handover    values handed from one group of threads to another; exits with 0 if they arrive
 
 #include <cuda_runtime.h>
 
+#include <cstdint>
 #include <cstdio>
 #include <cstring>
+#include <cuda/ptx>
 #include <vector>
 
 constexpr int kThreads = 256;
@@ -43,12 +47,108 @@ __global__ void barrier_kernel(int* to, const int* from, int last_waiting) {
     to[i] = shared[i ^ 1];
 }
 
+// Group 0 leaves a value a thread, and group 1 takes them, each thread another one's; kRounds times through the same
+// memory. They wait as the decode kernel's warpgroups do (csrc/sm90/fwd_kvcache_mla.cu).
+constexpr int kGroup = 128, kRounds = 16;
+enum Barrier { kLeft = 1, kTaken, kAllTook };  // named ones; 0 is __syncthreads's
+
+__device__ void bar_sync(int barrier, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
+__device__ void bar_arrive(int barrier, int threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
+__device__ void wait(uint64_t* barrier, uint32_t phase) {
+    while (!cuda::ptx::mbarrier_try_wait_parity(barrier, phase)) {
+    }
+}
+
+__device__ __forceinline__ void leave_value(int (&shared)[kGroup], int t, int value) { shared[t] = value; }
+
+__device__ __forceinline__ int take_value(const int (&shared)[kGroup], int t) { return shared[(t + 1) % kGroup]; }
+
+// Why no round's accesses can meet another's:
+// - A round's values are left before the barrier kLeft is arrived at, and taken behind it. An arrival orders what came
+//   before it for those who wait, like a wait does.
+// - They are taken before the way back begins, and the next ones are left behind its end. With kNamed that is one named
+//   barrier: both ways together are the PTX manual's example of bar.arrive, a producer and a consumer. Else all of
+//   group 1 meets, one lane a warp arrives at `freed`, a third group's thread waits for that and arrives at `landed`,
+//   and group 0 waits for that. Arrivals release and waits acquire, so the order holds through all of them.
+// - Nobody is a round ahead at any barrier: group 0 begins none before the way back has ended, which needs group 1 to
+//   have passed kLeft; group 1 passes the next kLeft only when group 0 has passed the way back. The third group's
+//   thread waits for each phase of `freed`, and the next one needs its arrival at `landed`.
+// - Nobody leaves an arrival behind: all that arrive are waited for in the same round.
+template <bool kNamed>
+__global__ void handover_kernel(int* to, const int* from) {
+    __shared__ int shared[kGroup];
+    __shared__ uint64_t freed, landed;
+    const int group = threadIdx.x / kGroup, t = threadIdx.x % kGroup;
+    if (threadIdx.x == 0) {
+        cuda::ptx::mbarrier_init(&freed, kGroup / 32);
+        cuda::ptx::mbarrier_init(&landed, 1);
+    }
+    __syncthreads();
+    for (int round = 0; round < kRounds; ++round) {
+        const uint32_t phase = round % 2;
+        if (group == 0) {
+            leave_value(shared, t, from[round * kGroup + t]);
+            bar_arrive(kLeft, 2 * kGroup);
+            kNamed ? bar_sync(kTaken, 2 * kGroup) : wait(&landed, phase);
+        } else if (group == 1) {
+            bar_sync(kLeft, 2 * kGroup);
+            to[round * kGroup + t] = take_value(shared, t);
+            if (kNamed) {
+                bar_arrive(kTaken, 2 * kGroup);
+            } else {
+                bar_sync(kAllTook, kGroup);
+                if (t % 32 == 0) cuda::ptx::mbarrier_arrive(&freed);
+            }
+        } else if (t == 0) {
+            wait(&freed, phase);
+            cuda::ptx::mbarrier_arrive(&landed);
+        }
+        __syncwarp();  // named barriers want whole warps
+    }
+}
+
+int run_handovers() {
+    constexpr size_t kAllBytes = kRounds * kGroup * sizeof(int);
+    std::vector<int> values(kRounds * kGroup), taken(kRounds * kGroup);
+    for (int i = 0; i < kRounds * kGroup; ++i) values[i] = 7 * i;
+    int *from, *to;
+    cudaMalloc(&from, kAllBytes);
+    cudaMemcpy(from, values.data(), kAllBytes, cudaMemcpyHostToDevice);
+    cudaMalloc(&to, kAllBytes);
+    for (const bool named : {false, true}) {
+        cudaMemset(to, -1, kAllBytes);
+        named ? handover_kernel<true><<<1, 2 * kGroup>>>(to, from)
+              : handover_kernel<false><<<1, 2 * kGroup + 32>>>(to, from);
+        if (const cudaError_t error = cudaDeviceSynchronize(); error != cudaSuccess) {
+            fprintf(stderr, "handover: %s\n", cudaGetErrorString(error));
+            return 1;
+        }
+        cudaMemcpy(taken.data(), to, kAllBytes, cudaMemcpyDeviceToHost);
+        for (int i = 0; i < kRounds * kGroup; ++i) {
+            if (taken[i] != values[i / kGroup * kGroup + (i + 1) % kGroup]) {
+                fprintf(stderr, "handover: a wrong value at %d\n", i);
+                return 1;
+            }
+        }
+    }
+    for (int* buffer : {from, to}) cudaFree(buffer);
+    printf("2 cases right\n");
+    return 0;
+}
+
 int main(int argc, char** argv) {
     const char* fault = argc == 2 ? argv[1] : "";
+    if (!strcmp(fault, "handover")) return run_handovers();
     const bool overrun = !strcmp(fault, "overrun"), race = !strcmp(fault, "race"),
                unwritten = !strcmp(fault, "unwritten"), divergent = !strcmp(fault, "divergent");
     if (!overrun && !race && !unwritten && !divergent && strcmp(fault, "clean")) {
-        fprintf(stderr, "usage: faults overrun|race|unwritten|divergent|clean\n");
+        fprintf(stderr, "usage: faults overrun|race|unwritten|divergent|clean|handover\n");
         return 2;
     }
 

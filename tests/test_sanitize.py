@@ -1,7 +1,10 @@
-"""What `python tests/sanitize.py` does, in short: the planted faults, and all cases under memcheck."""
+"""What `python tests/sanitize.py` does, in short: the planted faults, and all cases under memcheck.
+
+And what it makes of racecheck's reports."""
 
 import pytest
 import sanitize
+from sanitize import DECODE, HANDOVERS, PLANTED, Access
 
 
 @pytest.mark.gpu
@@ -18,3 +21,132 @@ def test_the_cases_are_right_on_the_cpu(capsys):
     """So that what a tool finds in them is the kernels'."""
     assert sanitize.main(["--cases", "all", "--device", "cpu"]) == 0
     assert sanitize.RIGHT.search(capsys.readouterr().out)
+
+
+# -------------------------------------------------------------------------------------------------- racecheck's reports
+
+REPORTS = """\
+========= COMPUTE-SANITIZER
+========= Error: Race reported between Write access at void handover<(bool)0>(int *)+0x120 in /a/faults.cu:19
+=========     and Read access at void handover<(bool)0>(int *, const int *)+0x240 in /a/faults.cu:20 [512 hazards]
+=========         Device Frame: handover [0x240] in /a/faults.cu:40
+=========     and Write access at 0x250 in /a/other.cuh:7:handover(int *) [4 hazards]
+=========
+========= Warning: Race reported between Read access at a::(anonymous namespace)::f(T1)+0x1 and Write access at b.cu:3
+========= ERROR: Race reported between Write access at f(T1)+0x1 in b.cu:5 and Read access at g(T1)+0x2 in b.cu:6
+=========
+========= RACECHECK SUMMARY: 3 hazards displayed (2 errors, 1 warning)
+"""
+
+
+def test_reports_are_parsed_in_every_form():
+    assert sanitize.parse_races(REPORTS) == [
+        [Access("Write", "faults.cu", 19), Access("Read", "faults.cu", 20), Access("Write", "other.cuh", 7)],
+        [Access("Read", "", 0), Access("Write", "b.cu", 3)],
+        [Access("Write", "b.cu", 5), Access("Read", "b.cu", 6)],
+    ]
+    assert sanitize.parse_races("========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)") == []
+
+
+@pytest.mark.parametrize("source", HANDOVERS, ids=lambda source: source.name)
+def test_hand_overs_are_found_in_the_sources(source):
+    lines = source.read_text().splitlines()
+    for name in [name for names in HANDOVERS[source] for name in names]:
+        found = sanitize.function_lines(source.read_text(), name)
+        body = lines[found.start - 1 : found.stop - 1]
+        assert name in body[0] and body[-1].endswith("}") and len(body) < 40
+        assert "shared" in "".join(body) and sum(line.startswith("__device__") for line in body) == 1
+
+
+def handed_over(source=DECODE, names=("leave_base", "take_base")) -> list[Access]:
+    """A report of a write and a read in these functions."""
+    left, taken = (sanitize.function_lines(source.read_text(), name) for name in names)
+    return [Access("Write", source.name, left[-1]), Access("Read", source.name, taken[-1])]
+
+
+def test_only_hand_overs_are_accepted():
+    for source, pairs in HANDOVERS.items():
+        for names in pairs:
+            write, read = handed_over(source, names)
+            assert sanitize.is_handover([write, read], source) and sanitize.is_handover([read, write, write], source)
+            outside = write._replace(line=1)
+            kinds = write._replace(kind="Read"), read._replace(kind="Write")
+            for race in ([write], [write, write], [write, read, write], [outside, read], [write, outside], [*kinds]):
+                assert not sanitize.is_handover(race, source)
+            assert not sanitize.is_handover([write, read._replace(file="other.cu")], source)
+            assert not sanitize.is_handover([write, read._replace(kind="Atomic")], source)
+    assert not sanitize.is_handover(handed_over(names=("leave_base", "take_sum")), DECODE)
+    assert not sanitize.is_handover(handed_over(PLANTED, ("leave_value", "take_value")), DECODE)
+
+
+@pytest.fixture
+def racecheck(tmp_path, monkeypatch):
+    """Makes compute-sanitizer a program that prints these reports, and a summary that counts so many."""
+
+    def prints(races, counted=None, cases=2, status=1):
+        text = f"{cases} cases right\n" if cases else ""
+        for (kind, file, line), *others in races:
+            text += f"========= Error: Race reported between {kind} access at f(T1)+0x10 in /a/{file}:{line}\n"
+            for kind, file, line in others:
+                text += f"=========     and {kind} access at f(T1)+0x20 in /a/{file}:{line} [8 hazards]\n"
+            text += "=========\n"
+        n = len(races) if counted is None else counted
+        text += f"========= RACECHECK SUMMARY: {n} hazards displayed ({n} errors, 0 warnings)\n"
+        (tmp_path / "text").write_text(text)
+        program = tmp_path / "compute-sanitizer"
+        program.write_text(f"#!/bin/sh\ncat {tmp_path}/text\nexit {status}\n")
+        program.chmod(0o755)
+
+    monkeypatch.setattr(sanitize, "PATH", f"{tmp_path}:/usr/bin:/bin")
+    return prints
+
+
+@pytest.fixture
+def planted(racecheck):
+    """What racecheck says of the correct hand-over: it reports it."""
+    racecheck([handed_over(PLANTED, ("leave_value", "take_value"))])
+    row = sanitize.watch("racecheck", "handover", ["faults"], sanitize.is_right, (PLANTED,))
+    assert row.ok and len(row.accepted) == 1
+    return [row]
+
+
+def test_reports_of_hand_overs_are_accepted_beside_a_correct_one(racecheck, planted):
+    races = [handed_over(), handed_over(names=("leave_probabilities", "take_sum"))]
+    racecheck(races)
+    row = sanitize.watch_cases("racecheck", planted)
+    assert (row.ok, row.errors, row.accepted) == (True, 0, races)
+    assert row.verdict.startswith("as expected; accepted: 2 of hand-overs")
+
+    racecheck([], status=0)  # no report of the correct one
+    silent = sanitize.watch("racecheck", "handover", ["faults"], sanitize.is_right, (PLANTED,))
+    assert (silent.ok, silent.accepted, silent.verdict) == (True, [], "as expected")
+    racecheck(races)
+    for before in ([silent], []):
+        row = sanitize.watch_cases("racecheck", before)
+        assert (row.ok, row.errors, row.accepted) == (False, 2, [])
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"races": [handed_over(), handed_over()[::-1] + handed_over()[1:]]},  # a read with a read
+        {"races": [handed_over(), [Access("Write", DECODE.name, 1), Access("Read", DECODE.name, 2)]]},
+        {"counted": 2},
+        {"counted": 0, "races": [handed_over()[:1], handed_over()]},
+        {"cases": 0},
+        {"status": 139},
+    ],
+    ids=str,
+)
+def test_anything_else_fails(racecheck, planted, wrong):
+    racecheck(**{"races": [handed_over()], **wrong})
+    row = sanitize.watch_cases("racecheck", planted)
+    assert not row.ok and row.verdict.startswith("FAILED") and len(row.accepted) == 1
+
+
+def test_a_wrong_hand_over_excuses_nothing(racecheck):
+    racecheck([handed_over(PLANTED, ("leave_value", "take_value"))], cases=0)
+    row = sanitize.watch("racecheck", "handover", ["faults"], sanitize.is_right, (PLANTED,))
+    assert not row.ok
+    racecheck([handed_over()])
+    assert not sanitize.watch_cases("racecheck", [row]).ok

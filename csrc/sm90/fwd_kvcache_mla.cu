@@ -217,16 +217,6 @@ __device__ __forceinline__ void score(SharedStorage<T>& shared, int stage, Porti
     wgmma::commit();
 }
 
-// P [64, 64] to a slice.
-__device__ __forceinline__ void store_probabilities(const Consumer& me, const uint32_t (&rP)[16], void* slice) {
-    const int row = me.warp * 16 + me.lane % 16;
-#pragma unroll
-    for (int j = 0; j < 8; j += 2) {
-        ptx::stmatrix_x4(ptx::shared_address(slice) + wgmma::swizzled(row, j + me.lane / 16), rP[2 * j], rP[2 * j + 1],
-                         rP[2 * j + 2], rP[2 * j + 3]);
-    }
-}
-
 // Zeroes a tile's V from row `first` on: cache rows past the length may hold NaN, and 0 * NaN is NaN.
 template <typename T>
 __device__ __forceinline__ void zero_values(const Consumer& me, T (&tile)[kSlices][64 * 64], int first) {

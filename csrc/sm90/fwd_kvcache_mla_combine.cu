@@ -318,7 +318,7 @@ static void launch(const FwdParams& params, cudaStream_t stream) {
 
 template <typename T>
 static void launch(const FwdParams& params, cudaStream_t stream) {
-    params.rows <= kFewRows ? launch<T, ByRows>(params, stream) : launch<T, ByAccumulators>(params, stream);
+    params.few_rows ? launch<T, ByRows>(params, stream) : launch<T, ByAccumulators>(params, stream);
 }
 
 void fwd_kvcache_mla_combine(const FwdParams& params, cudaStream_t stream) {

@@ -88,6 +88,38 @@ __device__ __forceinline__ float exp2_approx(float x) {
     return result;
 }
 
+// Four bytes of `low` and `high`, numbered 0 to 7: nibble i of the selector names byte i, + 8 its sign eight times.
+// "prmt", whose signs __byte_perm does not give.
+__device__ __forceinline__ uint32_t permute(uint32_t low, uint32_t high, uint32_t selector) {
+    uint32_t result;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(low), "r"(high), "r"(selector));
+    return result;
+}
+
+// 4 bytes from global memory; 16 bytes, or zeros; and 16 bytes to shared memory. Volatile, that is in the order of the
+// program: ptxas gathers other loads where their registers are needed least, far from where they were asked for. "ld",
+// "st"
+__device__ __forceinline__ float load_in_order(const void* from) {
+    float result;
+    asm volatile("ld.volatile.global.b32 %0, [%1];" : "=f"(result) : "l"(from));
+    return result;
+}
+__device__ __forceinline__ uint4 load_in_order(const void* from, bool there) {
+    uint4 result;
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %5, 0;\n"
+        "mov.b32 %0, 0;\nmov.b32 %1, 0;\nmov.b32 %2, 0;\nmov.b32 %3, 0;\n"
+        "@p ld.volatile.global.v4.b32 {%0, %1, %2, %3}, [%4];\n}\n"
+        : "=&r"(result.x), "=&r"(result.y), "=&r"(result.z), "=&r"(result.w)
+        : "l"(from), "r"(static_cast<int>(there)));
+    return result;
+}
+__device__ __forceinline__ void store_in_order(uint32_t to, const uint4& values) {
+    asm volatile("st.volatile.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(values.x), "r"(values.y),
+                 "r"(values.z), "r"(values.w)
+                 : "memory");
+}
+
 // Brings a tensor map into the descriptor cache. "prefetch.tensormap"
 __device__ __forceinline__ void prefetch_tensor_map(const void* map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");

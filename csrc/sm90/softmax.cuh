@@ -4,6 +4,7 @@
 #include "fwd_kvcache_mla.cuh"
 #include "ptx.cuh"
 #include "row_tile.cuh"
+#include "wgmma.cuh"
 
 namespace flashmla::sm90 {
 
@@ -77,6 +78,16 @@ __device__ __forceinline__ void exponentiate(const float (&base)[2], float (&rS)
         rS[k] = ptx::exp2_approx(rS[k] - from[k / 2 % 2]);
         sum[k / 2 % 2] += rS[k];
         if (k % 2 == 1) rP[k / 2] = pack<T>(rS[k - 1], rS[k]);
+    }
+}
+
+// P [64, 64] to a slice.
+__device__ __forceinline__ void store_probabilities(const Consumer& me, const uint32_t (&rP)[16], void* slice) {
+    const int row = me.warp * 16 + me.lane % 16;
+#pragma unroll
+    for (int j = 0; j < 8; j += 2) {
+        ptx::stmatrix_x4(ptx::shared_address(slice) + wgmma::swizzled(row, j + me.lane / 16), rP[2 * j], rP[2 * j + 1],
+                         rP[2 * j + 2], rP[2 * j + 3]);
     }
 }
 

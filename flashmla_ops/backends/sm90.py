@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..kv_cache import BYTE_DTYPES
 from ..plan import MAX_PARTS, max_parts, row_tiles
 from . import values
 
@@ -90,10 +89,8 @@ def _no_fwd(device: int) -> str | None:
 def _no_call(q: Tensor, kv_cache: Tensor, head_dim_v: int) -> str | None:
     """Why fwd_kvcache_mla does not take tensors of this kind; the cpu backend takes them all."""
     elsewhere = "the cpu backend serves it, on CPU tensors"
-    if q.dtype not in FWD_DTYPES:
+    if q.dtype not in FWD_DTYPES and q.dtype is not torch.float8_e4m3fn:
         return f"it computes in torch.bfloat16 and torch.float16, got {q.dtype}: {elsewhere}"
-    if kv_cache.dtype in BYTE_DTYPES:
-        return f"it reads no fp8 caches yet, got a kv_cache of {kv_cache.dtype}: {elsewhere}"
     if (q.shape[3], head_dim_v) != FWD_DIMS:
         return f"it serves d_qk {FWD_DIMS[0]}, d_v {FWD_DIMS[1]}, got d_qk {q.shape[3]}, d_v {head_dim_v}: {elsewhere}"
     if kv_cache.shape[1] % TILE:
@@ -132,8 +129,8 @@ def fwd_kvcache_mla(
     softmax_scale: float,
     causal: bool,
     plan: tuple[Tensor, Tensor] | None,
-    q_scale: None,
-    kv_scale: None,
+    q_scale: Tensor | None,
+    kv_scale: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # out [b, s_q, h_q, d_v], lse [b, h_q, s_q]
     if values.DEBUG:
         values.check_lengths_and_pages(kv_cache, block_table, cache_seqlens)
@@ -144,7 +141,7 @@ def fwd_kvcache_mla(
     # a plan that is given may come from elsewhere, and use more parts than this machine would
     plan_parts = parts if plan is None else MAX_PARTS
     return torch.ops.flashmla_sm90.fwd_kvcache_mla.default(
-        q, kv_cache, block_table, cache_seqlens, softmax_scale, causal, metadata, parts, plan_parts
+        q, kv_cache, block_table, cache_seqlens, softmax_scale, causal, metadata, parts, plan_parts, q_scale, kv_scale
     )
 
 

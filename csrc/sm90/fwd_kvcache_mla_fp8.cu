@@ -1,0 +1,634 @@
+// fwd_kvcache_mla over caches in fp8: what fwd_kvcache_mla.cu computes, from the same plan, on the values that the
+// cache's rows stand for (flashmla_ops/kv_cache.py), in T: bf16 or fp16.
+//
+// Keys pass through registers on their way to shared memory, where they become T. So a third of the warps convert, and
+// the tensor cores' part is simpler than there: one warpgroup scores all tiles, and there is time for that, since a
+// tile takes as long to convert as to multiply.
+//
+// Grid: (row tiles of 64, parts at work at once), as there. 1 CTA a multiprocessor.
+//
+// Warp roles. Warps 0-3, `scorer`: S = Q K^T, softmax, and P V of the left half of the columns with P from registers.
+// Warps 4-7, `follower`: P V of the right half, with P from shared memory. Warps 8-11, `converters`: each has 16 of a
+// tile's 64 tokens. It holds the next tile's rows in registers, so that 41 KB are always on their way from memory, and
+// asks for a row's successor as soon as the row is converted.
+//
+// Shared memory, in slices of 64 x 64 values (8 KB, wgmma.cuh): Q 9, two key tiles 2 x 9. A tile's ninth slice holds
+// the 64 rope values; once the tile is scored, its P takes that place.
+//
+// From e4m3 to T: sign, exponent and mantissa shifted to their places there make a number that is too small by a power
+// of two (2^120 for bf16, 2^8 for fp16), subnormals too; one product with the scale makes it right. The instruction
+// that converts e4m3 would take longer. A scale of many digits has a second, smaller product: what T's first has left
+// out. So values are those of CacheFormat.dequantize, but for the last place now and then where scales are no powers of
+// two. One scale for all is left to the softmax's scale and to the results.
+//
+// Safety. As in fwd_kvcache_mla.cu. Tokens past a row's length, and of pages outside the cache, become zeros and are
+// not read.
+
+#include <cuda/ptx>
+
+#include "fwd_kvcache_mla.cuh"
+#include "row_tile.cuh"
+#include "softmax.cuh"
+#include "wgmma.cuh"
+
+namespace flashmla::sm90 {
+namespace {
+
+// ------------------------------------------------------------------------------------------------------------ config
+
+constexpr int kRope = kSlices - 1;  // the slice that is no part of V
+constexpr int kHalfSlices = 4;      // slices of half of V
+constexpr int kWarpgroup = 128;
+constexpr int kConsumerWarps = 8;
+constexpr int kConsumers = 32 * kConsumerWarps;
+constexpr int kConverterWarps = 4;
+constexpr int kThreads = kConsumers + 32 * kConverterWarps;
+constexpr int kTokens = kTile / kConverterWarps;  // a converter's of a tile
+constexpr int kTogether = 2;              // of them: one alone is a chain of instructions that wait for each other
+constexpr int kScorerRegisters = 208;     // O takes 128, S 32, P 16
+constexpr int kFollowerRegisters = 160;   // O 128
+constexpr int kConverterRegisters = 136;  // rows 64 to 80
+
+template <typename T>
+struct SharedStorage {
+    alignas(1024) T sQ[kSlices][64 * 64];
+    alignas(1024) T sK[2][kSlices][64 * 64];
+    Part parts[kMaxParts];      // the plan
+    float base[2][kRowTile];    // what P of the tile in each stage is relative to (Softmax)
+    float sum[2][kRowTile][4];  // and P's sum, by the threads that have a row's columns
+    uint64_t landed[2], freed[2];
+    uint64_t queries_landed, queries_freed;
+};
+
+// Named barriers of the consumers, by event; 0 is __syncthreads's.
+enum Barrier { kWarpgroupOf = 1 /* + warpgroup */, kStored = 3 /* + stage */ };
+
+// The stage of the next tile, and the phase of its barriers.
+struct Place {
+    int stage = 0;
+    uint32_t phase = 0;
+
+    __device__ void next() {
+        phase ^= stage;
+        stage ^= 1;
+    }
+};
+
+// ---------------------------------------------------------------------------------------------------- from e4m3 to T
+
+// Where a pair of e4m3 values goes in a pair of T's, from two lanes of 16 bits that have a byte each and its sign
+// above.
+template <typename T>
+constexpr bool kIsBF16 = std::is_same_v<T, __nv_bfloat16>;
+template <typename T>
+constexpr int kShift = kIsBF16<T> ? 4 : 7;
+template <typename T>
+constexpr uint32_t kPlaces = kIsBF16<T> ? 0x87f087f0 : 0xbf80bf80;
+template <typename T>
+constexpr float kUnit = kIsBF16<T> ? 0x1p120f : 0x1p8f;  // what the pair is too small by
+constexpr float kGreatestScale = 128.f;                  // below it, scale * kUnit is a number of T
+
+template <typename T>
+using Pair = std::conditional_t<kIsBF16<T>, __nv_bfloat162, __half2>;
+
+template <typename T>
+__device__ __forceinline__ Pair<T> as_pair(uint32_t bits) {
+    Pair<T> pair;
+    memcpy(&pair, &bits, 4);
+    return pair;
+}
+template <typename Pair>
+__device__ __forceinline__ uint32_t as_bits(const Pair& pair) {
+    uint32_t bits;
+    memcpy(&bits, &pair, 4);
+    return bits;
+}
+
+// scale * kUnit as two numbers of T, a great one in the lower half and what it leaves.
+template <typename T>
+__device__ __forceinline__ uint32_t factors_of(float scale) {
+    const float factor = scale * kUnit<T>, great = __low2float(as_pair<T>(pack<T>(factor, 0.f)));
+    return pack<T>(factor, factor - great);
+}
+
+// Whether one of four bytes is e4m3's NaN, which has all bits but the sign.
+__device__ __forceinline__ uint32_t nans(uint32_t word) { return ((word & 0x7f7f7f7f) + 0x01010101) & 0x80808080; }
+
+// 16 values of a row times factors_of(scale), or times kUnit: two chunks of 8 in T. NaN makes all of them NaN, as the
+// row's score is.
+template <typename T, bool kScaled>
+__device__ __forceinline__ void convert(const uint4& bytes, uint32_t factors, uint4 (&chunks)[2]) {
+    const uint32_t words[4] = {bytes.x, bytes.y, bytes.z, bytes.w};
+    Pair<T> great = as_pair<T>(ptx::permute(factors, 0, 0x1010));
+    const Pair<T> small = as_pair<T>(ptx::permute(factors, 0, 0x3232));
+    if (nans(bytes.x) | nans(bytes.y) | nans(bytes.z) | nans(bytes.w)) great = as_pair<T>(0x7fff7fff);
+    uint32_t packed[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        const int first = i % 2 * 2;  // byte of the word
+        const uint32_t signs =
+            ptx::permute(words[i / 2], 0, (9 + first) << 12 | (1 + first) << 8 | (8 + first) << 4 | first);
+        const Pair<T> pair = as_pair<T>(signs << kShift<T> & kPlaces<T>);
+        packed[i] = as_bits(kScaled ? __hfma2(pair, great, __hmul2(pair, small)) : __hmul2(pair, great));
+    }
+    chunks[0] = {packed[0], packed[1], packed[2], packed[3]};
+    chunks[1] = {packed[4], packed[5], packed[6], packed[7]};
+}
+
+// The same by way of fp32, for scales that no T has.
+template <typename T>
+__device__ __forceinline__ void convert_slowly(const uint4& bytes, float scale, uint4 (&chunks)[2]) {
+    convert<T, false>(bytes, factors_of<T>(1.f), chunks);
+    uint32_t* words = reinterpret_cast<uint32_t*>(chunks);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        const Pair<T> pair = as_pair<T>(words[i]);
+        words[i] = pack<T>(__low2float(pair) * scale, __high2float(pair) * scale);
+    }
+}
+
+// 8 bf16 values in T.
+template <typename T>
+__device__ __forceinline__ uint4 convert_bf16(const uint4& values) {
+    if constexpr (std::is_same_v<T, __nv_bfloat16>) return values;
+    const uint32_t words[4] = {values.x, values.y, values.z, values.w};
+    uint32_t packed[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        packed[i] = pack<T>(__uint_as_float(words[i] << 16), __uint_as_float(words[i] & 0xffff0000));
+    }
+    return {packed[0], packed[1], packed[2], packed[3]};
+}
+
+template <typename T>
+__device__ __forceinline__ void store_chunk(T* slice, int row, int chunk, const uint4& values) {
+    ptx::store_in_order(ptx::shared_address(slice) + wgmma::swizzled(row, chunk), values);
+}
+
+// ------------------------------------------------------------------------------------------- converters (4 warps)
+
+// Where a converter's 16 tokens of a tile lie: rows of bytes; those past the length, and all of a page that does not
+// exist, are not there.
+struct TokenRows {
+    const uint8_t* first;
+    int64_t stride;
+    int count;
+
+    __device__ TokenRows(const FwdParams& params, const RowTile& rows, const Pages& pages, int tile, int page, int warp)
+        : first(static_cast<const uint8_t*>(params.kv_cache) + page * params.cache_stride_page +
+                (pages.token_of(tile) + warp * kTokens) * params.cache_stride_token +
+                rows.head * params.cache_stride_head),
+          stride(params.cache_stride_token),
+          count(page < 0 ? 0 : pages.segment.length - tile * kTile - warp * kTokens) {}
+
+    __device__ const uint8_t* row(int token) const { return first + token * stride; }
+    __device__ bool has(int token) const { return token < count; }
+};
+
+// A lane's share of a converter's 16 tokens: 16 latents of each, and what it has of their other values.
+template <typename T, CacheFormat kFormat>
+struct Rows;
+
+// A row: 512 latents, 4 scales, 64 rope values in bf16.
+template <typename T>
+struct Rows<T, CacheFormat::kFp8Blocks> {
+    static constexpr bool kScaled = true;
+    uint4 latents[kTokens];
+    uint4 rope[kTokens / 4];   // of token 4 i + lane / 8: 8 values
+    float scale[kTokens / 8];  // of token 8 i + lane / 4: block lane % 4
+
+    __device__ void load_scales(const TokenRows& from, int lane) {
+        const uint8_t* at = from.row(lane / 4) + kDimV + lane % 4 * 4;
+#pragma unroll
+        for (int i = 0; i < kTokens / 8; ++i, at += 8 * from.stride) {
+            scale[i] = from.has(8 * i + lane / 4) ? ptx::load_in_order(at) : 0.f;
+        }
+    }
+    __device__ void load_rope(const TokenRows& from, int lane) {
+        const uint8_t* at = from.row(lane / 8) + kDimV + 16 + lane % 8 * 16;
+#pragma unroll
+        for (int i = 0; i < kTokens / 4; ++i, at += 4 * from.stride) {
+            rope[i] = ptx::load_in_order(at, from.has(4 * i + lane / 8));
+        }
+    }
+    // Whether all scales are such that convert is right.
+    __device__ bool usual() const {
+        bool usual = true;
+#pragma unroll
+        for (int i = 0; i < kTokens / 8; ++i) usual &= scale[i] >= 0.f && scale[i] < kGreatestScale;
+        return __all_sync(~0u, usual);
+    }
+    __device__ void factors(uint32_t (&mine)[kTokens / 8]) const {
+#pragma unroll
+        for (int i = 0; i < kTokens / 8; ++i) mine[i] = factors_of<T>(scale[i]);
+    }
+    __device__ void store_rope(T* slice, int lane, int first) const {
+#pragma unroll
+        for (int i = 0; i < kTokens / 4; ++i) {
+            store_chunk(slice, first + 4 * i + lane / 8, lane % 8, convert_bf16<T>(rope[i]));
+        }
+    }
+};
+
+// A row: 576 values.
+template <typename T>
+struct Rows<T, CacheFormat::kFp8Tensor> {
+    static constexpr bool kScaled = false;
+    uint4 latents[kTokens];
+    uint4 rope[kTokens / 8];  // of token 8 i + lane / 4: 16 values
+
+    __device__ void load_scales(const TokenRows&, int) {}
+    __device__ void load_rope(const TokenRows& from, int lane) {
+        const uint8_t* at = from.row(lane / 4) + kDimV + lane % 4 * 16;
+#pragma unroll
+        for (int i = 0; i < kTokens / 8; ++i, at += 8 * from.stride) {
+            rope[i] = ptx::load_in_order(at, from.has(8 * i + lane / 4));
+        }
+    }
+    __device__ bool usual() const { return true; }
+    __device__ void factors(uint32_t (&mine)[kTokens / 8]) const { mine[0] = mine[1] = factors_of<T>(1.f); }
+    __device__ void store_rope(T* slice, int lane, int first) const {
+#pragma unroll
+        for (int i = 0; i < kTokens / 8; ++i) {
+            uint4 chunks[2];
+            convert<T, false>(rope[i], factors_of<T>(1.f), chunks);
+            const int row = first + 8 * i + lane / 4;
+            store_chunk(slice, row, lane % 4 * 2, chunks[0]);
+            store_chunk(slice, row, lane % 4 * 2 + 1, chunks[1]);
+        }
+    }
+};
+
+// Of 8 lanes that store at once half has its chunks in the same banks as the other half: so each half stores the other
+// one of its two chunks first, and its values are swapped for that.
+__device__ __forceinline__ bool swapped(int lane) { return lane / 4 % 2; }
+__device__ __forceinline__ uint4 swap_halves(const uint4& bytes, bool swap) {
+    return swap ? uint4{bytes.z, bytes.w, bytes.x, bytes.y} : bytes;
+}
+// Where a lane's latents of row 0 go: the first chunk; the second is one chunk's bit away, and rows shift both
+// (wgmma::swizzled).
+template <typename T>
+__device__ __forceinline__ uint32_t latents_address(T (&tile)[kSlices][64 * 64], int lane) {
+    return ptx::shared_address(tile[lane / 4]) + (lane % 4 * 2 + swapped(lane)) * 16;
+}
+__device__ __forceinline__ void store_latents(uint32_t to, int row, const uint4 (&chunks)[2]) {
+    ptx::store_in_order((to ^ row % 8 * 16) + row * 128, chunks[0]);
+    ptx::store_in_order((to ^ row % 8 * 16 ^ 16) + row * 128, chunks[1]);
+}
+
+// Queries in T are copied asynchronously; finish_queries waits for that. Those in e4m3 are converted: q_scale and
+// kv_scale come into the softmax's scale.
+template <typename T, bool kFp8Queries>
+__device__ __forceinline__ void start_queries(const FwdParams& params, SharedStorage<T>& shared, const RowTile& rows,
+                                              const Segment& segment, int warp, uint32_t phase) {
+    const int lane = threadIdx.x % 32;
+    wait(&shared.queries_freed, phase ^ 1);
+    if constexpr (kFp8Queries) {
+        constexpr int kChunks = kDimQK / 16;
+#pragma unroll 1
+        for (int i = warp * 32 + lane; i < rows.count(params) * kChunks; i += 32 * kConverterWarps) {
+            const int row = i / kChunks, chunk = i % kChunks;
+            uint4 chunks[2];
+            const uint8_t* from = query_row<uint8_t>(params, rows, segment.row, row);
+            convert<T, false>(__ldcg(reinterpret_cast<const uint4*>(from) + chunk), factors_of<T>(1.f), chunks);
+            store_chunk(shared.sQ[chunk / 4], row, chunk % 4 * 2, chunks[0]);
+            store_chunk(shared.sQ[chunk / 4], row, chunk % 4 * 2 + 1, chunks[1]);
+        }
+    } else {
+        const int chunk = lane % 8;
+#pragma unroll 1
+        for (int r = 4 * warp + lane / 8; r < rows.count(params); r += 4 * kConverterWarps) {
+            const T* from = query_row<T>(params, rows, segment.row, r) + chunk * 8;
+            const uint32_t to = ptx::shared_address(shared.sQ) + wgmma::swizzled(r, chunk);
+#pragma unroll 1  // registers are short: they hold a tile
+            for (int slice = 0; slice < kSlices; ++slice) {
+                ptx::cp_async_16(to + slice * wgmma::kSliceBytes, from + slice * 64);
+            }
+        }
+    }
+}
+
+template <typename T>
+__device__ __forceinline__ void finish_queries(SharedStorage<T>& shared) {
+    ptx::cp_async_wait_all();
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) cuda::ptx::mbarrier_arrive(&shared.queries_landed);
+}
+
+// A tile whose scales are not usual, read again: nothing that has to be fast.
+template <typename T>
+__device__ __forceinline__ void convert_unusual(const TokenRows& from, int lane, uint32_t to) {
+#pragma unroll 1
+    for (int token = 0; token < kTokens && from.has(token); ++token) {
+        const uint8_t* row = from.row(token);
+        const float scale = __ldcg(reinterpret_cast<const float*>(row + kDimV) + lane / 8);
+        uint4 chunks[2];
+        convert_slowly<T>(swap_halves(ptx::load_in_order(row + lane * 16, true), swapped(lane)), scale, chunks);
+        store_latents(to, token, chunks);
+    }
+}
+
+// One warp: its share of the segment's queries, and its 16 tokens of every tile, as soon as there is room for them.
+template <typename T, CacheFormat kFormat, bool kFp8Queries>
+__device__ __forceinline__ void convert_keys(const FwdParams& params, SharedStorage<T>& shared, const RowTile& rows,
+                                             const Segment& segment, int warp, Place& place, uint32_t& queries_phase) {
+    if (segment.begin == segment.end) return;
+    const int lane = threadIdx.x % 32, first = warp * kTokens;
+    const Pages pages(params, segment);
+    Rows<T, kFormat> held;
+    int next_page = pages.page_of(segment.begin + 1);
+    {
+        const TokenRows from(params, rows, pages, segment.begin, pages.page_of(segment.begin), warp);
+        held.load_scales(from, lane);
+        const uint8_t* at = from.first + lane * 16;
+#pragma unroll
+        for (int token = 0; token < kTokens; ++token, at += from.stride) {
+            held.latents[token] = ptx::load_in_order(at, from.has(token));
+        }
+        held.load_rope(from, lane);
+    }
+    start_queries<T, kFp8Queries>(params, shared, rows, segment, warp, queries_phase);
+    queries_phase ^= 1;
+#pragma unroll 1
+    for (int tile = segment.begin; tile < segment.end; ++tile, place.next()) {
+        auto& to = shared.sK[place.stage];
+        const uint32_t latents = latents_address(to, lane) + first * 128;
+        const TokenRows from(params, rows, pages, tile + 1, next_page, warp);  // of page -1, so none, after the last
+        next_page = pages.page_of(tile + 2);                                   // looked up a tile ahead
+        uint32_t factors[kTokens / 8];
+        held.factors(factors);
+        const bool usual = held.usual();
+        held.load_scales(from, lane);
+        const uint8_t* at = from.first + lane * 16;  // counted up: 16 addresses would not fit in registers
+        wait(&shared.freed[place.stage], place.phase ^ 1);
+        const auto factors_of_row = [&](int token) {
+            return Rows<T, kFormat>::kScaled ? __shfl_sync(~0u, factors[token / 8], token % 8 * 4 + lane / 8)
+                                             : factors[0];
+        };
+#pragma unroll
+        for (int token = 0; token < kTokens; token += kTogether) {
+            uint4 chunks[kTogether][2];
+#pragma unroll
+            for (int i = 0; i < kTogether; ++i) {
+                convert<T, Rows<T, kFormat>::kScaled>(swap_halves(held.latents[token + i], swapped(lane)),
+                                                      factors_of_row(token + i), chunks[i]);
+            }
+#pragma unroll
+            for (int i = 0; i < kTogether; ++i) store_latents(latents, token + i, chunks[i]);
+#pragma unroll
+            for (int i = 0; i < kTogether; ++i, at += from.stride) {
+                held.latents[token + i] = ptx::load_in_order(at, from.has(token + i));
+            }
+        }
+        if constexpr (Rows<T, kFormat>::kScaled) {
+            if (!usual) {
+                convert_unusual<T>(TokenRows(params, rows, pages, tile, pages.page_of(tile), warp), lane, latents);
+            }
+        }
+        held.store_rope(to[kRope], lane, first);
+        held.load_rope(from, lane);
+        __syncwarp();
+        if (lane == 0) cuda::ptx::mbarrier_arrive(&shared.landed[place.stage]);
+        if (tile == segment.begin) finish_queries(shared);
+    }
+}
+
+// ------------------------------------------------------------------------------------------- consumers (2 warpgroups)
+
+// Waits for a tile, and for what was written to shared memory before it to be what a wgmma reads. Converters could do
+// the latter, but their fence would also wait for all that they have on its way from memory.
+template <typename T>
+__device__ __forceinline__ void wait_for_tile(SharedStorage<T>& shared, const Place& place) {
+    wait(&shared.landed[place.stage], place.phase);
+    cuda::ptx::fence_proxy_async(cuda::ptx::space_shared);
+}
+
+// After a warpgroup's last use of a tile.
+__device__ __forceinline__ void release(const Consumer& me, uint64_t* freed) {
+    if (me.lane == 0) cuda::ptx::mbarrier_arrive(freed);
+}
+
+// Starts S = Q K^T of a tile, once it has landed.
+template <typename T>
+__device__ __forceinline__ void score(SharedStorage<T>& shared, const Place& place, float (&rS)[32]) {
+    wait_for_tile(shared, place);
+    wgmma::fence();
+#pragma unroll
+    for (int slice = 0; slice < kSlices; ++slice) {
+        const uint64_t q = wgmma::k_major(shared.sQ[slice]), k = wgmma::k_major(shared.sK[place.stage][slice]);
+#pragma unroll
+        for (int step = 0; step < 4; ++step) {
+            wgmma::m64n64k16<T>(rS, wgmma::advance(q, step * wgmma::kStepBytesKMajor),
+                                wgmma::advance(k, step * wgmma::kStepBytesKMajor), slice + step > 0);
+        }
+    }
+    wgmma::commit();
+}
+
+// Leaves P of the tile in `stage` for the follower, in the rope slice, with what it is relative to and its sums.
+template <typename T>
+__device__ __forceinline__ void leave_probabilities(SharedStorage<T>& shared, const Consumer& me, int stage,
+                                                    const float (&base)[2], const float (&sum)[2],
+                                                    const uint32_t (&rP)[16]) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        if (me.lane % 4 == 0) shared.base[stage][me.row(i)] = base[i];
+        shared.sum[stage][me.row(i)][me.lane % 4] = sum[i];
+    }
+    ptx::named_barrier(kWarpgroupOf, kWarpgroup);  // all of the warpgroup has read the rope slice
+    store_probabilities(me, rP, shared.sK[stage][kRope]);
+    cuda::ptx::fence_proxy_async(cuda::ptx::space_shared);
+    ptx::named_barrier_arrive(kStored + stage, kConsumers);
+}
+
+// Warpgroup 0. Leaves its last tile unreleased, and `place` there.
+template <typename T>
+__device__ __forceinline__ void attend_scorer(const FwdParams& params, SharedStorage<T>& shared, const RowTile& rows,
+                                              const Consumer& me, const Segment& segment, float scale_log2,
+                                              Place& place, uint32_t& queries_phase, Softmax& softmax,
+                                              float (&rO)[128]) {
+    int visible[2];
+    visible_keys(params, rows, me, segment, visible);
+    wait(&shared.queries_landed, queries_phase);
+    queries_phase ^= 1;
+    for (int tile = segment.begin;; ++tile) {
+        const bool last = tile + 1 == segment.end;
+        float rS[32], high[2], factor[2], sum[2];
+        uint32_t rP[16];
+        score(shared, place, rS);
+        wgmma::wait<0>();
+        wgmma::keep(rS);
+        if (last && me.lane == 0) cuda::ptx::mbarrier_arrive(&shared.queries_freed);
+        scale_and_mask(me, scale_log2, tile, visible, rS);
+        row_maxima(rS, high);
+        const float base[2] = {fmaxf(high[0], softmax.base[0]), fmaxf(high[1], softmax.base[1])};
+        change_base(softmax, base, factor);
+        exponentiate<T>(base, rS, rP, sum);
+        add_sum(softmax, sum);
+        leave_probabilities(shared, me, place.stage, base, sum, rP);
+        rescale(factor, rO);
+        wgmma::keep(rO);
+        wgmma::keep(rP);
+        const uint64_t v = wgmma::mn_major(shared.sK[place.stage][0]);
+        wgmma::fence();
+#pragma unroll
+        for (int step = 0; step < 4; ++step) {
+            wgmma::m64n256k16<T>(rO, rP + 4 * step, wgmma::advance(v, step * wgmma::kStepBytesMNMajor), true);
+        }
+        wgmma::commit();
+        wgmma::wait<0>();
+        wgmma::keep(rO);
+        wgmma::keep(rP);
+        if (last) break;
+        release(me, &shared.freed[place.stage]);
+        place.next();
+    }
+}
+
+// Takes what the scorer left beside P.
+template <typename T>
+__device__ __forceinline__ void take_base_and_sum(SharedStorage<T>& shared, const Consumer& me, int stage,
+                                                  Softmax& softmax, float (&factor)[2]) {
+    const float* base = shared.base[stage];
+    const float (*sum)[4] = shared.sum[stage];
+    change_base(softmax, {base[me.row(0)], base[me.row(1)]}, factor);
+    add_sum(softmax, {sum[me.row(0)][me.lane % 4], sum[me.row(1)][me.lane % 4]});
+}
+
+// Warpgroup 1. The same.
+template <typename T>
+__device__ __forceinline__ void attend_follower(SharedStorage<T>& shared, const Consumer& me, const Segment& segment,
+                                                Place& place, Softmax& softmax, float (&rO)[128]) {
+    for (int tile = segment.begin;; ++tile, place.next()) {
+        ptx::named_barrier(kStored + place.stage, kConsumers);
+        float factor[2];
+        take_base_and_sum(shared, me, place.stage, softmax, factor);
+        wait_for_tile(shared, place);  // the scorer has, but this warpgroup's wgmmas read it too
+        rescale(factor, rO);
+        wgmma::keep(rO);
+        const uint64_t p = wgmma::k_major(shared.sK[place.stage][kRope]);
+        const uint64_t v = wgmma::mn_major(shared.sK[place.stage][kHalfSlices]);
+        wgmma::fence();
+#pragma unroll
+        for (int step = 0; step < 4; ++step) {
+            wgmma::m64n256k16<T>(rO, wgmma::advance(p, step * wgmma::kStepBytesKMajor),
+                                 wgmma::advance(v, step * wgmma::kStepBytesMNMajor), true);
+        }
+        wgmma::commit();
+        wgmma::wait<0>();
+        wgmma::keep(rO);
+        if (tile + 1 == segment.end) break;
+        release(me, &shared.freed[place.stage]);
+    }
+}
+
+// What became of a segment, from a warpgroup's accumulators to memory, by way of its half of the last tile's V.
+template <typename T>
+__device__ __forceinline__ void store(const FwdParams& params, SharedStorage<T>& shared, const RowTile& rows,
+                                      const Consumer& me, const Segment& segment, int warpgroup, float out_scale,
+                                      Place& place, Softmax& softmax, float (&rO)[128]) {
+    float lse_log2[2];
+    normalise(softmax, rO, lse_log2);
+    if (out_scale != 1.f) {
+#pragma unroll
+        for (int k = 0; k < 128; ++k) rO[k] *= out_scale;
+    }
+    void* staging = shared.sK[place.stage][warpgroup * kHalfSlices];
+    ptx::named_barrier(kWarpgroupOf + warpgroup, kWarpgroup);  // all four warps' wgmmas are done
+    if (segment.place >= 0) {
+        store_share(params, rows, me, segment.place, warpgroup, lse_log2, rO);
+    } else {
+        store_rows<T>(params, rows, me, segment.row, warpgroup, lse_log2, rO, staging);
+    }
+    release(me, &shared.freed[place.stage]);
+    place.next();
+}
+
+// ------------------------------------------------------------------------------------------------------------ kernel
+
+// The lane is read anew for each segment: what derives from it would else be kept in registers across segments.
+__device__ __forceinline__ Consumer consumer() {
+    return {__shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32 % 4, 0), ptx::lane()};
+}
+
+template <typename T, CacheFormat kFormat, bool kFp8Queries>
+__global__ void __launch_bounds__(kThreads, 1) fwd_kvcache_mla_fp8_kernel(const __grid_constant__ FwdParams params) {
+    extern __shared__ __align__(1024) uint8_t shared_bytes[];
+    SharedStorage<T>& shared = *reinterpret_cast<SharedStorage<T>*>(shared_bytes);
+    const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // uniform, and known to be
+    const RowTile rows(params);
+
+    if (threadIdx.x == 0) {
+        for (int stage = 0; stage < 2; ++stage) {
+            cuda::ptx::mbarrier_init(&shared.landed[stage], kConverterWarps);
+            cuda::ptx::mbarrier_init(&shared.freed[stage], kConsumerWarps);
+        }
+        cuda::ptx::mbarrier_init(&shared.queries_landed, kConverterWarps);
+        cuda::ptx::mbarrier_init(&shared.queries_freed, kConsumerWarps / 2);
+        cuda::ptx::fence_mbarrier_init(cuda::ptx::sem_release, cuda::ptx::scope_cluster);
+    }
+    cudaGridDependencySynchronize();  // nothing above reads what an earlier kernel wrote
+    cudaTriggerProgrammaticLaunchCompletion();
+    if (warp >= kConsumerWarps) prefetch_tables(params, threadIdx.x - kConsumers, kThreads - kConsumers);
+    read_plan(params, shared.parts);
+    const float kv_scale = kFormat == CacheFormat::kFp8Tensor ? __ldg(params.kv_scale) : 1.f;
+
+    Place place;
+    uint32_t queries_phase = 0;
+    if (warp < kConsumerWarps / 2) {
+        ptx::increase_registers<kScorerRegisters>();
+        const float scale_log2 = params.softmax_scale_log2 * kv_scale * (kFp8Queries ? __ldg(params.q_scale) : 1.f);
+        for_each_segment(params, shared.parts, [&](const Segment& segment) {
+            if (segment.begin == segment.end) return store_nothing<T, kConsumers>(params, rows, segment);
+            float rO[128] = {};  // [64, 256] of the warpgroup
+            Softmax softmax;
+            const Consumer me = consumer();
+            attend_scorer(params, shared, rows, me, segment, scale_log2, place, queries_phase, softmax, rO);
+            store(params, shared, rows, me, segment, 0, kv_scale, place, softmax, rO);
+        });
+    } else if (warp < kConsumerWarps) {
+        ptx::decrease_registers<kFollowerRegisters>();
+        for_each_segment(params, shared.parts, [&](const Segment& segment) {
+            if (segment.begin == segment.end) return store_nothing<T, kConsumers>(params, rows, segment);
+            float rO[128] = {};
+            Softmax softmax;
+            const Consumer me = consumer();
+            attend_follower(shared, me, segment, place, softmax, rO);
+            store(params, shared, rows, me, segment, 1, kv_scale, place, softmax, rO);
+        });
+    } else {
+        ptx::decrease_registers<kConverterRegisters>();
+        const int converter = warp - kConsumerWarps;
+        for_each_segment(params, shared.parts, [&](const Segment& segment) {
+            convert_keys<T, kFormat, kFp8Queries>(params, shared, rows, segment, converter, place, queries_phase);
+        });
+        if (converter == 0 && blockIdx.x == 0) list_split_rows(params, shared.parts);
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------- launcher
+
+template <typename T, CacheFormat kFormat, bool kFp8Queries>
+void launch(const FwdParams& params, cudaStream_t stream) {
+    constexpr auto kKernel = fwd_kvcache_mla_fp8_kernel<T, kFormat, kFp8Queries>;
+    constexpr int kSharedBytes = sizeof(SharedStorage<T>);
+    static_assert(kSharedBytes <= 227 * 1024);
+    allow_shared_bytes<kKernel>(kSharedBytes, "fwd_kvcache_mla: shared memory");
+    const dim3 grid(params.row_tiles, params.grid_parts);
+    cuda_check(launch_dependent(kKernel, grid, kThreads, kSharedBytes, stream, params), "fwd_kvcache_mla");
+}
+
+template <typename T>
+void launch(const FwdParams& params, cudaStream_t stream) {
+    params.format == CacheFormat::kFp8Blocks ? launch<T, CacheFormat::kFp8Blocks, false>(params, stream)
+                                             : launch<T, CacheFormat::kFp8Tensor, false>(params, stream);
+}
+
+}  // namespace
+
+void fwd_kvcache_mla_fp8(const FwdParams& params, cudaStream_t stream) {
+    if (params.q_scale != nullptr) return launch<__nv_bfloat16, CacheFormat::kFp8Tensor, true>(params, stream);
+    params.dtype == DType::kBF16 ? launch<__nv_bfloat16>(params, stream) : launch<__half>(params, stream);
+}
+
+}  // namespace flashmla::sm90
