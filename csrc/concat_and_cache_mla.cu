@@ -202,7 +202,8 @@ __host__ __device__ int units_of(int vectors) {
 
 // ----------------------------------------------------------------------------------------------------------- kernels
 
-__global__ void __launch_bounds__(kThreads) copy_kernel(const AppendParams params, const Places places) {
+__global__ void __launch_bounds__(kThreads)
+    concat_and_cache_mla_kernel(const AppendParams params, const Places places) {
     const int vectors = params.kv_c_vectors + params.k_pe_vectors;
     const int64_t token = int64_t{blockIdx.x} * blockDim.y + threadIdx.y;
     if (token >= params.n) return;
@@ -217,7 +218,8 @@ __global__ void __launch_bounds__(kThreads) copy_kernel(const AppendParams param
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads) fp8_tensor_kernel(const AppendParams params, const Places places) {
+__global__ void __launch_bounds__(kThreads)
+    concat_and_cache_mla_fp8_tensor_kernel(const AppendParams params, const Places places) {
     const int kv_c_units = units_of<T>(params.kv_c_vectors), units = kv_c_units + units_of<T>(params.k_pe_vectors);
     const int64_t token = int64_t{blockIdx.x} * blockDim.y + threadIdx.y;
     if (token >= params.n) return;
@@ -239,7 +241,8 @@ __global__ void __launch_bounds__(kThreads) fp8_tensor_kernel(const AppendParams
 
 // A token's row: 16 latents a unit, a scale for every 8 units, pairs of rotated values, and zeros up to 16 bytes.
 template <typename T>
-__global__ void __launch_bounds__(kWarps * 32) fp8_blocks_kernel(const AppendParams params, const Places places) {
+__global__ void __launch_bounds__(kWarps * 32)
+    concat_and_cache_mla_fp8_blocks_kernel(const AppendParams params, const Places places) {
     const int64_t token = int64_t{blockIdx.x} * kWarps + threadIdx.x / 32;
     if (token >= params.n) return;
     const int lane = threadIdx.x % 32;
@@ -306,9 +309,11 @@ template <typename T>
 void launch_fp8(const AppendParams& params, cudaStream_t stream) {
     if (params.kv_scale != nullptr) {
         const dim3 threads = several_tokens(units_of<T>(params.kv_c_vectors + params.k_pe_vectors));
-        fp8_tensor_kernel<T><<<blocks_for(params.n, threads.y), threads, 0, stream>>>(params, Places(params));
+        concat_and_cache_mla_fp8_tensor_kernel<T>
+            <<<blocks_for(params.n, threads.y), threads, 0, stream>>>(params, Places(params));
     } else {
-        fp8_blocks_kernel<T><<<blocks_for(params.n, kWarps), kWarps * 32, 0, stream>>>(params, Places(params));
+        concat_and_cache_mla_fp8_blocks_kernel<T>
+            <<<blocks_for(params.n, kWarps), kWarps * 32, 0, stream>>>(params, Places(params));
     }
     cuda_check(cudaGetLastError(), "concat_and_cache_mla");
 }
@@ -317,7 +322,7 @@ void launch_fp8(const AppendParams& params, cudaStream_t stream) {
 
 void concat_and_cache_mla(const AppendParams& params, cudaStream_t stream) {
     const dim3 threads = several_tokens(params.kv_c_vectors + params.k_pe_vectors);
-    copy_kernel<<<blocks_for(params.n, threads.y), threads, 0, stream>>>(params, Places(params));
+    concat_and_cache_mla_kernel<<<blocks_for(params.n, threads.y), threads, 0, stream>>>(params, Places(params));
     cuda_check(cudaGetLastError(), "concat_and_cache_mla");
 }
 

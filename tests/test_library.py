@@ -93,18 +93,22 @@ def test_every_kernel_is_there_for_its_architectures(sass):
     def built_for(kernel: str) -> set[str]:
         return {arch for arch, name in sass if f"{kernel}_kernel" in name}
 
-    for kernel in ("get_mla_metadata", "concat_and_cache_mla", "merge_attn_states"):
+    appends = [f"concat_and_cache_mla{layout}" for layout in ("", "_fp8_blocks", "_fp8_tensor")]
+    for kernel in ("get_mla_metadata", *appends, "merge_attn_states"):
         assert built_for(kernel) == {"sm_80", "sm_90", "sm_100", "sm_120"}, kernel
-    for kernel in ("fwd_kvcache_mla", "fwd_kvcache_mla_few_rows", "fwd_kvcache_mla_combine", "paged_stream"):
+    decodes = [f"fwd_kvcache_mla{variant}" for variant in ("", "_few_rows", "_fp8", "_combine")]
+    for kernel in (*decodes, "paged_stream"):
         assert built_for(kernel) == {"sm_90a"}, kernel
 
 
 def test_decoding_runs_on_the_tensor_cores(sass):
-    """wgmma, in each kernel and dtype: 36 instructions for a tile's scores, 8 for its values in a pair of tiles; of few
-    rows 12 in a loop over thirds of a tile, and 16."""
-    for kernel, least in (("fwd_kvcache_mla", 36 + 8), ("fwd_kvcache_mla_few_rows", 12 + 16)):
+    """wgmma, in each kernel and dtype: 36 instructions for a tile's scores, 8 for its values in a pair of tiles or two
+    warpgroups; of few rows 12 in a loop over thirds of a tile, and 16. The fp8 one has two formats, and fp8 queries."""
+    many, few = 36 + 8, 12 + 16
+    kernels = (("fwd_kvcache_mla", 2, many), ("fwd_kvcache_mla_few_rows", 2, few), ("fwd_kvcache_mla_fp8", 5, many))
+    for kernel, instances, least in kernels:
         counts = {name: text.count("HGMMA") for (_, name), text in sass.items() if f"{kernel}_kernel" in name}
-        assert len(counts) == 2 and all(count >= least for count in counts.values()), counts
+        assert len(counts) == instances and all(count >= least for count in counts.values()), counts
 
 
 def test_nothing_spills(sass):
