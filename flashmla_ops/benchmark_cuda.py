@@ -45,9 +45,11 @@ from .plan import make_plan, max_parts, row_tiles
 from .testing import (
     KV_SCALE,
     DecodeCase,
+    Expected,
     Fp8DecodeCase,
     attention,
     check_decode,
+    expected,
     make_append_case,
     make_decode_case,
     make_merge_case,
@@ -248,8 +250,8 @@ def _peer_fp8(case: Fp8DecodeCase) -> Callable:
     return lambda: ops.fwd_kvcache_mla_fp8(*args)[:2]
 
 
-def _check_peer_fp8(case: Fp8DecodeCase, out: Tensor, lse: Tensor) -> float:
-    """The error of out against float64 of what the peer is given: q is rounded already."""
+def _check_peer_fp8(case: Fp8DecodeCase, out: Tensor, lse: Tensor, against: Expected | None = None) -> float:
+    """The error of out against float64 of what the peer is given: q is rounded already, so `against` is not it."""
     q, scale = _e4m3_q(case)
     error = relative_error(out, attention(replace(case, q=q.float() * scale).dequantized())[0])
     assert error < PEER_FP8_TOLERANCE, f"error {error:.1e} of out"
@@ -302,11 +304,12 @@ def decode_row(shape: DecodeShape, flush: ColdL2, peer: bool) -> dict:
         for name, us in zip(replays, median_us(list(replays.values()), flush), strict=True):
             medians[name].append(us)
         for i, case in enumerate(cases):
+            against = expected(exact[i])
             for name in ("ours", "bf16") if shape.kv_format else ("ours",):
-                errors[name].append(check_decode(exact[i], *replays[name].outputs[i]))
+                errors[name].append(check_decode(exact[i], *replays[name].outputs[i], against=against))
             try:
                 if call_peer:
-                    errors["peer"].append(check_peer(case, *replays["peer"].outputs[i]))
+                    errors["peer"].append(check_peer(case, *replays["peer"].outputs[i], against=against))
             except AssertionError as wrong:
                 peer_wrong = str(wrong)
     row = {

@@ -10,6 +10,7 @@ and entries of block_table past a row's pages point far outside the cache.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from .plan import TILE
 BAD_PAGE = 2**31 - 1
 KV_SCALE = 0.0625  # of cases whose format has one scale: a power of two, so that products with it are exact
 FP32_EPS = 2.0**-23
-BLOCK_BYTES = 256 << 20  # working set of one block of rows in `attention`
+BLOCK_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}  # working set of one block of rows in `attention`
 
 
 class _Case:
@@ -274,7 +275,7 @@ def attention(
     order = case.cache_seqlens.argsort().flip(0)  # rows of a block have similar lengths
     longest = max(case.cache_seqlens.tolist(), default=0)
     row_bytes = dtype.itemsize * (longest + 1) * (2 * h_k * d_qk + 3 * s_q * h_q)
-    for rows in order.split(max(1, BLOCK_BYTES // row_bytes)):
+    for rows in order.split(max(1, BLOCK_BYTES[case.q.device.type] // row_bytes)):
         lengths = case.cache_seqlens[rows].long()
         key = torch.arange(max(lengths.tolist(), default=0), device=lengths.device)
         if not key.numel():
@@ -326,17 +327,32 @@ def relative_error(actual: Tensor, expected: Tensor, dim: int | None = None) -> 
     return (error / size).nan_to_num(nan=0.0, posinf=float("inf")).max().item()  # 0 / 0: exactly right
 
 
-def check_decode(case: DecodeCase, out: Tensor, lse: Tensor, factor: float = 2.0) -> float:
+class Expected(NamedTuple):
+    """What results of a call are held against: float64's, and how PyTorch errs in the call's dtype."""
+
+    out: Tensor
+    lse: Tensor
+    torch_out: Tensor
+    torch_lse: Tensor
+
+
+def expected(case: DecodeCase) -> Expected:
+    """For `check_decode`, where several results of one call are checked."""
+    return Expected(*attention(case), *attention(case, torch.float32, case.q.dtype))
+
+
+def check_decode(
+    case: DecodeCase, out: Tensor, lse: Tensor, factor: float = 2.0, against: Expected | None = None
+) -> float:
     """Asserts that out and lse are as near to float64 as PyTorch in the same dtype; returns the whole out's error.
 
     That is: the worst of out's vectors has at most `factor` times the relative error of the worst of PyTorch's (fp32
     scores, P rounded to the dtype), and lse as much by absolute error. Both plus a floor, since an absolute error of a
     score is a relative one of its exp: 8 fp32 roundings of the largest |score|; for lse on CUDA one for each 16
-    products, the step after which tensor cores truncate a sum.
+    products, the step after which tensor cores truncate a sum. `against`: `expected(case)`, if it is there already.
     """
     assert out.dtype is case.q.dtype and lse.dtype is torch.float32, (out.dtype, lse.dtype)
-    exact_out, exact_lse = attention(case)
-    torch_out, torch_lse = attention(case, torch.float32, case.q.dtype)
+    exact_out, exact_lse, torch_out, torch_lse = against or expected(case)
     seen = exact_lse.isfinite()
     assert torch.equal(lse.double()[~seen], exact_lse[~seen]), "lse: expected +inf where a query sees no key"
     largest = exact_lse[seen].abs().amax().item() if seen.any() else 0.0
