@@ -12,9 +12,10 @@ from types import ModuleType
 
 from torch import Tensor
 
-from . import cpu, sm90
+from . import cpu, sm90, triton
 
-ALL: dict[str, ModuleType] = {"sm90": sm90, "cpu": cpu}  # in order of preference
+# in order of preference; triton serves CPU tensors under its interpreter, which is for tests: not before cpu does
+ALL: dict[str, ModuleType] = {"sm90": sm90, "cpu": cpu, "triton": triton}
 
 in_use = tuple(ALL.values())
 _forced = False

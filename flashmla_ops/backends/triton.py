@@ -1,0 +1,313 @@
+"""The Triton backend: CUDA tensors on GPUs from Ampere on, in every dimension and page size of the contract.
+
+The kernels are triton_kernels.py's, which is imported, and triton with it, when a call first asks for this backend. Under
+Triton's interpreter (TRITON_INTERPRET=1) they run on CPU tensors, in fp16 and fp32: for tests.
+
+Nothing is tuned at run time: how fwd_kvcache_mla is cut up is read from the table below.
+"""
+
+import contextlib
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..kv_cache import BYTE_DTYPES
+from ..plan import COLUMNS, CPU_PARTS, MAX_PARTS, TILE, even_parts, max_parts, row_tiles
+from . import values
+
+OLDEST_CAPABILITY = (8, 0)
+MAX_D_QK, MAX_D_V = 576, 512
+WORKSPACE_TILES = 1024  # partial results of 64 query rows: 128 MiB of 512 fp32 columns, whatever the call
+INT32_KEYS = 2**31 - TILE - 1  # so that no tile ends beyond an int32
+
+
+# ------------------------------------------------------------------------------------------------- what it serves here
+
+
+def status() -> str:
+    if reason := _no_triton():
+        return reason
+    if _interpreted():
+        return "ready"
+    if not torch.cuda.is_available():
+        return "torch finds no usable NVIDIA GPU and driver on this machine, and TRITON_INTERPRET=1 is not set"
+    reasons = [_no_device(device) for device in range(torch.cuda.device_count())]
+    return "ready" if None in reasons else reasons[0]
+
+
+def refusal(op: str, tensor: Tensor, **facts) -> str | None:
+    if reason := _no_triton():
+        return reason
+    if tensor.is_cpu and not _interpreted():
+        return "it serves CPU tensors only under Triton's interpreter (start Python with TRITON_INTERPRET=1)"
+    if not tensor.is_cpu:
+        if tensor.device.type != "cuda" or _interpreted():
+            kind = "CPU tensors only, under TRITON_INTERPRET=1" if _interpreted() else "CUDA tensors only"
+            return f"it serves {kind}, this one is on {tensor.device}"
+        if reason := _no_device(tensor.device.index):
+            return reason
+    if op == "fwd_kvcache_mla":
+        return _no_call(tensor, **facts)
+    if op == "concat_and_cache_mla" and tensor.dtype in BYTE_DTYPES:
+        return "it does not write fp8 caches: the sm90 and the cpu backend do"
+    return None
+
+
+@functools.cache
+def _no_triton() -> str | None:
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        return f"triton does not import ({error}): pip install 'flashmla_ops[triton]'"
+    return None
+
+
+def _kernels():
+    from . import triton_kernels
+
+    return triton_kernels
+
+
+def _interpreted() -> bool:
+    return _kernels().INTERPRETED
+
+
+@functools.cache
+def _no_device(device: int) -> str | None:
+    found = torch.cuda.get_device_capability(device)
+    if found >= OLDEST_CAPABILITY:
+        return None
+    name = torch.cuda.get_device_name(device)
+    return f"it needs compute capability at least {OLDEST_CAPABILITY[0]}.0, {name} has {found[0]}.{found[1]}"
+
+
+def _no_call(q: Tensor, kv_cache: Tensor, head_dim_v: int) -> str | None:
+    """Why fwd_kvcache_mla does not take tensors of this kind."""
+    if kv_cache.dtype in BYTE_DTYPES:
+        return "it does not read fp8 caches: the sm90 and the cpu backend do"
+    if q.is_cpu and q.dtype is torch.bfloat16:
+        return f"Triton's interpreter multiplies torch.float16 and torch.float32, got {q.dtype}"
+    if q.is_cuda and q.dtype is torch.float32:
+        return f"it computes in torch.bfloat16 and torch.float16, got {q.dtype}"
+    if q.shape[3] > MAX_D_QK or head_dim_v > MAX_D_V:
+        return f"it serves d_qk up to {MAX_D_QK} and d_v up to {MAX_D_V}, got {q.shape[3]} and {head_dim_v}"
+    return None
+
+
+# ------------------------------------------------------------------------------------------------------------- shared
+
+
+def _power_of_two(n: int) -> int:
+    """The next one from n on, at least 16: what Triton's tensors and products are made of."""
+    return max(16, 1 << (n - 1).bit_length())
+
+
+@functools.cache
+def _parts(device: torch.device, num_heads_per_head_k: int, num_heads_k: int) -> int:
+    if device.type == "cpu":
+        return CPU_PARTS
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    return max_parts(multiprocessors, row_tiles(num_heads_per_head_k, num_heads_k))
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager:
+    """Triton launches on the current device, whatever its arguments are on."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def _units(t: Tensor, *dims: int) -> list[int]:
+    """Strides of these dimensions in units of 16 bytes."""
+    return [t.stride(dim) * t.itemsize // 16 for dim in dims]
+
+
+# ------------------------------------------------------------------------------------------------- get_mla_metadata
+
+METADATA_BLOCK = 1024  # rows at a time
+
+
+def get_mla_metadata(
+    tile_scheduler_metadata: Tensor,
+    num_splits: Tensor,
+    cache_seqlens: Tensor,
+    num_heads_per_head_k: int,
+    num_heads_k: int,
+) -> None:
+    if values.DEBUG or cache_seqlens.is_cpu:
+        values.check_lengths(cache_seqlens)
+    parts = _parts(cache_seqlens.device, num_heads_per_head_k, num_heads_k)
+    with _on(cache_seqlens.device):
+        _plan(tile_scheduler_metadata, num_splits, cache_seqlens, parts)
+
+
+def _plan(metadata: Tensor, num_splits: Tensor, cache_seqlens: Tensor, parts: int) -> None:
+    b = cache_seqlens.shape[0]
+    parts = even_parts(parts, b)
+    row_end = cache_seqlens.new_empty(b, dtype=torch.int64)
+    half = 1 << (b.bit_length() - 1) if b else 0
+    _kernels().get_mla_metadata_kernel[(1,)](
+        metadata, num_splits, row_end, cache_seqlens, b, parts, half, BLOCK=METADATA_BLOCK, num_warps=8
+    )
+
+
+# -------------------------------------------------------------------------------------------------- fwd_kvcache_mla
+
+
+class Config(NamedTuple):
+    """How fwd_kvcache_mla is cut up for a kind of call."""
+
+    block_m: int  # query rows of a program
+    block_n: int  # keys at a time; divides the plan's tiles of 64
+    warps: int
+    stages: int  # of keys in flight
+
+
+SHARES = 4
+MOST_TOKENS = MOST_ROWS = 64
+
+
+def config_of(device, d_qk, d_v, rows) -> Config:
+    return Config(16 if rows <= 16 else 64, 64, 8, 2)
+
+
+def blocks_of(d_qk: int, d_v: int) -> tuple[int, int]:
+    """BLOCK_V and BLOCK_R: the columns of values, padded, and those of the rest that are multiplied at a time."""
+    return _power_of_two(d_v), min(_power_of_two(d_qk - d_v), 64)
+
+
+def fwd_kvcache_mla(
+    q: Tensor,
+    kv_cache: Tensor,
+    block_table: Tensor,
+    cache_seqlens: Tensor,
+    head_dim_v: int,
+    softmax_scale: float,
+    causal: bool,
+    plan: tuple[Tensor, Tensor] | None,
+    q_scale: Tensor | None,  # None, as refusal says
+    kv_scale: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # out [b, s_q, h_q, d_v], lse [b, h_q, s_q]
+    if values.DEBUG or q.is_cpu:
+        values.check_lengths_and_pages(kv_cache, block_table, cache_seqlens)
+    b, s_q, h_q, d_qk = q.shape
+    num_pages, page_size, h_k, _ = kv_cache.shape
+    out = q.new_empty(b, s_q, h_q, head_dim_v)
+    lse = q.new_empty(b, h_q, s_q, dtype=torch.float32)
+    if out.numel() == 0:
+        return out, lse
+    group = h_q // h_k
+    rows = s_q * group
+    config = config_of(q.device, d_qk, head_dim_v, rows)
+    block_v, block_r = blocks_of(d_qk, head_dim_v)
+    blocks_per_head = -(-rows // config.block_m)
+    row_blocks = h_k * blocks_per_head
+    max_len = min(block_table.shape[1] * page_size, INT32_KEYS) if num_pages else 0
+
+    kernels, parts = _kernels(), _parts(q.device, rows, h_k)
+    with _on(q.device):
+        if plan is None:
+            metadata, num_splits = q.new_empty(MAX_PARTS, COLUMNS, dtype=torch.int32), q.new_empty(b + 1).int()
+            _plan(metadata, num_splits, cache_seqlens, parts)
+        else:
+            metadata = plan[0]
+        split_parts = _split_parts(parts if plan is None else MAX_PARTS, b, max_len, row_tiles(rows, h_k))
+        places = 2 * split_parts * row_blocks * config.block_m
+        shares = q.new_empty(places, head_dim_v, dtype=torch.float32)
+        shares_lse = q.new_empty(places, dtype=torch.float32)
+        dims = {"D_V": head_dim_v, "BLOCK_V": block_v, "BLOCK_M": config.block_m}
+        kernels.fwd_kvcache_mla_kernel[(row_blocks, parts)](
+            *(q, kv_cache, block_table, cache_seqlens, metadata, out, lse, shares, shares_lse),
+            softmax_scale / math.log(2),
+            *_units(q, 0, 1, 2),
+            *_units(kv_cache, 0, 1, 2),
+            block_table.stride(0),
+            *(b, s_q, group, blocks_per_head, num_pages, page_size, max_len, split_parts),
+            CAUSAL=causal,
+            D_R=d_qk - head_dim_v,
+            BLOCK_R=block_r,
+            BLOCK_N=config.block_n,
+            ONE_PAGE=page_size % config.block_n == 0,
+            STAGES=config.stages,
+            num_warps=config.warps,
+            **dims,
+        )
+        if split_parts > 0:
+            kernels.fwd_kvcache_mla_combine_kernel[(s_q * h_q, split_parts)](
+                *(cache_seqlens, metadata, out, lse, shares, shares_lse),
+                *(b, s_q, group, blocks_per_head, row_blocks, max_len, split_parts),
+                BLOCK_S=SHARES,
+                num_warps=4,
+                **dims,
+            )
+    return out, lse
+
+
+def _split_parts(plan_parts: int, b: int, max_len: int, num_row_tiles: int) -> int:
+    """Parts that the workspace has places for; a plan that uses more is executed unsplit.
+
+    A part has at least one tile, or a row without keys, so b * (tiles + 1) are enough for any valid plan. A plan of one
+    part splits nothing.
+    """
+    possible = b * (-(-max_len // TILE) + 1)
+    return 0 if plan_parts == 1 else min(plan_parts, possible, WORKSPACE_TILES // (2 * num_row_tiles))
+
+
+# ---------------------------------------------------------------------------------------------- concat_and_cache_mla
+
+ELEMENTS = 8192  # of a program that copies or merges: 16 KB, 64 values a thread
+
+
+def _rows_of(block: int, limit: int) -> int:
+    """Rows of `block` elements that a program takes."""
+    return max(1, min(ELEMENTS // block, limit))
+
+
+def concat_and_cache_mla(
+    kv_cache: Tensor, kv_c: Tensor, k_pe: Tensor, slot_mapping: Tensor, kv_scale: Tensor | None, round_scale: bool
+) -> None:
+    num_pages, page_size = kv_cache.shape[:2]
+    num_slots = num_pages * page_size
+    if values.DEBUG or kv_cache.is_cpu:
+        values.check_slots(slot_mapping, num_slots)
+    n, d_v = kv_c.shape
+    d_rope = k_pe.shape[1]
+    if n == 0:
+        return
+    block_v = _power_of_two(d_v)
+    tokens = _rows_of(block_v, MOST_TOKENS)
+    with _on(kv_cache.device):
+        _kernels().concat_and_cache_mla_kernel[(-(-n // tokens),)](
+            *(kv_cache, kv_c, k_pe, slot_mapping, n, num_slots, page_size),
+            *_units(kv_cache, 0, 1),
+            *_units(kv_c, 0),
+            *_units(k_pe, 0),
+            D_V=d_v,
+            D_R=d_rope,
+            BLOCK_V=block_v,
+            BLOCK_R=_power_of_two(d_rope),
+            BLOCK_T=tokens,
+        )
+
+
+# ------------------------------------------------------------------------------------------------ merge_attn_states
+
+
+def merge_attn_states(out: Tensor, lse: Tensor, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> None:
+    b, s_q, h_q, d_v = out.shape
+    rows = b * s_q * h_q
+    if out.numel() == 0:
+        return
+    block_v = _power_of_two(d_v)
+    block_rows = _rows_of(block_v, MOST_ROWS)
+    with _on(out.device):
+        _kernels().merge_attn_states_kernel[(-(-rows // block_rows),)](
+            *(out, lse, out_a, lse_a, out_b, lse_b, rows, s_q, h_q),
+            *_units(out_a, 0, 1, 2),
+            *_units(out_b, 0, 1, 2),
+            *(lse_a.stride(0), lse_a.stride(1), lse_b.stride(0), lse_b.stride(1)),
+            D_V=d_v,
+            BLOCK_V=block_v,
+            BLOCK_ROWS=block_rows,
+        )

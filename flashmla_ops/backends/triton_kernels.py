@@ -1,0 +1,541 @@
+"""The Triton backend's kernels, one section an op; triton.py launches them. Importing this module imports triton.
+
+Strides come in units of 16 bytes, since the contract makes them multiples of that: so the compiler knows that rows are
+aligned and loads whole vectors, whatever the numbers are, and nothing is compiled again when they change. For the same
+reason no size is specialised upon. What depends on a page, a row or a token times a stride is computed in 64 bits.
+"""
+
+import triton
+import triton.language as tl
+
+from .. import plan as _plan
+
+INTERPRETED = triton.knobs.runtime.interpret  # by TRITON_INTERPRET=1: kernels then run on CPU tensors, in numpy
+
+TILE = tl.constexpr(_plan.TILE)
+MAX_PARTS = tl.constexpr(_plan.MAX_PARTS)
+COLUMNS = tl.constexpr(_plan.COLUMNS)
+FIRST_ROW = tl.constexpr(_plan.FIRST_ROW)
+FIRST_TILE = tl.constexpr(_plan.FIRST_TILE)
+LAST_ROW = tl.constexpr(_plan.LAST_ROW)
+LAST_TILE = tl.constexpr(_plan.LAST_TILE)
+FIRST_SPLIT = tl.constexpr(_plan.FIRST_SPLIT)
+MIN_TILES = tl.constexpr(_plan.MIN_TILES)
+ROW_COST = tl.constexpr(_plan.ROW_COST)
+LN2 = tl.constexpr(0.6931471805599453)
+INF = tl.constexpr(float("inf"))
+
+
+# ------------------------------------------------------------------------------------------------- get_mla_metadata
+#
+# The planner of plan.py, by one program. Rows lie on a line of cost, cut p stands at floor(p * total / parts), so x has
+# ceil(x * parts / total) cuts below it: what plan.py counts by sorting is arithmetic here. Only which row a cut falls
+# into is searched.
+
+
+@triton.jit
+def _row_cost(cache_seqlens, row, b):
+    length = tl.maximum(tl.load(cache_seqlens + row, mask=row < b, other=0), 0)
+    return tl.where(row < b, ROW_COST + length // TILE + (length % TILE != 0), 0).to(tl.int64)
+
+
+@triton.jit
+def _cut_position(cut, total, parts):
+    return tl.minimum(cut, parts) * total // parts
+
+
+@triton.jit
+def _cuts_below(x, total, parts):
+    return (x * parts + total - 1) // total
+
+
+@triton.jit
+def _cut(cut, row_end, b, half, total, parts):
+    """The row and the tile that each cut stands at, and the first of its row's cuts and whether that starts the row."""
+    position = _cut_position(cut, total, parts)
+    row = tl.zeros_like(cut)  # rows that end at or before the position: a binary search
+    step = half
+    while step > 0:
+        behind = row + step <= b
+        end = tl.load(row_end + row + step - 1, mask=behind, other=0)
+        row += tl.where(behind & (end <= position), step, 0)
+        step = step // 2
+    known = row < b
+    begin = tl.load(row_end + row - 1, mask=known & (row > 0), other=0)
+    end = tl.load(row_end + row, mask=known, other=0)
+    next_end = tl.load(row_end + row + 1, mask=row + 1 < b, other=0)
+    tile = tl.where(known, tl.maximum(position - begin - ROW_COST, 0), 0)
+
+    # parts that have a row to themselves share its tiles alike
+    first, after = _cuts_below(begin, total, parts), _cuts_below(end, total, parts)
+    starts = _cut_position(first, total, parts) <= begin + ROW_COST
+    following = _cut_position(after, total, parts)
+    ends = (row + 1 == b) | ((following < next_end) & (following <= end + ROW_COST))
+    even = (cut - first) * (end - begin - ROW_COST) // tl.maximum(after - first, 1)
+    tile = tl.where(known & starts & ends, even, tile)
+    return row, tile, first, starts
+
+
+@triton.jit(do_not_specialize=["b", "num_parts", "half"])
+def get_mla_metadata_kernel(
+    plan,  # [MAX_PARTS, COLUMNS]
+    num_splits,  # [b + 1]
+    row_end,  # [b] int64, scratch: where each row ends on the line of cost
+    cache_seqlens,  # [b]
+    b,
+    num_parts,
+    half,  # the greatest power of two up to b, 0 for 0
+    BLOCK: tl.constexpr,
+):
+    total = tl.zeros([], tl.int64)
+    for start in range(0, b, BLOCK):
+        row = start + tl.arange(0, BLOCK)
+        cost = _row_cost(cache_seqlens, row, b)
+        tl.store(row_end + row, total + tl.cumsum(cost, 0), mask=row < b)
+        total += tl.sum(cost, 0)
+    parts = tl.minimum(tl.maximum(total // (MIN_TILES + ROW_COST), 1), num_parts)
+    total = tl.maximum(total, 1)
+    tl.debug_barrier()  # row_end is read by other threads than wrote it
+
+    tl.store(num_splits, 0)
+    splits = tl.zeros([], tl.int64)
+    for start in range(0, b, BLOCK):
+        row = start + tl.arange(0, BLOCK)
+        end = tl.load(row_end + row, mask=row < b, other=0)
+        begin = end - _row_cost(cache_seqlens, row, b)
+        first, after = _cuts_below(begin, total, parts), _cuts_below(end, total, parts)
+        starts = (first < after) & (_cut_position(first, total, parts) <= begin + ROW_COST)
+        shares = tl.where(row < b, 1 + after - first - starts.to(tl.int64), 0)
+        tl.store(num_splits + 1 + row, (splits + tl.cumsum(shares, 0)).to(tl.int32), mask=row < b)
+        splits += tl.sum(shares, 0)
+
+    part = tl.arange(0, MAX_PARTS).to(tl.int64)
+    row, tile, first, starts = _cut(part, row_end, b, half, total, parts)
+    next_row, next_tile, _, _ = _cut(part + 1, row_end, b, half, total, parts)
+    used = (row < b) & (part < parts)
+    whole = next_tile == 0  # the next part starts with a row of its own
+    last_row = tl.where(whole, next_row - 1, next_row)
+    last_tiles = _row_cost(cache_seqlens, tl.maximum(last_row, 0), b) - ROW_COST
+    columns = plan + part * COLUMNS
+    for column in tl.static_range(COLUMNS):
+        tl.store(columns + column, tl.zeros_like(part).to(tl.int32))
+    tl.debug_barrier()
+    tl.store(columns + FIRST_ROW, row.to(tl.int32), mask=used)
+    tl.store(columns + FIRST_TILE, tile.to(tl.int32), mask=used)
+    tl.store(columns + LAST_ROW, tl.where(used, last_row, -1).to(tl.int32))
+    tl.store(columns + LAST_TILE, tl.where(whole, last_tiles, next_tile).to(tl.int32), mask=used)
+    tl.store(columns + FIRST_SPLIT, tl.where(starts, part - first, part - first + 1).to(tl.int32), mask=used)
+
+
+# -------------------------------------------------------------------------------------------------- fwd_kvcache_mla
+#
+#   out = softmax(softmax_scale * q k^T) v,   lse = log(sum(exp(softmax_scale * q k^T)))
+#
+# A key is D_V latent values, which are the value too, and D_R further ones. Both are padded with zeros to powers of
+# two; of the latter, BLOCK_R are multiplied at a time.
+#
+# Work. A row block is BLOCK_M query rows of one key head, in the order (s_q, h_q / h_k). A program has a row block and
+# every so manyth part of the plan, and walks the part's rows of the batch; of each it sees a segment of tiles of keys.
+#
+# Shares. A row that the plan splits has a share in each of its parts: a normalised partial output and its base-2 lse.
+# Part p has two places for them: 2 p for its first row, if an earlier part began that, and 2 p + 1 for its last, if a
+# later one ends it. fwd_kvcache_mla_combine_kernel merges them in the order of the parts, so results repeat bitwise. A
+# plan that uses more parts than there are places for is executed unsplit: each row by the part with its first tile.
+#
+# Safety. Lengths clamp to what the block table reaches, pages outside the cache read as zeros, rows of the cache past a
+# segment's keys are never read. What the plan says is clamped to the batch and to each row's tiles.
+
+
+@triton.jit
+def _parts_used(plan):
+    part = tl.arange(0, MAX_PARTS)
+    first_row, last_row = tl.load(plan + part * COLUMNS + FIRST_ROW), tl.load(plan + part * COLUMNS + LAST_ROW)
+    return tl.max(tl.where(last_row >= first_row, part + 1, 0), 0)
+
+
+@triton.jit
+def _first_of(plan, part, mask):
+    """Where a part begins: never before the batch, nor inside of a row before it."""
+    row = tl.load(plan + part * COLUMNS + FIRST_ROW, mask=mask, other=-1)
+    tile = tl.load(plan + part * COLUMNS + FIRST_TILE, mask=mask, other=0)
+    return tl.maximum(row, 0), tl.where(row < 0, 0, tl.maximum(tile, 0))
+
+
+@triton.jit
+def _last_of(plan, part, b):
+    row = tl.load(plan + part * COLUMNS + LAST_ROW)
+    return tl.minimum(row, b - 1), tl.maximum(tl.load(plan + part * COLUMNS + LAST_TILE), 0)
+
+
+@triton.jit
+def _length_of(cache_seqlens, row, max_len):
+    return tl.minimum(tl.maximum(tl.load(cache_seqlens + row), 0), max_len)
+
+
+@triton.jit
+def _values(base, at, mask, D: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows of D values at base + at, zeros where `mask` is not set and beyond D."""
+    column = tl.arange(0, BLOCK)
+    return tl.load(base + at[:, None] + column[None, :], mask=mask[:, None] & (column < D)[None, :], other=0.0)
+
+
+@triton.jit
+def _segment(
+    q,  # this batch row's
+    q_at,  # [BLOCK_M] offsets of the query rows
+    real,  # [BLOCK_M] whether there are such
+    visible,  # [BLOCK_M] keys that each sees
+    kv_cache,  # this key head's
+    page_stride,
+    token_stride,
+    pages,  # this batch row's page numbers
+    num_pages,
+    page_size,
+    begin,
+    end,
+    scale_log2,
+    D_V: tl.constexpr,
+    D_R: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    ONE_PAGE: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Attends keys begin .. end - 1: (accumulated, greatest score, sum), all relative to that score, in base 2."""
+    q_v = _values(q, q_at, real, D_V, BLOCK_V)
+    if D_R > 0:
+        q_r = _values(q, q_at + D_V, real, D_R, BLOCK_R)
+    m = tl.full([BLOCK_M], -INF, tl.float32)
+    l = tl.zeros([BLOCK_M], tl.float32)  # noqa: E741
+    acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+    for start in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
+        key = start + tl.arange(0, BLOCK_N)
+        if ONE_PAGE:  # page sizes are multiples of BLOCK_N
+            page = tl.load(pages + start // page_size)
+            known = (key < end) & (page >= 0) & (page < num_pages)
+            base = kv_cache + page.to(tl.int64) * page_stride
+            at = (key - start // page_size * page_size) * token_stride
+        else:
+            page = tl.load(pages + key // page_size, mask=key < end, other=-1)
+            known = (page >= 0) & (page < num_pages)
+            base = kv_cache
+            at = page.to(tl.int64) * page_stride + key % page_size * token_stride
+        k_v = _values(base, at, known, D_V, BLOCK_V)
+        s = tl.dot(q_v, tl.trans(k_v), input_precision="ieee")
+        if D_R > 0:
+            s = tl.dot(q_r, tl.trans(_values(base, at + D_V, known, D_R, BLOCK_R)), acc=s, input_precision="ieee")
+            for r in tl.static_range(BLOCK_R, D_R, BLOCK_R):  # of unusual dims: their queries are read every time
+                q_more = _values(q, q_at + D_V + r, real, D_R - r, BLOCK_R)
+                k_more = _values(base, at + D_V + r, known, D_R - r, BLOCK_R)
+                s = tl.dot(q_more, tl.trans(k_more), acc=s, input_precision="ieee")
+        hidden = key[None, :] >= tl.minimum(visible, end)[:, None]
+        s = tl.where(hidden, -INF, s * scale_log2)
+        m_new = tl.maximum(m, tl.max(s, 1))
+        base_2 = tl.where(m_new == -INF, 0.0, m_new)  # no key seen so far: exp2(-inf - 0) = 0, not NaN
+        p = tl.exp2(s - base_2[:, None])
+        rescale = tl.exp2(m - base_2)
+        l = l * rescale + tl.sum(p, 1)  # noqa: E741
+        acc = tl.dot(p.to(k_v.dtype), k_v, acc=acc * rescale[:, None], input_precision="ieee")
+        m = m_new
+    return acc, m, l
+
+
+@triton.jit(
+    do_not_specialize=[
+        *("q_stride_b", "q_stride_s", "q_stride_h", "page_stride", "token_stride", "head_stride", "table_stride"),
+        *("b", "s_q", "group", "blocks_per_head", "num_pages", "page_size", "max_len", "split_parts"),
+    ],
+    do_not_specialize_on_alignment=["block_table", "cache_seqlens"],
+)
+def fwd_kvcache_mla_kernel(
+    q,  # [b, s_q, h_k * group, D_V + D_R]
+    kv_cache,  # [num_pages, page_size, h_k, D_V + D_R]
+    block_table,  # [b, max_len / page_size]
+    cache_seqlens,  # [b]
+    plan,  # [MAX_PARTS, COLUMNS]
+    out,  # [b, s_q, h_k * group, D_V]
+    lse,  # [b, h_k * group, s_q]
+    shares,  # [2 * split_parts, row blocks, BLOCK_M, D_V]
+    shares_lse,  # [2 * split_parts, row blocks, BLOCK_M]
+    scale_log2,  # softmax_scale / ln 2
+    q_stride_b,
+    q_stride_s,
+    q_stride_h,
+    page_stride,
+    token_stride,
+    head_stride,
+    table_stride,  # this one in elements
+    b,
+    s_q,
+    group,  # h_q / h_k
+    blocks_per_head,
+    num_pages,
+    page_size,
+    max_len,  # keys that a row of the block table reaches
+    split_parts,
+    CAUSAL: tl.constexpr,
+    D_V: tl.constexpr,
+    D_R: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    ONE_PAGE: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Grid: (row blocks, parts at work at once)."""
+    UNIT: tl.constexpr = 128 // q.dtype.element_ty.primitive_bitwidth  # values in 16 bytes
+    row_block, num_row_blocks = tl.program_id(0), tl.num_programs(0)
+    head_k = row_block // blocks_per_head
+    h_q = num_row_blocks // blocks_per_head * group
+    query_row = row_block % blocks_per_head * BLOCK_M + tl.arange(0, BLOCK_M)
+    real = query_row < s_q * group
+    i = query_row // group
+    h = head_k * group + query_row % group
+    q_at = i.to(tl.int64) * q_stride_s * UNIT + h.to(tl.int64) * q_stride_h * UNIT
+    kv_cache += head_k.to(tl.int64) * head_stride * UNIT
+    page_stride = tl.cast(page_stride, tl.int64) * UNIT
+    token_stride = tl.cast(token_stride, tl.int64) * UNIT
+    column = tl.arange(0, BLOCK_V)
+    stored = real[:, None] & (column < D_V)[None, :]
+
+    parts = _parts_used(plan)
+    split = parts <= split_parts
+    for part in range(tl.program_id(1), parts, tl.num_programs(1)):
+        first_row, first_tile = _first_of(plan, part, True)
+        last_row, last_tile = _last_of(plan, part, b)
+        for row in range(first_row, last_row + 1):
+            length = _length_of(cache_seqlens, row, max_len)
+            tiles = (length + TILE - 1) // TILE
+            begin = tl.where(row == first_row, first_tile, 0)
+            end = tl.where(split & (row == last_row), tl.minimum(last_tile, tiles), tiles)
+            if split | (begin == 0):
+                visible = tl.where(real, length, 0)
+                if CAUSAL:
+                    visible = tl.where(real, length - s_q + 1 + i, 0)
+                row_64 = tl.cast(row, tl.int64)
+                acc, m, l = _segment(  # noqa: E741
+                    q + row_64 * q_stride_b * UNIT,
+                    q_at,
+                    real,
+                    visible,
+                    kv_cache,
+                    page_stride,
+                    token_stride,
+                    block_table + row_64 * table_stride,
+                    num_pages,
+                    page_size,
+                    tl.minimum(begin, tiles) * TILE,
+                    tl.minimum(tl.minimum(end * TILE, length), tl.max(visible, 0)),
+                    scale_log2,
+                    D_V,
+                    D_R,
+                    BLOCK_V,
+                    BLOCK_R,
+                    BLOCK_M,
+                    BLOCK_N,
+                    ONE_PAGE,
+                    STAGES,
+                )
+                nothing = l == 0
+                acc = acc / tl.where(nothing, 1.0, l)[:, None]
+                lse_log2 = m + tl.log2(tl.where(nothing, 1.0, l))  # -inf of nothing
+                if (begin == 0) & (end == tiles):
+                    out_at = ((row_64 * s_q + i) * h_q + h)[:, None] * D_V + column[None, :]
+                    tl.store(out + out_at, acc.to(out.dtype.element_ty), mask=stored)
+                    lse_at = (row_64 * h_q + h) * s_q + i
+                    tl.store(lse + lse_at, tl.where(nothing, INF, lse_log2 * LN2), mask=real)
+                else:
+                    place = 2 * part + tl.where(begin > 0, 0, 1)
+                    share = (tl.cast(place, tl.int64) * num_row_blocks + row_block) * BLOCK_M + tl.arange(0, BLOCK_M)
+                    tl.store(shares + share[:, None] * D_V + column[None, :], acc, mask=stored)
+                    tl.store(shares_lse + share, lse_log2, mask=real)
+
+
+@triton.jit(
+    do_not_specialize=["b", "s_q", "group", "blocks_per_head", "num_row_blocks", "max_len", "split_parts"],
+    do_not_specialize_on_alignment=["cache_seqlens"],
+)
+def fwd_kvcache_mla_combine_kernel(
+    cache_seqlens,  # [b]
+    plan,  # [MAX_PARTS, COLUMNS]
+    out,  # [b, s_q, h_k * group, D_V]
+    lse,  # [b, h_k * group, s_q]
+    shares,  # [2 * split_parts, row blocks, BLOCK_M, D_V]
+    shares_lse,  # [2 * split_parts, row blocks, BLOCK_M]
+    b,
+    s_q,
+    group,
+    blocks_per_head,
+    num_row_blocks,
+    max_len,
+    split_parts,
+    D_V: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_S: tl.constexpr,  # shares merged at a time
+):
+    """Merges the shares of rows that the plan split. With lse_i and out_i those of a row's shares:
+
+        lse = log2(sum_i 2^lse_i),   out = sum_i 2^(lse_i - lse) out_i
+
+    Grid: (query rows of the batch row, split_parts). A program has the row that its part begins and does not end.
+    """
+    query_row, part = tl.program_id(0), tl.program_id(1)
+    first_row, first_tile = _first_of(plan, part, True)
+    row, last_tile = _last_of(plan, part, b)
+    begins = (_parts_used(plan) <= split_parts) & (row >= first_row) & ((row > first_row) | (first_tile == 0))
+    if begins:
+        tiles = (_length_of(cache_seqlens, row, max_len) + TILE - 1) // TILE
+        if last_tile < tiles:
+            rows_per_head = s_q * group
+            head_k, in_head = query_row // rows_per_head, query_row % rows_per_head
+            i, h = in_head // group, head_k * group + in_head % group
+            row_block = head_k * blocks_per_head + in_head // BLOCK_M
+
+            # the parts that go on with the row: one after the other, if the plan is a good one
+            other = tl.arange(0, MAX_PARTS)
+            other_row, other_tile = _first_of(plan, other, other < split_parts)
+            shared = (other > part) & (other < split_parts) & (other_row == row) & (other_tile > 0)
+            last_part = tl.max(tl.where(shared, other, part), 0)
+            shared |= other == part
+            share = (tl.where(other == part, 2 * part + 1, 2 * other).to(tl.int64) * num_row_blocks + row_block)
+            share = share * BLOCK_M + in_head % BLOCK_M
+            lse_log2 = tl.load(shares_lse + share, mask=shared, other=-INF)
+            highest = tl.max(lse_log2, 0)
+            nothing = highest == -INF
+            base_2 = tl.where(nothing, 0.0, highest)
+            total = tl.sum(tl.exp2(lse_log2 - base_2), 0)
+
+            column = tl.arange(0, BLOCK_V)
+            acc = tl.zeros([BLOCK_V], tl.float32)
+            for start in range(part, last_part + 1, BLOCK_S):
+                some = start + tl.arange(0, BLOCK_S)
+                some_row, some_tile = _first_of(plan, some, some <= last_part)
+                merged = (some == part) | ((some <= last_part) & (some_row == row) & (some_tile > 0))
+                at = (tl.where(some == part, 2 * part + 1, 2 * some).to(tl.int64) * num_row_blocks + row_block)
+                at = at * BLOCK_M + in_head % BLOCK_M
+                weight = tl.exp2(tl.load(shares_lse + at, mask=merged, other=-INF) - base_2)
+                value = tl.load(
+                    shares + at[:, None] * D_V + column[None, :],
+                    mask=merged[:, None] & (column < D_V)[None, :],
+                    other=0.0,
+                )
+                acc += tl.sum(weight[:, None] * value, 0)
+            acc = acc / tl.where(nothing, 1.0, total)
+            h_q = num_row_blocks // blocks_per_head * group
+            out_at = ((tl.cast(row, tl.int64) * s_q + i) * h_q + h) * D_V + column
+            tl.store(out + out_at, acc.to(out.dtype.element_ty), mask=column < D_V)
+            lse_at = (tl.cast(row, tl.int64) * h_q + h) * s_q + i
+            tl.store(lse + lse_at, tl.where(nothing, INF, (highest + tl.log2(total)) * LN2))
+
+
+# ---------------------------------------------------------------------------------------------- concat_and_cache_mla
+
+
+@triton.jit
+def _copy_columns(to, to_at, source, source_at, mask, D: tl.constexpr, BLOCK: tl.constexpr):
+    column = tl.arange(0, BLOCK)
+    both = mask[:, None] & (column < D)[None, :]
+    values = tl.load(source + source_at[:, None] + column[None, :], mask=both)
+    tl.store(to + to_at[:, None] + column[None, :], values, mask=both)
+
+
+@triton.jit(
+    do_not_specialize=["n", "num_slots", "page_size", "page_stride", "token_stride", "kv_c_stride", "k_pe_stride"],
+    do_not_specialize_on_alignment=["slot_mapping"],
+)
+def concat_and_cache_mla_kernel(
+    kv_cache,  # [num_slots / page_size, page_size, 1, D_V + D_R]
+    kv_c,  # [n, D_V]
+    k_pe,  # [n, D_R]
+    slot_mapping,  # [n]
+    n,
+    num_slots,
+    page_size,
+    page_stride,
+    token_stride,
+    kv_c_stride,
+    k_pe_stride,
+    D_V: tl.constexpr,
+    D_R: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """Copies tokens to their slots. Grid: blocks of BLOCK_T tokens."""
+    UNIT: tl.constexpr = 128 // kv_c.dtype.element_ty.primitive_bitwidth
+    token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    slot = tl.load(slot_mapping + token, mask=token < n, other=-1)
+    named = (slot >= 0) & (slot < num_slots)
+    to = slot // page_size * page_stride * UNIT + slot % page_size * token_stride * UNIT
+    _copy_columns(kv_cache, to, kv_c, token * kv_c_stride * UNIT, named, D_V, BLOCK_V)
+    if D_R > 0:
+        _copy_columns(kv_cache, to + D_V, k_pe, token * k_pe_stride * UNIT, named, D_R, BLOCK_R)
+
+
+# ------------------------------------------------------------------------------------------------ merge_attn_states
+
+
+@triton.jit
+def _state(out, out_at, out_mask, lse, lse_at, mask):
+    """A state's out in fp32 and its lse: -inf where it saw nothing, whatever its out then holds."""
+    lse = tl.load(lse + lse_at, mask=mask, other=-INF)
+    lse = tl.where(lse == INF, -INF, lse)
+    seen = out_mask & (lse != -INF)[:, None]
+    return tl.load(out + out_at, mask=seen, other=0.0).to(tl.float32), lse
+
+
+@triton.jit(
+    do_not_specialize=[
+        *("rows", "s_q", "h_q", "a_stride_b", "a_stride_s", "a_stride_h", "b_stride_b", "b_stride_s", "b_stride_h"),
+        *("a_lse_stride_b", "a_lse_stride_h", "b_lse_stride_b", "b_lse_stride_h"),
+    ],
+    do_not_specialize_on_alignment=["lse_a", "lse_b"],
+)
+def merge_attn_states_kernel(
+    out,  # [b, s_q, h_q, D_V]
+    lse,  # [b, h_q, s_q]
+    out_a,
+    lse_a,
+    out_b,
+    lse_b,
+    rows,  # b * s_q * h_q
+    s_q,
+    h_q,
+    a_stride_b,
+    a_stride_s,
+    a_stride_h,
+    b_stride_b,
+    b_stride_s,
+    b_stride_h,
+    a_lse_stride_b,  # of lse in elements
+    a_lse_stride_h,
+    b_lse_stride_b,
+    b_lse_stride_h,
+    D_V: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+):
+    """Grid: blocks of rows (b, s_q, h_q)."""
+    UNIT: tl.constexpr = 128 // out.dtype.element_ty.primitive_bitwidth
+    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    h, i, b = row % h_q, row // h_q % s_q, row // h_q // s_q
+    real = row < rows
+    column = tl.arange(0, BLOCK_V)[None, :]
+    stored = real[:, None] & (column < D_V)
+    a_at = (b * a_stride_b + i * a_stride_s + h * a_stride_h)[:, None] * UNIT + column
+    b_at = (b * b_stride_b + i * b_stride_s + h * b_stride_h)[:, None] * UNIT + column
+    a, a_lse = _state(out_a, a_at, stored, lse_a, b * a_lse_stride_b + h * a_lse_stride_h + i, real)
+    b_, b_lse = _state(out_b, b_at, stored, lse_b, b * b_lse_stride_b + h * b_lse_stride_h + i, real)
+    highest = tl.maximum(a_lse, b_lse)
+    base = tl.where(highest == -INF, 0.0, highest)
+    a_weight, b_weight = tl.exp(a_lse - base), tl.exp(b_lse - base)
+    total = a_weight + b_weight
+    nothing = total == 0
+    total = tl.where(nothing, 1.0, total)
+    merged = a * (a_weight / total)[:, None] + b_ * (b_weight / total)[:, None]
+    tl.store(out + row[:, None] * D_V + column, merged.to(out.dtype.element_ty), mask=stored)
+    tl.store(lse + (b * h_q + h) * s_q + i, tl.where(nothing, INF, base + tl.log(total)), mask=real)
