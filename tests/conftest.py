@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
-from strategies import TARGETS
+from strategies import INTERPRETED, TARGETS
 
 from flashmla_ops import backends
 
@@ -16,10 +16,12 @@ settings.register_profile("dev", deadline=None, suppress_health_check=list(Healt
 settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
 
-@pytest.fixture(params=["cpu", pytest.param("sm90", marks=pytest.mark.gpu)])
+@pytest.fixture(params=["cpu", pytest.param("sm90", marks=pytest.mark.gpu), "triton"])
 def target(request):
     """Each backend of this machine in turn, forced; one that is not ready here skips the test with its reason."""
     name = request.param
+    if name == "triton" and INTERPRETED and request.node.get_closest_marker("large"):
+        pytest.skip("triton: too large for Triton's interpreter")
     status = backends.ALL[name].status() if name in backends.ALL else "this version has no such backend"
     if status != "ready":
         pytest.skip(f"{name}: {status}")

@@ -4,12 +4,22 @@ A drawn call is a dict of plain values, the arguments of flashmla_ops.testing's 
 something that can be pasted into a shell.
 """
 
+import os
 from dataclasses import dataclass
 
 import torch
 from hypothesis import strategies as st
 
 ALL_DIMS = ((576, 512), (320, 256), (288, 256), (512, 512), (512, 448), (160, 128), (64, 48), (16, 16))  # d_qk, d_v
+
+
+# Triton's interpreter runs a program in milliseconds, so under it tests draw less: see test_triton.py
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def examples(n: int) -> int:
+    """How many examples a test draws that draws n on hardware."""
+    return max(2, n // 40) if INTERPRETED else n
 
 
 @dataclass(frozen=True)
@@ -22,6 +32,8 @@ class Target:
     dims: tuple[tuple[int, int], ...] = ((576, 512),)
     page_sizes: tuple[int, ...] = (64, 128)
     factor: float = 1.5  # of PyTorch's error in the same dtype, what `check_decode` allows
+    most_keys: int = 1500  # of a drawn call's rows together
+    most_queries: int = 512  # of a row, over its heads
 
 
 TARGETS = {
@@ -34,6 +46,16 @@ TARGETS = {
         factor=2,
     ),
     "sm90": Target("sm90", "cuda"),
+    "triton": Target(
+        "triton",
+        "cpu" if INTERPRETED else "cuda",
+        (torch.float16, torch.float32) if INTERPRETED else (torch.bfloat16, torch.float16),
+        ALL_DIMS,
+        page_sizes=(16, 32, 48, 64, 128),
+        factor=2,
+        most_keys=300 if INTERPRETED else 1500,
+        most_queries=40 if INTERPRETED else 512,
+    ),
 }
 
 seeds = st.integers(0, 2**31)
@@ -60,11 +82,11 @@ def lengths_of_rows(draw, max_rows: int = 5, most_keys: int = 1500) -> list[int]
 @st.composite
 def decode_calls(draw, target: Target, **fixed) -> dict:
     """Arguments of make_decode_case; those in `fixed` are not drawn. Half of all calls are peaked."""
-    h_q, h_k = draw(head_counts)
+    h_q, h_k = draw(head_counts.filter(lambda heads: heads[0] <= target.most_queries))
     d_qk, d_v = draw(st.sampled_from(target.dims))
-    s_q = draw(st.sampled_from([1, 1, 2, 3, 4, 7, 70]).filter(lambda s: s * h_q <= 512))
+    s_q = draw(st.sampled_from([1, 1, 2, 3, 4, 7, 70]).filter(lambda s: s * h_q <= target.most_queries))
     drawn = {
-        "lengths": draw(lengths_of_rows()),
+        "lengths": draw(lengths_of_rows(most_keys=target.most_keys)),
         "s_q": s_q,
         "h_q": h_q,
         "h_k": h_k,

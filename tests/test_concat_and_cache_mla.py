@@ -6,7 +6,7 @@ import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import ALL_DIMS, append_calls
+from strategies import ALL_DIMS, append_calls, examples
 
 from flashmla_ops import concat_and_cache_mla
 from flashmla_ops.kv_cache import PLAIN_DTYPES
@@ -14,7 +14,7 @@ from flashmla_ops.testing import make_append_case
 
 
 @given(data=st.data())
-@settings(max_examples=150)
+@settings(max_examples=examples(150))
 def test_writes_the_named_slots_and_nothing_else(target, data):
     """Bit for bit, the gaps of a strided cache included; slots of -1, as many as come, are skipped. Every backend
     appends in every shape and dtype."""

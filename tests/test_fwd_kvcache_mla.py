@@ -8,7 +8,7 @@ import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import TARGETS, decode_calls, lengths_of_rows, seeds
+from strategies import TARGETS, decode_calls, examples, lengths_of_rows, seeds
 
 from flashmla_ops import fwd_kvcache_mla, get_mla_metadata, merge_attn_states
 from flashmla_ops.plan import COLUMNS, MAX_PARTS, make_plan
@@ -25,7 +25,7 @@ def make(plan: str | int, case: DecodeCase) -> tuple:
 
 
 @given(data=st.data())
-@settings(max_examples=EXAMPLES)
+@settings(max_examples=examples(EXAMPLES))
 def test_as_near_to_float64_as_pytorch(target, data):
     """Any dims, dtype, page size, heads, queries, strides, lengths from 0, causal or not, flat or peaked, any plan."""
     case = make_decode_case(**data.draw(decode_calls(target)))
@@ -59,7 +59,7 @@ def equal(a, b) -> bool:
 
 
 @given(data=st.data())
-@settings(max_examples=50)
+@settings(max_examples=examples(50))
 def test_two_halves_merge_to_the_whole(target, data):
     """Keys before and after a page boundary, attended apart and merged, are as good as all at once."""
     case = make_decode_case(**data.draw(decode_calls(target, causal=False)))
@@ -74,7 +74,7 @@ def test_two_halves_merge_to_the_whole(target, data):
 
 
 @given(data=st.data())
-@settings(max_examples=50)
+@settings(max_examples=examples(50))
 def test_repeats_and_page_numbers_do_not_change_a_bit(target, data):
     case = make_decode_case(**data.draw(decode_calls(target)))
     plan = data.draw(plans)
@@ -149,7 +149,7 @@ def side_by_side(call: dict, other: dict, side: torch.cuda.Stream) -> tuple[list
 
 
 @given(data=st.data())
-@settings(max_examples=50)
+@settings(max_examples=examples(50))
 def test_batch_mates_do_not_matter(target, data):
     """A row has the same result alone and in company, within rounding."""
     case = make_decode_case(**data.draw(decode_calls(target)))
@@ -173,7 +173,7 @@ def calls_of_pairs(draw, target) -> dict:
 
 
 @given(data=st.data())
-@settings(max_examples=10)
+@settings(max_examples=examples(10))
 def test_rows_of_two_shares(target, data):
     case = make_decode_case(**data.draw(calls_of_pairs(target)))
     check_decode(case, *run(case, data.draw(plans)), target.factor)
@@ -201,7 +201,7 @@ def test_what_memory_held_before_does_not_matter(target, h_q, lengths):
 
 
 @given(data=st.data())
-@settings(max_examples=50)
+@settings(max_examples=examples(50))
 def test_stale_plans_are_harmless(target, data):
     """With a plan for other lengths, or noise, a call ends soon, in numbers or a clear error. Inputs are unchanged."""
     calls = st.one_of(decode_calls(target), calls_of_pairs(target)) if target.device == "cuda" else decode_calls(target)

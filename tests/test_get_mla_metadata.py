@@ -7,7 +7,7 @@ import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import lengths_of_many_rows
+from strategies import examples, lengths_of_many_rows
 
 from flashmla_ops import get_mla_metadata, get_mla_metadata_, plan
 from flashmla_ops.plan import make_plan, max_parts, row_tiles
@@ -54,7 +54,7 @@ def test_a_plan_covers_every_tile_once_in_equal_shares(lengths, num_parts):
 
 
 @given(lengths=lengths_of_many_rows, heads=st.sampled_from([(1, 1), (16, 1), (128, 1), (512, 1), (20, 4), (70000, 1)]))
-@settings(max_examples=50)
+@settings(max_examples=examples(50))
 def test_the_op_makes_such_a_plan(target, lengths, heads):
     cache_seqlens = torch.tensor(lengths, dtype=torch.int32, device=target.device)
     metadata, num_splits = get_mla_metadata(cache_seqlens, *heads)

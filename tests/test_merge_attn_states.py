@@ -4,7 +4,7 @@ import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import merge_calls
+from strategies import examples, merge_calls
 
 from flashmla_ops import merge_attn_states
 from flashmla_ops.testing import MergeCase, make_merge_case, relative_error
@@ -21,7 +21,7 @@ def check(case: MergeCase) -> None:
 
 
 @given(data=st.data())
-@settings(max_examples=150)
+@settings(max_examples=examples(150))
 def test_within_one_rounding_of_float64(target, data):
     """A quarter of each state has seen nothing (lse +inf or -inf), and its out is NaN."""
     check(make_merge_case(**data.draw(merge_calls(target))))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import append_calls, decode_calls, lengths_of_many_rows, merge_calls
+from strategies import append_calls, decode_calls, examples, lengths_of_many_rows, merge_calls
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -43,7 +43,7 @@ def draw_call(data, op: str, target) -> dict:
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("mode", MODES)
 @given(data=st.data())
-@settings(max_examples=10)
+@settings(max_examples=examples(10))
 def test_opcheck(target, op, mode, data):
     """Schema told truly, autograd registered, fake equal to real, and the same again under torch.compile's tracing."""
     with MODES[mode]():
@@ -67,7 +67,7 @@ def layout(outputs) -> list[tuple]:
 
 @pytest.mark.parametrize("op", OPS)
 @given(data=st.data())
-@settings(max_examples=25)
+@settings(max_examples=examples(25))
 def test_meta_and_fake_outputs_are_laid_out_as_real_ones(target, op, data):
     """On the meta device, and on CUDA's that this machine need not have, traced too."""
     call = draw_call(data, op, target)

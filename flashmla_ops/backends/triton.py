@@ -1,7 +1,7 @@
 """The Triton backend: CUDA tensors on GPUs from Ampere on, in every dimension and page size of the contract.
 
-The kernels are triton_kernels.py's, which is imported, and triton with it, when a call first asks for this backend. Under
-Triton's interpreter (TRITON_INTERPRET=1) they run on CPU tensors, in fp16 and fp32: for tests.
+The kernels are triton_kernels.py's, which is imported, and triton with it, when a call first asks for this backend.
+Under Triton's interpreter (TRITON_INTERPRET=1) they run on CPU tensors, in fp16 and fp32: for tests.
 
 Nothing is tuned at run time: how fwd_kvcache_mla is cut up is read from the table below.
 """
@@ -161,20 +161,58 @@ class Config(NamedTuple):
     block_m: int  # query rows of a program
     block_n: int  # keys at a time; divides the plan's tiles of 64
     warps: int
-    stages: int  # of keys in flight
+    # Of Triton's pipeline. A tile's page number arrives two loads before the tile is used, so blocks of keys in shared
+    # memory are 1 of 2 stages, 2 of 5, 3 of 7, 4 of 9.
+    stages: int
 
 
-SHARES = 4
-MOST_TOKENS = MOST_ROWS = 64
+# By columns of a key (padded), query rows of a key head, and KB of shared memory that a program may have: 99 (sm_86,
+# 89, 120), 163 (sm_80, 87), 227 (sm_90). The first row that is large enough serves. What chose the numbers:
+#   - 16 rows are the fewest that Triton multiplies. With so few memory is what counts, and since the plan gives a
+#     multiprocessor about one program, its shared memory holds as many blocks of keys as fit.
+#   - With 64 rows the products count: 64 keys at a time, and wgmma on Hopper, which takes 64 rows or none. In 99 KB,
+#     queries of 576 columns and keys leave room for 32 rows and 32 keys.
+#   - 8 warps: 512 columns of accumulators, and on Ampere the queries, are otherwise more than the registers hold.
+# tests/test_triton.py compiles each for the devices above, and holds it to their shared memory and to no spills among
+# the products. None of it has been timed: python -m flashmla_ops.benchmark is where to begin.
+SHARED_KB = (99, 163, 227)
+CONFIGS: dict[tuple[int, int], tuple[Config, Config, Config]] = {
+    (192, 16): (Config(16, 64, 4, 7), Config(16, 64, 4, 7), Config(16, 64, 4, 9)),
+    (192, 32): (Config(32, 64, 4, 5), Config(32, 64, 4, 5), Config(32, 64, 4, 5)),
+    (192, 64): (Config(64, 64, 4, 5), Config(64, 64, 4, 5), Config(64, 64, 4, 5)),
+    (320, 16): (Config(16, 64, 8, 5), Config(16, 64, 8, 7), Config(16, 64, 8, 9)),
+    (320, 32): (Config(32, 64, 8, 2), Config(32, 64, 8, 5), Config(32, 64, 8, 5)),
+    (320, 64): (Config(64, 64, 8, 2), Config(64, 64, 8, 5), Config(64, 64, 8, 5)),
+    (576, 16): (Config(16, 32, 8, 5), Config(16, 32, 8, 7), Config(16, 64, 8, 5)),
+    (576, 32): (Config(32, 32, 8, 2), Config(32, 64, 8, 2), Config(32, 64, 8, 5)),
+    (576, 64): (Config(32, 32, 8, 2), Config(64, 64, 8, 2), Config(64, 64, 8, 2)),
+    (832, 64): (Config(16, 32, 8, 2), Config(16, 32, 8, 5), Config(16, 32, 8, 5)),  # 256 < d_v, 64 < d_qk - d_v
+}
 
-
-def config_of(device, d_qk, d_v, rows) -> Config:
-    return Config(16 if rows <= 16 else 64, 64, 8, 2)
+BLOCK_R = 64  # most columns beyond d_v that are multiplied at a time; every known model has 64 or fewer
+SHARES = 8  # that the combine kernel loads at once: 16 KB of 512 columns, 32 values a thread
 
 
 def blocks_of(d_qk: int, d_v: int) -> tuple[int, int]:
     """BLOCK_V and BLOCK_R: the columns of values, padded, and those of the rest that are multiplied at a time."""
-    return _power_of_two(d_v), min(_power_of_two(d_qk - d_v), 64)
+    return _power_of_two(d_v), min(_power_of_two(d_qk - d_v), BLOCK_R)
+
+
+def config_of(shared_kb: int, d_qk: int, d_v: int, rows: int) -> Config:
+    """The table's row for `rows` query rows of a key head on a device whose programs may have so much shared memory."""
+    block_v, block_r = blocks_of(d_qk, d_v)
+    columns = block_v + -(-(d_qk - d_v) // block_r) * block_r
+    key = next(key for key in CONFIGS if columns <= key[0] and min(rows, 64) <= key[1])
+    return CONFIGS[key][max(i for i, kb in enumerate(SHARED_KB) if kb <= shared_kb)]
+
+
+@functools.cache
+def _shared_kb(device: torch.device) -> int:
+    if device.type == "cpu":
+        return SHARED_KB[-1]  # the interpreter has no limit; the largest blocks are its fastest
+    properties = torch.cuda.get_device_properties(device)
+    # the products of sm_100 take up to 344 KB for 64 rows: until one has been measured, the smallest blocks will do
+    return SHARED_KB[0] if properties.major == 10 else properties.shared_memory_per_block_optin // 1024
 
 
 def fwd_kvcache_mla(
@@ -199,7 +237,7 @@ def fwd_kvcache_mla(
         return out, lse
     group = h_q // h_k
     rows = s_q * group
-    config = config_of(q.device, d_qk, head_dim_v, rows)
+    config = config_of(_shared_kb(q.device), d_qk, head_dim_v, rows)
     block_v, block_r = blocks_of(d_qk, head_dim_v)
     blocks_per_head = -(-rows // config.block_m)
     row_blocks = h_k * blocks_per_head
@@ -234,7 +272,7 @@ def fwd_kvcache_mla(
             **dims,
         )
         if split_parts > 0:
-            kernels.fwd_kvcache_mla_combine_kernel[(s_q * h_q, split_parts)](
+            kernels.fwd_kvcache_mla_combine_kernel[(s_q * h_q, min(parts, split_parts))](
                 *(cache_seqlens, metadata, out, lse, shares, shares_lse),
                 *(b, s_q, group, blocks_per_head, row_blocks, max_len, split_parts),
                 BLOCK_S=SHARES,
@@ -256,12 +294,12 @@ def _split_parts(plan_parts: int, b: int, max_len: int, num_row_tiles: int) -> i
 
 # ---------------------------------------------------------------------------------------------- concat_and_cache_mla
 
-ELEMENTS = 8192  # of a program that copies or merges: 16 KB, 64 values a thread
+ELEMENTS = 4096  # of a program that copies or merges: 8 KB in bf16, 32 values a thread
 
 
-def _rows_of(block: int, limit: int) -> int:
+def _rows_of(block: int) -> int:
     """Rows of `block` elements that a program takes."""
-    return max(1, min(ELEMENTS // block, limit))
+    return max(1, ELEMENTS // block)
 
 
 def concat_and_cache_mla(
@@ -276,7 +314,7 @@ def concat_and_cache_mla(
     if n == 0:
         return
     block_v = _power_of_two(d_v)
-    tokens = _rows_of(block_v, MOST_TOKENS)
+    tokens = _rows_of(block_v)
     with _on(kv_cache.device):
         _kernels().concat_and_cache_mla_kernel[(-(-n // tokens),)](
             *(kv_cache, kv_c, k_pe, slot_mapping, n, num_slots, page_size),
@@ -300,7 +338,7 @@ def merge_attn_states(out: Tensor, lse: Tensor, out_a: Tensor, lse_a: Tensor, ou
     if out.numel() == 0:
         return
     block_v = _power_of_two(d_v)
-    block_rows = _rows_of(block_v, MOST_ROWS)
+    block_rows = _rows_of(block_v)
     with _on(out.device):
         _kernels().merge_attn_states_kernel[(-(-rows // block_rows),)](
             *(out, lse, out_a, lse_a, out_b, lse_b, rows, s_q, h_q),

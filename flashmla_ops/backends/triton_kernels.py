@@ -300,6 +300,11 @@ def fwd_kvcache_mla_kernel(
     token_stride = tl.cast(token_stride, tl.int64) * UNIT
     column = tl.arange(0, BLOCK_V)
     stored = real[:, None] & (column < D_V)[None, :]
+    # outputs lie at a 64-bit base and 32-bit offsets, which take half the registers
+    first_i = row_block % blocks_per_head * BLOCK_M // group
+    out_at = ((i - first_i) * h_q + h)[:, None] * D_V + column[None, :]
+    lse_at = h.to(tl.int64) * s_q + i
+    share_at = tl.arange(0, BLOCK_M)[:, None] * D_V + column[None, :]
 
     parts = _parts_used(plan)
     split = parts <= split_parts
@@ -343,15 +348,27 @@ def fwd_kvcache_mla_kernel(
                 acc = acc / tl.where(nothing, 1.0, l)[:, None]
                 lse_log2 = m + tl.log2(tl.where(nothing, 1.0, l))  # -inf of nothing
                 if (begin == 0) & (end == tiles):
-                    out_at = ((row_64 * s_q + i) * h_q + h)[:, None] * D_V + column[None, :]
-                    tl.store(out + out_at, acc.to(out.dtype.element_ty), mask=stored)
-                    lse_at = (row_64 * h_q + h) * s_q + i
-                    tl.store(lse + lse_at, tl.where(nothing, INF, lse_log2 * LN2), mask=real)
+                    to = out + (row_64 * s_q + first_i) * h_q * D_V
+                    tl.store(to + out_at, acc.to(out.dtype.element_ty), mask=stored)
+                    tl.store(lse + row_64 * h_q * s_q + lse_at, tl.where(nothing, INF, lse_log2 * LN2), mask=real)
                 else:
                     place = 2 * part + tl.where(begin > 0, 0, 1)
-                    share = (tl.cast(place, tl.int64) * num_row_blocks + row_block) * BLOCK_M + tl.arange(0, BLOCK_M)
-                    tl.store(shares + share[:, None] * D_V + column[None, :], acc, mask=stored)
-                    tl.store(shares_lse + share, lse_log2, mask=real)
+                    share = (tl.cast(place, tl.int64) * num_row_blocks + row_block) * BLOCK_M
+                    tl.store(shares + share * D_V + share_at, acc, mask=stored)
+                    tl.store(shares_lse + share + tl.arange(0, BLOCK_M), lse_log2, mask=real)
+
+
+@triton.jit
+def _has_share(plan, other, part, row, parts):
+    """Whether part `other` has a share of the row that `part` begins."""
+    other_row, other_tile = _first_of(plan, other, other < parts)
+    return (other == part) | ((other > part) & (other < parts) & (other_row == row) & (other_tile > 0))
+
+
+@triton.jit
+def _share_at(other, part, num_row_blocks, row_block, BLOCK_M: tl.constexpr, in_head):
+    place = tl.where(other == part, 2 * part + 1, 2 * other)
+    return (place.to(tl.int64) * num_row_blocks + row_block) * BLOCK_M + in_head % BLOCK_M
 
 
 @triton.jit(
@@ -381,55 +398,47 @@ def fwd_kvcache_mla_combine_kernel(
 
         lse = log2(sum_i 2^lse_i),   out = sum_i 2^(lse_i - lse) out_i
 
-    Grid: (query rows of the batch row, split_parts). A program has the row that its part begins and does not end.
+    Grid: (query rows of a batch row, parts at work at once). For every so manyth part a program has the row that the
+    part begins and does not end.
     """
-    query_row, part = tl.program_id(0), tl.program_id(1)
-    first_row, first_tile = _first_of(plan, part, True)
-    row, last_tile = _last_of(plan, part, b)
-    begins = (_parts_used(plan) <= split_parts) & (row >= first_row) & ((row > first_row) | (first_tile == 0))
-    if begins:
-        tiles = (_length_of(cache_seqlens, row, max_len) + TILE - 1) // TILE
-        if last_tile < tiles:
-            rows_per_head = s_q * group
-            head_k, in_head = query_row // rows_per_head, query_row % rows_per_head
-            i, h = in_head // group, head_k * group + in_head % group
-            row_block = head_k * blocks_per_head + in_head // BLOCK_M
+    rows_per_head = s_q * group
+    h_q = num_row_blocks // blocks_per_head * group
+    query_row = tl.program_id(0)
+    in_head = query_row % rows_per_head
+    i, h = in_head // group, query_row // rows_per_head * group + in_head % group
+    row_block = query_row // rows_per_head * blocks_per_head + in_head // BLOCK_M
+    column = tl.arange(0, BLOCK_V)
+    parts = _parts_used(plan)
+    for part in range(tl.program_id(1), tl.where(parts <= split_parts, parts, 0), tl.num_programs(1)):
+        first_row, first_tile = _first_of(plan, part, True)
+        row, last_tile = _last_of(plan, part, b)
+        if (row >= first_row) & ((row > first_row) | (first_tile == 0)):  # noqa: SIM102  else there is no row to read
+            if last_tile * TILE < _length_of(cache_seqlens, row, max_len):
+                # the parts that go on with the row: one after the other, if the plan is a good one
+                other = tl.arange(0, MAX_PARTS)
+                shared = _has_share(plan, other, part, row, parts)
+                share = _share_at(other, part, num_row_blocks, row_block, BLOCK_M, in_head)
+                lse_log2 = tl.load(shares_lse + share, mask=shared, other=-INF)
+                highest = tl.max(lse_log2, 0)
+                nothing = highest == -INF
+                base_2 = tl.where(nothing, 0.0, highest)
+                total = tl.sum(tl.exp2(lse_log2 - base_2), 0)
 
-            # the parts that go on with the row: one after the other, if the plan is a good one
-            other = tl.arange(0, MAX_PARTS)
-            other_row, other_tile = _first_of(plan, other, other < split_parts)
-            shared = (other > part) & (other < split_parts) & (other_row == row) & (other_tile > 0)
-            last_part = tl.max(tl.where(shared, other, part), 0)
-            shared |= other == part
-            share = (tl.where(other == part, 2 * part + 1, 2 * other).to(tl.int64) * num_row_blocks + row_block)
-            share = share * BLOCK_M + in_head % BLOCK_M
-            lse_log2 = tl.load(shares_lse + share, mask=shared, other=-INF)
-            highest = tl.max(lse_log2, 0)
-            nothing = highest == -INF
-            base_2 = tl.where(nothing, 0.0, highest)
-            total = tl.sum(tl.exp2(lse_log2 - base_2), 0)
-
-            column = tl.arange(0, BLOCK_V)
-            acc = tl.zeros([BLOCK_V], tl.float32)
-            for start in range(part, last_part + 1, BLOCK_S):
-                some = start + tl.arange(0, BLOCK_S)
-                some_row, some_tile = _first_of(plan, some, some <= last_part)
-                merged = (some == part) | ((some <= last_part) & (some_row == row) & (some_tile > 0))
-                at = (tl.where(some == part, 2 * part + 1, 2 * some).to(tl.int64) * num_row_blocks + row_block)
-                at = at * BLOCK_M + in_head % BLOCK_M
-                weight = tl.exp2(tl.load(shares_lse + at, mask=merged, other=-INF) - base_2)
-                value = tl.load(
-                    shares + at[:, None] * D_V + column[None, :],
-                    mask=merged[:, None] & (column < D_V)[None, :],
-                    other=0.0,
+                acc = tl.zeros([BLOCK_V], tl.float32)
+                for start in range(part, tl.max(tl.where(shared, other, 0), 0) + 1, BLOCK_S):
+                    other = start + tl.arange(0, BLOCK_S)
+                    shared = _has_share(plan, other, part, row, parts)
+                    share = _share_at(other, part, num_row_blocks, row_block, BLOCK_M, in_head)
+                    weight = tl.exp2(tl.load(shares_lse + share, mask=shared, other=-INF) - base_2)
+                    acc += tl.sum(weight[:, None] * _values(shares, share * D_V, shared, D_V, BLOCK_V), 0)
+                acc = acc / tl.where(nothing, 1.0, total)
+                row_64 = tl.cast(row, tl.int64)
+                tl.store(
+                    out + ((row_64 * s_q + i) * h_q + h) * D_V + column,
+                    acc.to(out.dtype.element_ty),
+                    mask=column < D_V,
                 )
-                acc += tl.sum(weight[:, None] * value, 0)
-            acc = acc / tl.where(nothing, 1.0, total)
-            h_q = num_row_blocks // blocks_per_head * group
-            out_at = ((tl.cast(row, tl.int64) * s_q + i) * h_q + h) * D_V + column
-            tl.store(out + out_at, acc.to(out.dtype.element_ty), mask=column < D_V)
-            lse_at = (tl.cast(row, tl.int64) * h_q + h) * s_q + i
-            tl.store(lse + lse_at, tl.where(nothing, INF, (highest + tl.log2(total)) * LN2))
+                tl.store(lse + (row_64 * h_q + h) * s_q + i, tl.where(nothing, INF, (base_2 + tl.log2(total)) * LN2))
 
 
 # ---------------------------------------------------------------------------------------------- concat_and_cache_mla
