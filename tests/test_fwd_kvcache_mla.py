@@ -102,6 +102,7 @@ REPEATED = {  # least and most shares of the row that has most, and the call
 }
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("plan", ["none", "own"])
 @pytest.mark.parametrize("name", REPEATED)
 def test_repeats_do_not_change_a_bit(target, name, plan):
@@ -172,6 +173,7 @@ def calls_of_pairs(draw, target) -> dict:
     return {"lengths": lengths, **heads, "dtype": dtype, "device": target.device, "causal": draw(st.booleans())}
 
 
+@pytest.mark.large
 @given(data=st.data())
 @settings(max_examples=examples(10))
 def test_rows_of_two_shares(target, data):
@@ -243,7 +245,10 @@ EXTREMES = {
 }
 
 
-@pytest.mark.parametrize("name", EXTREMES)
+LARGE = ("batch beyond 65,535", "thousands of queries", "a million keys", "a million keys, unplanned")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.large] * (name in LARGE)) for name in EXTREMES])
 def test_extreme_sizes(target, name):
     plan, call = EXTREMES[name]
     d_qk, d_v = min(target.dims)
@@ -282,6 +287,7 @@ def reset_peak_memory(device: str) -> None:
         pytest.skip(f"this system cannot reset a process's peak memory: {error}")
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("plan", ["none", "own"])
 @pytest.mark.parametrize(
     "b, s_q, h_q, length, dims",
