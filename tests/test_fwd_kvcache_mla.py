@@ -260,7 +260,8 @@ def test_extreme_sizes(target, name):
 @pytest.mark.parametrize("changes", [{"kv_cache": lambda t: t[:0]}, {"block_table": lambda t: t[:, :0]}])
 def test_a_cache_or_table_without_pages(target, changes):
     """As at a server's start: no row can have a key, and every output is defined all the same."""
-    case = make_decode_case([0, 0, 0], s_q=2, d_qk=target.dims[0][0], d_v=target.dims[0][1], device=target.device)
+    d_qk, d_v = target.dims[0]
+    case = make_decode_case([0, 0, 0], 2, d_qk=d_qk, d_v=d_v, dtype=target.dtypes[0], device=target.device)
     for name, change in changes.items():
         setattr(case, name, change(getattr(case, name)))
     for plan in ("none", "own"):

@@ -541,10 +541,9 @@ def merge_attn_states_kernel(
     b_, b_lse = _state(out_b, b_at, stored, lse_b, b * b_lse_stride_b + h * b_lse_stride_h + i, real)
     highest = tl.maximum(a_lse, b_lse)
     base = tl.where(highest == -INF, 0.0, highest)
-    a_weight, b_weight = tl.exp(a_lse - base), tl.exp(b_lse - base)
-    total = a_weight + b_weight
-    nothing = total == 0
-    total = tl.where(nothing, 1.0, total)
-    merged = a * (a_weight / total)[:, None] + b_ * (b_weight / total)[:, None]
+    merged_lse = base + tl.log(tl.exp(a_lse - base) + tl.exp(b_lse - base))
+    merged_lse = tl.where(highest == -INF, INF, merged_lse)
+    # not normalised by each other: weights are those of the lse that is returned, as everywhere
+    merged = a * tl.exp(a_lse - merged_lse)[:, None] + b_ * tl.exp(b_lse - merged_lse)[:, None]
     tl.store(out + row[:, None] * D_V + column, merged.to(out.dtype.element_ty), mask=stored)
-    tl.store(lse + (b * h_q + h) * s_q + i, tl.where(nothing, INF, base + tl.log(total)), mask=real)
+    tl.store(lse + (b * h_q + h) * s_q + i, merged_lse, mask=real)
