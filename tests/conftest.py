@@ -22,6 +22,8 @@ def target(request):
     name = request.param
     if name == "triton" and INTERPRETED and request.node.get_closest_marker("large"):
         pytest.skip("triton: too large for Triton's interpreter")
+    if request.node.get_closest_marker("fp8") and not TARGETS[name].fp8:
+        pytest.skip(f"{name}: it does not serve fp8 caches")
     status = backends.ALL[name].status() if name in backends.ALL else "this version has no such backend"
     if status != "ready":
         pytest.skip(f"{name}: {status}")

@@ -15,6 +15,7 @@ from flashmla_ops import backends, concat_and_cache_mla, fwd_kvcache_mla, get_ml
 from flashmla_ops.kv_cache import BYTE_DTYPES, FORMATS, PLAIN_DTYPES, CacheFormat, format_of
 from flashmla_ops.testing import AppendCase, DecodeCase, check_decode, make_append_case, make_decode_case
 
+pytestmark = pytest.mark.fp8
 FP8 = {f.name: f for f in FORMATS if f.dtypes == BYTE_DTYPES}
 BLOCKS, ONE_SCALE = FP8["fp8"], FP8["fp8_tensor"]
 INF, NAN = float("inf"), float("nan")

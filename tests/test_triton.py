@@ -1,0 +1,165 @@
+"""The Triton backend where there is no GPU: its kernels interpreted, and compiled for GPUs that are elsewhere."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from flashmla_ops.backends import triton as backend
+
+TESTS = Path(__file__).parent
+INTERPRETED = ("fwd_kvcache_mla", "get_mla_metadata", "concat_and_cache_mla", "merge_attn_states")
+SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 120: 99}  # of a program, by compute capability: CUDA's programming guide
+DIMS = {192: (160, 128), 320: (320, 256), 576: (576, 512), 832: (576, 272)}  # d_qk, d_v of each width in the table
+
+if (reason := backend._no_triton()) is not None:
+    pytest.skip(reason, allow_module_level=True)
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("these tests start Triton's interpreter themselves", allow_module_level=True)
+
+
+def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("op", INTERPRETED)
+def test_interpreted(op):
+    """The op's own tests on Triton's interpreter: on CPU tensors, in fp16 and fp32, the same examples every time."""
+    file = str(TESTS / f"test_{op}.py")
+    result = python("-m", "pytest", "-q", "-k", "[triton", file, TRITON_INTERPRET="1", CI="1", FLASHMLA_BACKEND="")
+    assert result.returncode == 0 and " passed" in result.stdout, result.stdout + result.stderr
+
+
+def test_the_interpreter_is_asked_for_by_name_only():
+    """A process with TRITON_INTERPRET=1 goes on computing on the cpu backend."""
+    code = "from flashmla_ops import backends; import torch; print(backends.choose('', torch.ones(1)).__name__)"
+    assert python("-c", code, TRITON_INTERPRET="1").stdout == "flashmla_ops.backends.cpu\n"
+
+
+def test_triton_is_imported_when_it_is_needed():
+    code = "import sys, torch, flashmla_ops as f; before = set(sys.modules); "
+    code += "f.merge_attn_states(*[torch.ones(1, 1, 1, 16), torch.ones(1, 1, 1)] * 2); "
+    code += "print('flashmla_ops.backends.triton_kernels' in sys.modules, 'triton' in set(sys.modules) - before)"
+    assert python("-c", code, FLASHMLA_BACKEND="").stdout == "False False\n"
+
+
+def test_reasons():
+    """Why a call is refused, of those that no backend but this could serve."""
+    q, cache = torch.ones(1, 1, 1, 592, dtype=torch.float16), torch.ones(1, 16, 1, 592, dtype=torch.float16)
+    assert "d_qk up to 576 and d_v up to 512, got 592 and 528" in backend._no_call(q, cache, 528)
+    assert "fp8 caches" in backend._no_call(q, cache.to(torch.uint8), 512)
+    assert "interpreter multiplies" in backend._no_call(q.bfloat16(), cache.bfloat16(), 512)
+    assert "TRITON_INTERPRET=1" in backend.refusal("get_mla_metadata", q)
+
+
+@pytest.mark.parametrize(
+    "d_qk, d_v", [(d_qk, d_v) for d_qk in range(16, 577, 16) for d_v in range(16, min(d_qk, 512) + 1, 16)]
+)
+def test_every_dim_has_a_configuration(d_qk, d_v):
+    block_v, block_r = backend.blocks_of(d_qk, d_v)
+    assert d_v <= block_v and block_v & (block_v - 1) == 0 and block_r & (block_r - 1) == 0
+    for kb in (99, 100, 163, 227):
+        for rows in (1, 16, 17, 64, 128, 10**6):
+            assert backend.config_of(kb, d_qk, d_v, rows) in [
+                config for row in backend.CONFIGS.values() for config in row
+            ]
+
+
+# --------------------------------------------------------------------------------------------------- ahead of time
+
+
+def compiled(kernel, capability: int, constants: dict, warps: int = 4, dtype: str = "bf16"):
+    """The kernel as a call compiles it: pointers aligned as the contract has them, sizes and strides of any value."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    pointers = dict.fromkeys(("q", "kv_cache", "out", "out_a", "out_b", "kv_c", "k_pe"), dtype)
+    pointers |= dict.fromkeys(("lse", "lse_a", "lse_b", "shares", "shares_lse"), "fp32")
+    pointers |= dict.fromkeys(("plan", "num_splits", "block_table", "cache_seqlens"), "i32")
+    pointers |= {"slot_mapping": "i64", "row_end": "i64"}
+    signature, attributes = {}, {}
+    for i, parameter in enumerate(kernel.params):
+        name = parameter.name
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name in pointers:
+            signature[name] = f"*{pointers[name]}"
+            if not parameter.do_not_specialize_on_alignment:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+        else:
+            assert name == "scale_log2" or parameter.do_not_specialize, f"{name}: a new value would compile again"
+            signature[name] = "fp32" if name == "scale_log2" else "i32"
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+
+
+def inspect(cubin: bytes, tmp_path: Path, *command: str) -> str:
+    """What a tool that comes with triton prints of a cubin."""
+    import triton
+
+    file = tmp_path / "kernel.cubin"
+    file.write_bytes(cubin)
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin" / command[0]
+    return subprocess.run([tool, *command[1:], file], capture_output=True, text=True, check=True).stdout
+
+
+def spills_in_key_loops(assembly: str) -> int:
+    """Accesses of local memory in the innermost loops that have matrix products."""
+    lines = [line for line in assembly.splitlines() if re.match(r"\.L|\s+/\*[0-9a-f]{4,}\*/", line)]
+    labels = {line.split(":")[0]: i for i, line in enumerate(lines) if line.startswith(".L")}
+    jumps = [
+        (labels.get(m.group(1), i), i) for i, line in enumerate(lines) if (m := re.search(r"BRA.*`\((\.L\w+)\)", line))
+    ]
+    loops = [(a, b) for a, b in jumps if a < b and any("MMA" in line for line in lines[a:b])]
+    inner = [loop for loop in loops if not any(loop != (a, b) and loop[0] <= a and b <= loop[1] for a, b in loops)]
+    assert inner, "no loop with matrix products"
+    return sum("LDL" in line or "STL" in line for a, b in inner for line in lines[a:b])
+
+
+MOST_SPILLS = 4  # of the 700 instructions and more of such a loop
+
+
+@pytest.mark.parametrize("capability", SHARED_KB)
+@pytest.mark.parametrize("columns, rows", backend.CONFIGS)
+def test_configurations_fit(capability, columns, rows, tmp_path):
+    """Compiled without a GPU, over pages that are and are not multiples of a block of keys."""
+    kernel = backend._kernels().fwd_kvcache_mla_kernel
+    d_qk, d_v = DIMS[columns]
+    config = backend.config_of(SHARED_KB[capability], d_qk, d_v, rows)
+    block_v, block_r = backend.blocks_of(d_qk, d_v)
+    dims = {"D_V": d_v, "D_R": d_qk - d_v, "BLOCK_V": block_v, "BLOCK_R": block_r}
+    blocks = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "STAGES": config.stages}
+    for one_page in (True, False) if config.block_n > 32 and columns == 576 else (True,):
+        constants = {"CAUSAL": True, "ONE_PAGE": one_page, **dims, **blocks}
+        result = compiled(kernel, capability, constants, config.warps)
+        cubin = result.asm["cubin"]
+        used = inspect(cubin, tmp_path, "cuobjdump", "--dump-resource-usage")
+        registers, stack = (re.search(rf"{name}:(\d+)", used).group(1) for name in ("REG", "STACK"))
+        spills = spills_in_key_loops(inspect(cubin, tmp_path, "nvdisasm", "-c"))
+        print(
+            f"sm_{capability} d_qk {d_qk} d_v {d_v} {config} one_page={one_page}: "
+            f"{result.metadata.shared} bytes shared, {registers} registers, {stack} bytes of stack, {spills} accesses of it among products"
+        )
+        assert result.metadata.shared <= SHARED_KB[capability] * 1024
+        assert spills <= MOST_SPILLS
+        assert capability != 90 or config.block_m < 64 or "wgmma" in result.asm["ptx"]
+
+
+@pytest.mark.parametrize("capability", SHARED_KB)
+def test_the_other_kernels_compile(capability):
+    kernels = backend._kernels()
+    dims = {"D_V": 512, "BLOCK_V": 512}
+    calls = {
+        kernels.get_mla_metadata_kernel: {"BLOCK": backend.METADATA_BLOCK},
+        kernels.fwd_kvcache_mla_combine_kernel: {**dims, "BLOCK_M": 64, "BLOCK_S": backend.SHARES},
+        kernels.concat_and_cache_mla_kernel: {**dims, "D_R": 64, "BLOCK_R": 64, "BLOCK_T": 8},
+        kernels.merge_attn_states_kernel: {**dims, "BLOCK_ROWS": 8},
+    }
+    for kernel, constants in calls.items():
+        assert compiled(kernel, capability, constants).metadata.shared <= 48 << 10
