@@ -246,7 +246,8 @@ def fwd_kvcache_mla(
     kernels, parts = _kernels(), _parts(q.device, rows, h_k)
     with _on(q.device):
         if plan is None:
-            metadata, num_splits = q.new_empty(MAX_PARTS, COLUMNS, dtype=torch.int32), q.new_empty(b + 1).int()
+            metadata = cache_seqlens.new_empty(MAX_PARTS, COLUMNS)
+            num_splits = cache_seqlens.new_empty(b + 1)
             _plan(metadata, num_splits, cache_seqlens, parts)
         else:
             metadata = plan[0]

@@ -426,11 +426,11 @@ def fwd_kvcache_mla_combine_kernel(
 
                 acc = tl.zeros([BLOCK_V], tl.float32)
                 for start in range(part, tl.max(tl.where(shared, other, 0), 0) + 1, BLOCK_S):
-                    other = start + tl.arange(0, BLOCK_S)
-                    shared = _has_share(plan, other, part, row, parts)
-                    share = _share_at(other, part, num_row_blocks, row_block, BLOCK_M, in_head)
-                    weight = tl.exp2(tl.load(shares_lse + share, mask=shared, other=-INF) - base_2)
-                    acc += tl.sum(weight[:, None] * _values(shares, share * D_V, shared, D_V, BLOCK_V), 0)
+                    some = start + tl.arange(0, BLOCK_S)
+                    some_shared = _has_share(plan, some, part, row, parts)
+                    at = _share_at(some, part, num_row_blocks, row_block, BLOCK_M, in_head)
+                    weight = tl.exp2(tl.load(shares_lse + at, mask=some_shared, other=-INF) - base_2)
+                    acc += tl.sum(weight[:, None] * _values(shares, at * D_V, some_shared, D_V, BLOCK_V), 0)
                 acc = acc / tl.where(nothing, 1.0, total)
                 row_64 = tl.cast(row, tl.int64)
                 tl.store(
