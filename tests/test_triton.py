@@ -160,5 +160,5 @@ def test_the_other_kernels_compile(capability):
         kernels.concat_and_cache_mla_kernel: {**dims, "D_R": 64, "BLOCK_R": 64, "BLOCK_T": 8},
         kernels.merge_attn_states_kernel: {**dims, "BLOCK_ROWS": 8},
     }
-    for kernel, constants in calls.items():
-        assert compiled(kernel, capability, constants).metadata.shared <= 48 << 10
+    for (kernel, constants), dtype in product(calls.items(), ("bf16", "fp16")):
+        assert compiled(kernel, capability, constants, dtype=dtype).metadata.shared <= 48 << 10

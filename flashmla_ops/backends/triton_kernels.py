@@ -117,14 +117,13 @@ def get_mla_metadata_kernel(
     last_row = tl.where(whole, next_row - 1, next_row)
     last_tiles = _row_cost(cache_seqlens, tl.maximum(last_row, 0), b) - ROW_COST
     columns = plan + part * COLUMNS
-    for column in tl.static_range(COLUMNS):
-        tl.store(columns + column, tl.zeros_like(part).to(tl.int32))
-    tl.debug_barrier()
-    tl.store(columns + FIRST_ROW, row.to(tl.int32), mask=used)
-    tl.store(columns + FIRST_TILE, tile.to(tl.int32), mask=used)
+    for column in tl.static_range(FIRST_SPLIT + 1, COLUMNS):
+        tl.store(columns + column, tl.zeros([MAX_PARTS], tl.int32))
+    tl.store(columns + FIRST_ROW, tl.where(used, row, 0).to(tl.int32))
+    tl.store(columns + FIRST_TILE, tl.where(used, tile, 0).to(tl.int32))
     tl.store(columns + LAST_ROW, tl.where(used, last_row, -1).to(tl.int32))
-    tl.store(columns + LAST_TILE, tl.where(whole, last_tiles, next_tile).to(tl.int32), mask=used)
-    tl.store(columns + FIRST_SPLIT, tl.where(starts, part - first, part - first + 1).to(tl.int32), mask=used)
+    tl.store(columns + LAST_TILE, tl.where(used, tl.where(whole, last_tiles, next_tile), 0).to(tl.int32))
+    tl.store(columns + FIRST_SPLIT, tl.where(used, part - first + tl.where(starts, 0, 1), 0).to(tl.int32))
 
 
 # -------------------------------------------------------------------------------------------------- fwd_kvcache_mla
@@ -300,7 +299,7 @@ def fwd_kvcache_mla_kernel(
     token_stride = tl.cast(token_stride, tl.int64) * UNIT
     column = tl.arange(0, BLOCK_V)
     stored = real[:, None] & (column < D_V)[None, :]
-    # outputs lie at a 64-bit base and 32-bit offsets, which take half the registers
+    # outputs lie at a 64-bit base and 32-bit offsets (of 64 queries at most), which take half the registers
     first_i = row_block % blocks_per_head * BLOCK_M // group
     out_at = ((i - first_i) * h_q + h)[:, None] * D_V + column[None, :]
     lse_at = h.to(tl.int64) * s_q + i
@@ -413,7 +412,7 @@ def fwd_kvcache_mla_combine_kernel(
         first_row, first_tile = _first_of(plan, part, True)
         row, last_tile = _last_of(plan, part, b)
         if (row >= first_row) & ((row > first_row) | (first_tile == 0)):  # noqa: SIM102  else there is no row to read
-            if last_tile * TILE < _length_of(cache_seqlens, row, max_len):
+            if last_tile < (_length_of(cache_seqlens, row, max_len) + TILE - 1) // TILE:
                 # the parts that go on with the row: one after the other, if the plan is a good one
                 other = tl.arange(0, MAX_PARTS)
                 shared = _has_share(plan, other, part, row, parts)
