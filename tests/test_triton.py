@@ -13,7 +13,7 @@ import torch
 from flashmla_ops.backends import triton as backend
 
 TESTS = Path(__file__).parent
-INTERPRETED = ("fwd_kvcache_mla", "get_mla_metadata", "concat_and_cache_mla", "merge_attn_states")
+INTERPRETED = ("fwd_kvcache_mla", "get_mla_metadata", "concat_and_cache_mla", "merge_attn_states", "opcheck")
 SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 120: 99}  # of a program, by compute capability: CUDA's programming guide
 DIMS = {192: (160, 128), 320: (320, 256), 576: (576, 512), 832: (576, 272)}  # d_qk, d_v of each width in the table
 
@@ -31,6 +31,10 @@ def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize("op", INTERPRETED)
 def test_interpreted(op):
     """The op's own tests on Triton's interpreter: on CPU tensors, in fp16 and fp32, the same examples every time."""
+    import triton
+
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7):
+        pytest.skip(f"the interpreter of triton {triton.__version__} fails with numpy's of today: needs 3.7")
     file = str(TESTS / f"test_{op}.py")
     result = python("-m", "pytest", "-q", "-k", "[triton", file, TRITON_INTERPRET="1", CI="1", FLASHMLA_BACKEND="")
     assert result.returncode == 0 and " passed" in result.stdout, result.stdout + result.stderr
