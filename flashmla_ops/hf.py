@@ -42,7 +42,7 @@ KV_SCALE = "self_attn.k_scale"  # of a layer, in checkpoints that were calibrate
 FP8_BLOCK = (128, 128)  # rows and columns that share a scale, where quantization_config does not say
 
 
-def load(directory, dtype: torch.dtype | None = None, device=None) -> DeepseekModel:
+def load(directory, dtype: torch.dtype | None = None, device=None, mesh=None) -> DeepseekModel:
     """Reads config.json and the safetensors beside it, one file or sharded with an index.
 
     Each tensor is copied straight into its place in a model allocated without being initialised, and files are mapped
@@ -55,18 +55,26 @@ def load(directory, dtype: torch.dtype | None = None, device=None) -> DeepseekMo
         directory: of a DeepSeek V2, V3, R1 or Kimi K2 checkpoint.
         dtype: of the model; config.json's if None. The router stays fp32.
         device: of the model; torch's default device if None.
+        mesh: loads this rank's part of the model, parallelized over the DeviceMesh (parallel.py); what belongs to other
+            ranks is not read, but for the tensors of which this one has a part.
     Raises:
         RuntimeError: tensors are missing, unknown, or of a wrong shape, by name. NotImplementedError: a setting in
-        config.json that modules.py does not serve. ImportError: safetensors is not installed.
+        config.json that modules.py does not serve. ImportError: safetensors is not installed. A mesh that does not
+        divide the model raises before any file of weights is opened.
     """
     directory = Path(directory)
     settings = json.loads((directory / "config.json").read_text())
     config = config_from_hf(settings)
     block = (settings.get("quantization_config") or {}).get("weight_block_size") or FP8_BLOCK
     dtype = dtype or getattr(torch, settings.get("dtype") or settings.get("torch_dtype") or "float32")
+    model = whole = DeepseekModel(config, device="meta", dtype=dtype)
+    if mesh is not None:
+        from .parallel import parallelize  # which imports modules.py as well
+
+        model = parallelize(DeepseekModel(config, device="meta", dtype=dtype), mesh)
     checkpoint = _Checkpoint(directory)
-    model = DeepseekModel(config, device="meta", dtype=dtype)
-    _check_names(directory, checkpoint.files, _places(model, checkpoint.files), config)
+    shapes = {name: place.shape for name, place in _places(whole, checkpoint.files).items()}
+    _check_names(directory, checkpoint.files, shapes, config)
     model.to_empty(device=device or torch.get_default_device())
     for layer in model.layers:
         layer.attn.kv_scale.fill_(1.0)
@@ -75,20 +83,28 @@ def load(directory, dtype: torch.dtype | None = None, device=None) -> DeepseekMo
         tensor, place = checkpoint.read(name), places[name]
         if name.endswith(KV_SCALE) and tensor.numel() == 1:
             tensor = tensor.view(())  # [] or [1]
-        if tensor.shape != place.shape:
-            raise RuntimeError(f"{name}: expected shape {list(place.shape)}, got {list(tensor.shape)} in {directory}")
+        if tensor.shape != shapes[name]:
+            raise RuntimeError(f"{name}: expected shape {list(shapes[name])}, got {list(tensor.shape)} in {directory}")
         if tensor.dtype == torch.float8_e4m3fn:
             if _scale_of(name) not in checkpoint.files:
                 raise RuntimeError(f"{name}: expected {_scale_of(name)} beside this fp8 weight in {directory}")
             scale = checkpoint.read(_scale_of(name)).to(place.device)
             tensor = dequantize(tensor.to(place.device), scale, block)
+        if mesh is not None:
+            tensor = model.parallel.part_of(name, tensor, place.shape)
         place.copy_(tensor)
     return model
 
 
 def save(model: DeepseekModel, directory) -> None:
     """Writes config.json and model.safetensors, as transformers' DeepseekV3ForCausalLM (or V2's, for a softmax router)
-    reads them: one file, one tensor an expert, each in the model's dtype. A kv_scale other than 1 is written too."""
+    reads them: one file, one tensor an expert, each in the model's dtype. A kv_scale other than 1 is written too.
+
+    Raises:
+        RuntimeError: the model is one rank's part of another.
+    """
+    if model.parallel is not None:
+        raise RuntimeError(f"model: expected a whole one, got a rank's part of one: {model.parallel.layout}")
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     settings = config_to_hf(model.config, model.embed.weight.dtype)
@@ -179,7 +195,7 @@ def _moe_places(prefix: str, moe: MoE, fused: bool) -> dict[str, Tensor]:
         places |= _mlp_places(f"{prefix}shared_experts.", shared.gate_up.weight, shared.down.weight)
     if fused:
         return places | {f"{prefix}experts.gate_up_proj": moe.gate_up, f"{prefix}experts.down_proj": moe.down}
-    for e, (gate_up, down) in enumerate(zip(moe.gate_up, moe.down, strict=True)):
+    for e, (gate_up, down) in enumerate(zip(moe.gate_up, moe.down, strict=True), moe.first_expert):
         places |= _mlp_places(f"{prefix}experts.{e}.", gate_up, down)
     return places
 
@@ -193,7 +209,7 @@ def _scale_of(name: str) -> str:
     return f"{name}_scale_inv"
 
 
-def _check_names(directory: Path, names: Iterable[str], places: dict[str, Tensor], config: MLAConfig) -> None:
+def _check_names(directory: Path, names: Iterable[str], places: Iterable[str], config: MLAConfig) -> None:
     """Raises on names that the checkpoint lacks or that nothing here knows; prints what is skipped."""
     known = {*places, *map(_scale_of, places)}
     others = [name for name in names if name not in known and not name.endswith(UNUSED)]
