@@ -203,8 +203,8 @@ class PrefillStep(NamedTuple):
 class DecodeStep(NamedTuple):
     """What all layers share when tokens are decoded.
 
-    Where ranks share a sequence's pages (parallel.py), cache_seqlens counts this rank's keys before this call's own, and
-    `own` is a step over these alone; with one token a row there is none, and cache_seqlens counts it too.
+    Where ranks share a sequence's pages (parallel.py), cache_seqlens counts this rank's keys before this call's own,
+    and `own` is a step over these alone; with one token a row there is none, and cache_seqlens counts it too.
     """
 
     slots: Tensor  # [b * s_q] int64

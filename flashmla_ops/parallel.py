@@ -3,27 +3,27 @@
 A mesh has some of four dimensions, of any sizes and in any order. They divide the work in different ways, and a weight
 is on as many ranks as its row has dimensions that do not divide it:
 
-    dimension   rows of a batch   attention heads, MLPs, vocabulary   cache                       experts
-    dp          divided           whole                               of its rows                 dealt, whole ones
-    tp          the same          divided                             whole                       the width of each divided
-    ep          the same          divided                             whole                       dealt, whole ones
-    cp          the same          divided                             pages of each row dealt     the width of each divided
+    dimension   rows of a batch   heads, MLPs, vocabulary   cache                     experts
+    dp          divided           whole                     of its rows               dealt whole
+    tp          the same          divided                   whole                     each one's width divided
+    ep          the same          divided                   whole                     dealt whole
+    cp          the same          divided                   pages of each row dealt   each one's width divided
 
-Embedding, router, norms and the projections to latents are whole on every rank. A layer sums twice over the ranks of tp,
-ep and cp: after attention and after its experts or MLP.
+Embedding, router, norms and the projections to latents are whole on every rank. A layer sums over the ranks of tp, ep
+and cp twice: after attention and after its experts or MLP.
 
 dp with experts is how DeepSeek deploys V3 (arXiv 2412.19437, 3.4.2): attention by batch, experts over all ranks. Every
 rank's experts see the tokens of all ranks (an all-gather) and add nothing for tokens that did not choose them; a
-reduce-scatter brings each rank its tokens' sums. An all-to-all that drops nothing and waits for no host must have room for
-all of a rank's tokens at every other rank, so it carries exactly as many bytes, and needs more steps.
+reduce-scatter brings each rank its tokens' sums. An all-to-all that drops nothing and waits for no host must have room
+for all of a rank's tokens at every other rank: it would carry exactly as many bytes, and need more steps.
 
 cp is for contexts that no rank's memory holds. Queries of all ranks' heads are gathered, each rank attends with them to
-the old keys in its own pages, and each rank merges, for its own heads, what all have found (`merge_shares`). A call's own
-tokens need a causal mask, which a share of the old keys does not: each rank attends to them in a call of its own, for
-its own heads. With one token a row there is nothing to mask, and the token is attended to where it is cached.
+the old keys in its own pages, and each rank merges, for its own heads, what all have found (`merge_shares`). A call's
+own tokens need a causal mask, which a share of the old keys does not: each rank attends to them in a call of its own,
+for its own heads. With one token a row there is nothing to mask, and the token is attended to where it is cached.
 
-All this is eager and compiled code alike, nothing waits for the host, and shapes do not depend on values, so a step with
-NCCL can be captured in a CUDA graph. Inference only.
+All this is eager and compiled code alike, nothing waits for the host, and shapes do not depend on values, so a step
+with NCCL can be captured in a CUDA graph. Inference only.
 
     python -m flashmla_ops.parallel --plan CONFIG --mesh dp=2,tp=4 --memory-gb 80
 
@@ -31,7 +31,6 @@ prints what each rank would hold and send, without GPUs or processes; `plan` com
 """
 
 import argparse
-import dataclasses
 import json
 import sys
 import weakref
@@ -43,6 +42,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -207,8 +207,8 @@ def parallelize(model: DeepseekModel, mesh: DeviceMesh) -> DeepseekModel:
     """Makes `model` this rank's part of itself, in place, and returns it. Every rank calls it with the same weights.
 
     Then `prefill` and `decode` are called on every rank of the mesh at the same time. Ranks that differ in tp, ep or cp
-    only are given the same tensors, ranks that differ in dp their own rows: tensors of the same shapes, padded if need be
-    (a row of no tokens has seqlens_q, or cache_seqlens, 0). All return their rows' logits, of the whole vocabulary.
+    only are given the same tensors, ranks that differ in dp their own rows: tensors of the same shapes, padded if need
+    be (a row of no tokens has seqlens_q, or cache_seqlens, 0). All return their rows' logits, of the whole vocabulary.
     Caches are those of `new_cache`. Under FLASHMLA_DEBUG=1 each eager call checks that ranks' tensors agree.
 
     To load a checkpoint so that no rank ever holds more than its part: DeepseekModel.from_pretrained(..., mesh=mesh).
@@ -423,3 +423,198 @@ def _agree(tensors: dict[str, Tensor], layout: Layout, group) -> None:
                     f"{name}: expected the same values on ranks that differ in tp, ep or cp only, got others on rank "
                     f"{rank} than on rank {same[0]}"
                 )
+
+
+# -------------------------------------------------------------------------------------------------------- planning
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What each rank of a mesh holds and sends in a decode step, in bytes; all ranks are alike."""
+
+    layout: Layout
+    weights: dict[str, int]  # by kind
+    activations: int  # the most that is alive at once in a decode step, beside weights and cache
+    sent: dict[str, int]  # by collective, in a decode step, by algorithms that send no byte twice (rings)
+    token: int  # of cache, of all layers
+
+    def capacity(self, memory: int) -> int:
+        """Tokens for which a rank has room, negative if not even the rest fits."""
+        return (memory - sum(self.weights.values()) - self.activations) // self.token
+
+
+KINDS = {  # of weights, by a part of their names
+    "embed.": "embedding",
+    "head.": "head",
+    "attn.": "attention",
+    ".shared_experts.": "shared experts",
+    ".gate.": "routers",
+    "norm.": "norms",
+    ".ffn.gate_up.": "dense MLPs",
+    ".ffn.down.": "dense MLPs",
+    ".ffn.": "experts",
+}
+
+
+def plan(
+    config: MLAConfig,
+    sizes: dict[str, int],
+    *,
+    batch: int = 128,
+    s_q: int = 1,
+    dtype: torch.dtype = torch.bfloat16,
+    kv_cache_dtype: str | torch.dtype | None = None,
+) -> Plan:
+    """Makes one rank's part of a model of tensors without memory, by the code that makes the real one, and measures it.
+
+    Args:
+        sizes: the mesh's, by dimension. batch: rows of all ranks together; dp must divide it. s_q: tokens a row.
+        dtype: of the model. kv_cache_dtype: as of `PagedKVCache`; the model's if None.
+    Raises:
+        RuntimeError: the mesh does not divide the model, or the batch.
+    """
+    layout = Layout(sizes, dict.fromkeys(sizes, 0))
+    layout.check(config)
+    rows, rest = divmod(batch, layout.part(("dp",))[1])
+    if rest:
+        raise RuntimeError(f"batch: expected a multiple of dp = {sizes['dp']}, got {batch}")
+    kind = named_format(dtype if kv_cache_dtype is None else kv_cache_dtype)
+    last_dim = kind.last_dim(config.kv_lora_rank, config.qk_rope_head_dim)
+    parallel = Parallel.imagined(layout)
+    with FakeTensorMode():  # rather than the meta device, for which torch.autocast has no dtype
+        model = DeepseekModel(config, device="cpu", dtype=dtype)
+        _divide(model, parallel)
+        caches = [torch.empty(1, 64, 1, last_dim, dtype=kind.dtypes[0], device="cpu") for _ in model.layers]
+        lengths, table = (torch.empty(shape, dtype=torch.int32, device="cpu") for shape in ((rows,), (rows, 1)))
+        input_ids = torch.empty(rows, s_q, dtype=torch.long, device="cpu")
+        with _Meter((*model.parameters(), *model.buffers(), *caches), parallel) as meter:
+            model.decode(input_ids, caches, table, lengths)
+    weights = Counter()
+    for name, weight in model.named_parameters():
+        weights[next(kind for part, kind in KINDS.items() if part in name)] += weight.nbytes
+    token = sum(cache.nbytes for cache in caches) // 64
+    return Plan(layout, dict(weights), meter.peak, dict(meter.sent), token)
+
+
+class _Meter(TorchDispatchMode):
+    """Counts the bytes of tensors that live at once, but for those of `known`, and the bytes that collectives send."""
+
+    def __init__(self, known, parallel: Parallel):
+        super().__init__()
+        self.sizes = {group.name: group.size for group in (parallel.heads, parallel.rows, parallel.context) if group}
+        self.known = {t.untyped_storage()._cdata for t in known}
+        self.tensors = Counter()  # by storage
+        self.live = self.peak = 0
+        self.sent = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(t, Tensor):
+                self._hold(t)
+        if func.namespace == "_c10d_functional" and func is not torch.ops._c10d_functional.wait_tensor.default:
+            n, name = self.sizes[args[-1]], func.overloadpacket.__name__
+            times = {"all_gather_into_tensor": n - 1, "all_reduce": 2 * (n - 1) / n}.get(name, (n - 1) / n)
+            self.sent[name.removesuffix("_into_tensor").removesuffix("_tensor")] += int(args[0].nbytes * times)
+        return out
+
+    def _hold(self, t: Tensor) -> None:
+        storage = t.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self.known:
+            return
+        if not self.tensors[key]:
+            self.live += size
+            self.peak = max(self.peak, self.live)
+        self.tensors[key] += 1
+        weakref.finalize(t, self._release, key, size)
+
+    def _release(self, key: int, size: int) -> None:
+        self.tensors[key] -= 1
+        if not self.tensors[key]:
+            self.live -= size
+
+
+def report(plan: Plan, memory: int, batch: int, context: int | None) -> tuple[list[str], bool]:
+    """The plan in lines, and whether it fits into `memory` bytes a rank, with `context` tokens of each row if given."""
+    ranks = plan.layout.part(DIMENSIONS)[1]
+    gb = 1e9
+
+    def line(what: str, size: float, note: str = "") -> str:
+        return f"  {what:<28}{size:>10.2f}  {note}".rstrip()
+
+    held = plan.layout.part(("dp", "cp"))[1]  # of so many ranks each holds other tokens
+    weights = sum(plan.weights.values())
+    tokens = plan.capacity(memory)
+    lines = [f"{' x '.join(f'{dim} {n}' for dim, n in plan.layout.sizes.items())}: {ranks} ranks, and on each, in GB"]
+    lines += [line(kind, size / gb) for kind, size in plan.weights.items()]
+    lines += [line("all weights", weights / gb), line("activations of a step", plan.activations / gb)]
+    need = weights + plan.activations
+    if context is not None:
+        cache = -(-batch * context // held) * plan.token
+        need += cache
+        lines.append(line("cache", cache / gb, f"{batch} rows of {context} tokens, {plan.token} bytes each"))
+    else:
+        note = (
+            f"{tokens * held} tokens on all ranks, {plan.token} bytes each, {tokens * held // batch} a row of {batch}"
+        )
+        lines.append(line("left for the cache", (memory - need) / gb, note if tokens > 0 else ""))
+    lines.append("and sent in a decode step, in MB")
+    lines += [line(name, size / 1e6) for name, size in plan.sent.items()]
+    lines.append(line("all collectives", sum(plan.sent.values()) / 1e6))
+    over = need - memory
+    lines.append(
+        f"does not fit: {need / gb:.2f} GB are needed on each rank, {over / gb:.2f} GB more than {memory / gb:.2f}"
+        if over > 0
+        else f"fits: {need / gb:.2f} of {memory / gb:.2f} GB"
+    )
+    return lines, over <= 0
+
+
+def _sizes(text: str) -> dict[str, int]:
+    """dp=2,tp=4 as {"dp": 2, "tp": 4}."""
+    try:
+        sizes = {dim: int(n) for dim, n in (part.split("=") for part in text.split(","))}
+    except ValueError:
+        sizes = {}
+    if not sizes or not set(sizes) <= set(DIMENSIONS) or min(sizes.values()) < 1:
+        raise argparse.ArgumentTypeError(f"expected sizes of {', '.join(DIMENSIONS)}, such as dp=2,tp=4, got {text}")
+    return sizes
+
+
+def main() -> int:
+    from .hf import config_from_hf  # which imports this module
+
+    parser = argparse.ArgumentParser(
+        prog="python -m flashmla_ops.parallel", description="What each rank of a mesh would hold and send."
+    )
+    parser.add_argument("--plan", type=Path, required=True, metavar="CONFIG", help="a checkpoint's config.json")
+    parser.add_argument("--mesh", type=_sizes, required=True, help="sizes of dp, tp, ep and cp, such as dp=2,tp=4")
+    parser.add_argument("--memory-gb", type=float, required=True, metavar="N", help="of each rank, in 10^9 bytes")
+    parser.add_argument("--batch", type=int, default=128, metavar="N", help="rows, on all ranks together")
+    parser.add_argument("--tokens", type=int, default=1, metavar="N", help="of a row in a decode step")
+    parser.add_argument("--context", type=int, metavar="N", help="tokens of each row in the cache")
+    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
+    parser.add_argument("--kv-cache", metavar="FORMAT", help="bfloat16, fp8, fp8_tensor, ...; the model's dtype")
+    args = parser.parse_args()
+    try:
+        config = config_from_hf(json.loads(args.plan.read_text()))
+        Layout(args.mesh, dict.fromkeys(args.mesh, 0)).check(config)
+        planned = plan(
+            config,
+            args.mesh,
+            batch=args.batch,
+            s_q=args.tokens,
+            dtype=getattr(torch, args.dtype),
+            kv_cache_dtype=args.kv_cache,
+        )
+    except (RuntimeError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    lines, fits = report(planned, int(args.memory_gb * 1e9), args.batch, args.context)
+    print("\n".join(lines))
+    return 0 if fits else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

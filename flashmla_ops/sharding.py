@@ -1,7 +1,7 @@
 """How torch.ops.flashmla.* work on DTensors: importing this module registers their sharding rules.
 
-On each dimension of a mesh the tensors of a call are laid out in one of the ways below; a mesh of two dimensions may mix
-them (rows over one, heads over the other). Any other layout raises and says which would do: nothing is ever moved
+On each dimension of a mesh the tensors of a call are laid out in one of the ways below; a mesh of two dimensions may
+mix them (rows over one, heads over the other). Any other layout raises and says which would do: nothing is ever moved
 between ranks to make a call fit, since what would have to move may be a cache.
 
     fwd_kvcache_mla     replicated
