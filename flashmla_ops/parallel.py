@@ -33,11 +33,9 @@ prints what each rank would hold and send, without GPUs or processes; `plan` com
 import argparse
 import json
 import sys
-import time
 import weakref
 import zlib
 from collections import Counter
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,7 +44,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.distributed_c10d import _get_default_store
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .backends.values import DEBUG
@@ -428,44 +425,6 @@ def _agree(tensors: dict[str, Tensor], layout: Layout, group) -> None:
                 )
 
 
-@contextmanager
-def named_faults(grace: float = 5.0):
-    """Runs a block that every rank runs; where it fails on one, it fails on all, and says on which it failed first.
-
-    A rank that raises, or finds that another is gone, leaves a note in the process group's store and closes its
-    connections, whereupon the ranks that wait for it raise too. One that was killed leaves none, and is named by that.
-    For gloo: NCCL's watchdog ends a process that waits longer than the time-out; torchrun then ends the others, and
-    names the first.
-
-    Args:
-        grace: seconds to wait for the others' notes.
-    Raises:
-        RuntimeError: names the rank and its error; on that rank the error itself.
-    """
-    store, rank, n = dist.PrefixStore("named_faults", _get_default_store()), dist.get_rank(), dist.get_world_size()
-    gloo = dist.get_backend() == "gloo"
-    try:
-        yield
-    except Exception as error:
-        if not gloo:
-            raise
-        store.set(str(rank), f"{type(error).__name__}: {error}")
-        first = store.add("count", 1) == 1
-        if first:
-            store.set("first", str(rank))
-        dist.destroy_process_group()
-        end = time.monotonic() + grace
-        while (missing := [r for r in range(n) if not store.check([str(r)])]) and time.monotonic() < end:
-            time.sleep(0.05)
-        if missing:
-            names = ", ".join(map(str, missing))
-            raise RuntimeError(f"rank {names} ended without a word, or hangs; rank {rank} waited for it") from error
-        culprit = int(store.get("first"))
-        if culprit == rank:
-            raise
-        raise RuntimeError(f"rank {culprit} failed: {store.get(str(culprit)).decode()}") from error
-
-
 # -------------------------------------------------------------------------------------------------------- planning
 
 
@@ -623,7 +582,7 @@ def _sizes(text: str) -> dict[str, int]:
     return sizes
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     from .hf import config_from_hf  # which imports this module
 
     parser = argparse.ArgumentParser(
@@ -637,7 +596,7 @@ def main() -> int:
     parser.add_argument("--context", type=int, metavar="N", help="tokens of each row in the cache")
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     parser.add_argument("--kv-cache", metavar="FORMAT", help="bfloat16, fp8, fp8_tensor, ...; the model's dtype")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     try:
         config = config_from_hf(json.loads(args.plan.read_text()))
         Layout(args.mesh, dict.fromkeys(args.mesh, 0)).check(config)

@@ -2,6 +2,10 @@
 
 import json
 import math
+import os
+import re
+import subprocess
+import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -9,15 +13,27 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
 from ranks import CHECKPOINT, mesh_of, run_checks, session
 from test_compile_model import BATCHES, build, config, new_caches, step_of, unbacked
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 from torch.nn import functional as F
 
-from flashmla_ops import PagedKVCache, hf, parallel
-from flashmla_ops.modules import DeepseekModel
-from flashmla_ops.parallel import new_cache, parallelize
+from flashmla_ops import PagedKVCache, fwd_kvcache_mla, get_mla_metadata, hf, merge_attn_states, parallel
+from flashmla_ops.kv_cache import Share, slots_of
+from flashmla_ops.modules import DeepseekModel, MLAConfig, MoE
+from flashmla_ops.parallel import (
+    DIMENSIONS,
+    Layout,
+    Parallel,
+    merge_shares,
+    new_cache,
+    parallelize,
+    plan,
+)
+from flashmla_ops.testing import attention, make_decode_case, make_merge_case, relative_error
 
 safetensors_torch = pytest.importorskip("safetensors.torch", reason="checkpoints: pip install safetensors")
 
@@ -74,7 +90,6 @@ def bits_per_byte(model: DeepseekModel, text: torch.Tensor) -> float:
 def writes_as_well(expected: Path, **sizes: int) -> None:
     model = load(**sizes)
     text, wanted = torch.load(expected)
-    part, parts = model.parallel.layout.part(("dp",))
     bits = torch.tensor(bits_per_byte(model, text))
     dist.all_reduce(bits)
     assert abs(bits.item() / dist.get_world_size() - wanted) < 1e-5 * wanted
@@ -150,7 +165,7 @@ def compares_ranks_tensors() -> None:
     model.decode(kv_caches=cache, **step)
     rank = dist.get_rank()
     wrong = step | {"cache_seqlens": step["cache_seqlens"] + rank}
-    with pytest.raises(RuntimeError, match="cache_seqlens: expected the same values .* got others on rank 1 than on"):
+    with pytest.raises(RuntimeError, match=r"cache_seqlens: expected the same values .* got others on rank 1 than on"):
         model.decode(kv_caches=cache, **wrong)
     other.decode(kv_caches=cache, **wrong)  # other rows: any values
     wrong = step | {"input_ids": step["input_ids"][: 3 - rank]}
@@ -167,6 +182,8 @@ def compares_ranks_tensors() -> None:
 def references(tmp_path_factory) -> Path:
     """What one process computes, in files, and checkpoints."""
     directory = tmp_path_factory.mktemp("references")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # sizes are small, and machines of tests busy
     model = DeepseekModel.from_pretrained(CHECKPOINT, dtype=torch.float32)
     torch.save(session(model), directory / "session")
     torch.save(session(model, "fp8"), directory / "fp8")
@@ -185,6 +202,7 @@ def references(tmp_path_factory) -> Path:
     (directory / "odd").mkdir()
     odd = settings | {"num_attention_heads": 3, "n_routed_experts": 9, "n_group": 1, "topk_group": 1}
     (directory / "odd" / "config.json").write_text(json.dumps(odd))
+    torch.set_num_threads(threads)
     return directory
 
 
@@ -234,3 +252,264 @@ def test_two_ranks(of_two, name):
 @pytest.mark.parametrize("name", checks_of(4, Path()))
 def test_four_ranks(of_four, name):
     assert of_four[name] is None, of_four[name]
+
+
+# ----------------------------------------------------------------------------------------------------------- faults
+
+
+SERVE = """
+import os, signal, sys, time
+from datetime import timedelta
+import torch
+import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import record
+
+sys.path.insert(0, sys.argv[1])
+from ranks import mesh_of
+from test_compile_model import build, config, new_caches, step_of
+from flashmla_ops.parallel import parallelize
+
+@record
+def main():
+    dist.init_process_group("gloo", timeout=timedelta(seconds=120))
+    model = parallelize(build(config(num_layers=2)), mesh_of(dp=2))
+    cache, step = new_caches(model.config), step_of(2, 2, 1)
+    for i in range(10**6):
+        if i == 2 and dist.get_rank() == 1:
+            if sys.argv[2] == "raises":
+                raise ValueError("a bad day")
+            os.kill(os.getpid(), signal.SIGKILL)
+        model.decode(kv_caches=cache, **step)
+
+main()
+"""
+
+
+def torchrun(n: int, *command) -> subprocess.CompletedProcess:
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n)]
+    return subprocess.run([*start, *map(str, command)], env=env, capture_output=True, text=True, timeout=100)
+
+
+@pytest.mark.parametrize("how", ["raises", "killed"])
+def test_one_rank_fails(how, tmp_path):
+    """torchrun ends the other, which waits for it, before the time-out of its collective, and names the first."""
+    script = tmp_path / "serve.py"
+    script.write_text(SERVE)
+    done = torchrun(2, script, Path(__file__).parent, how)
+    assert done.returncode != 0
+    cause = done.stderr.split("Root Cause (first observed failure)")[1]
+    assert re.search(r"rank\s*: 1 ", cause), done.stderr
+    assert ("ValueError: a bad day" if how == "raises" else "Signal 9 (SIGKILL)") in cause
+
+
+def test_generate_distributed():
+    script = ROOT / "examples" / "generate_distributed.py"
+    done = torchrun(4, script, "--tp", 2, "--ep", 2, "--mode", "eager", "--max-new-tokens", 24)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    assert '    """Return the lines of a file.' in done.stdout
+    assert re.search(r"^eager .* yes: \d+ of \d+ rows", done.stdout, re.MULTILINE)
+
+
+# --------------------------------------------------------------------------------------------- what needs no processes
+
+meshes = st.dictionaries(st.sampled_from(DIMENSIONS), st.integers(1, 3), min_size=1)
+
+
+def all_ranks(sizes: dict[str, int]):
+    """The layouts of all ranks."""
+    for index in range(math.prod(sizes.values())):
+        at = {}
+        for dim, size in reversed(sizes.items()):
+            index, at[dim] = divmod(index, size)
+        yield Layout(sizes, at)
+
+
+@given(sizes=meshes, dims=st.sets(st.sampled_from(DIMENSIONS)))
+def test_parts_are_dealt_evenly(sizes, dims):
+    parts = [layout.part(tuple(dims)) for layout in all_ranks(sizes)]
+    count = math.prod(size for dim, size in sizes.items() if dim in dims)
+    assert {n for _, n in parts} == {count}
+    indices = [index for index, _ in parts]
+    assert all(indices.count(index) == len(parts) // count for index in range(count))
+
+
+@given(
+    lengths=st.lists(st.integers(0, 200), min_size=1, max_size=5),
+    count=st.integers(1, 5),
+    page=st.sampled_from([1, 16]),
+)
+def test_shares_deal_each_token_once(lengths, count, page):
+    """Each token has a slot on one rank, and there the slots of a row's first n tokens are its first `lengths(n)`."""
+    columns = -(-max(lengths) // (page * count)) + 1
+    table = torch.arange(len(lengths) * columns, dtype=torch.int32).view(len(lengths), columns)
+    seqlens = torch.tensor(lengths, dtype=torch.int32)
+    positions = torch.arange(200).expand(len(lengths), -1)
+    positions = torch.where(positions < seqlens[:, None], positions, -1)
+    held = torch.zeros_like(positions)
+    for index in range(count):
+        share = Share(index, count)
+        slots, local = slots_of(table, positions, page, share), share.lengths(seqlens, page)
+        assert local.dtype == torch.int32
+        held += slots >= 0
+        for row, n in enumerate(local.tolist()):
+            mine = slots[row][slots[row] >= 0].tolist()
+            assert mine == list(range(row * columns * page, row * columns * page + n))
+    assert torch.equal(held, (positions >= 0).long())
+
+
+def test_ranks_run_out_of_pages_together():
+    """Whatever the lengths, tables and free pages are equal, and only slots tell ranks apart."""
+    caches = [
+        PagedKVCache(1, 6, 3, 4, head_dim=32, page_size=16, share=Share(index, 3), max_new_tokens=2)
+        for index in range(3)
+    ]
+    for cache in caches:
+        cache.allocate(1)
+        cache.allocate(100)
+        cache.extend(2)
+        with pytest.raises(RuntimeError, match="out of pages: 3 needed, 2 free"):
+            cache.allocate(97)
+        with pytest.raises(RuntimeError, match="expected at most 192 tokens"):
+            cache.allocate(193)
+    assert all(torch.equal(cache.block_table, caches[0].block_table) for cache in caches)
+    assert all(torch.equal(cache.cache_seqlens, caches[0].cache_seqlens) for cache in caches)
+    slots = torch.stack([cache.slot_mapping for cache in caches])
+    assert torch.equal((slots >= 0).sum(0), torch.tensor([1, 1, 1, 1, 0, 0]))
+
+
+@given(n=st.integers(1, 5), seed=st.integers(0, 1000))
+def test_merging_shares(n, seed):
+    """One rounding from float64, and for two what merge_attn_states does; shares without keys hold NaN."""
+    cases = [make_merge_case(2, 3, 4, 32, dtype=torch.float32, seed=seed + i) for i in range(n)]
+    outs, lses = torch.stack([c.out_a for c in cases]), torch.stack([c.lse_a for c in cases])
+    weights = lses.double().where(lses.isfinite(), -torch.inf)
+    weights = (weights - weights.logsumexp(0)).exp().nan_to_num().transpose(2, 3)[..., None]
+    exact = (outs.double() * weights).where(weights > 0, 0).sum(0)
+    for dtype in (torch.float32, torch.bfloat16):
+        merged = merge_shares(outs, lses, dtype)
+        assert merged.dtype == dtype
+        assert relative_error(merged, exact, -1) <= torch.finfo(dtype).eps / 2 + 1e-5
+    if n == 2:
+        pair = merge_attn_states(outs[0], lses[0], outs[1], lses[1])[0]
+        torch.testing.assert_close(merge_shares(outs, lses, torch.float32), pair, rtol=1e-5, atol=1e-6)
+
+
+def shares_of(case, count: int) -> list[tuple]:
+    """The case's cache and tables as `count` ranks hold them, whose pages lie where the whole's do."""
+    width = -(-case.block_table.shape[1] // count)
+    padded = F.pad(case.block_table, (0, width * count - case.block_table.shape[1]), value=0)
+    page_size = case.kv_cache.shape[1]
+    shares = [Share(index, count) for index in range(count)]
+    return [
+        (case.kv_cache, padded[:, s.index :: count].contiguous(), s.lengths(case.cache_seqlens, page_size))
+        for s in shares
+    ]
+
+
+def attend(q, cached: tuple, case):
+    plan = get_mla_metadata(cached[2], q.shape[1] * q.shape[2], 1)
+    return fwd_kvcache_mla(q, *cached, case.head_dim_v, case.softmax_scale, False, *plan)
+
+
+@pytest.mark.parametrize("count", [1, 2, 8])
+def test_shares_in_turn(target, count):
+    """What ranks of cp would find, one after the other on one device, is attention to the whole: within what
+    PyTorch's error in the same dtype allows. Some rows are shorter than count pages, one is empty."""
+    dtype = target.dtypes[0]
+    case = make_decode_case([1000, 1, 0, 70, 512], h_q=16, dtype=dtype, device=target.device)
+    outs, lses = zip(*(attend(case.q, cached, case) for cached in shares_of(case, count)), strict=True)
+    merged = merge_shares(torch.stack(outs), torch.stack(lses), dtype)
+    exact = attention(case)[0]
+    # parts are rounded once, and their mean once more
+    assert relative_error(merged, exact) <= 2 * relative_error(exact.to(dtype), exact) + relative_error(
+        outs[0] if count == 1 else attend(case.q, (case.kv_cache, case.block_table, case.cache_seqlens), case)[0], exact
+    )
+    assert not merged[2].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [2, 40])
+@pytest.mark.parametrize("sizes", [{"ep": 4}, {"dp": 2, "tp": 2}, {"cp": 2, "ep": 2}], ids=str)
+def test_experts_of_all_ranks_add_up(dtype, tokens, sizes):
+    """By each of MoE's ways: experts that are elsewhere add nothing, not even NaN where no product writes."""
+    whole = build(config(num_layers=2), dtype)
+    x = torch.randn(tokens, 64, dtype=dtype)
+    moe = whole.layers[1].ffn
+    routing = moe.gate(x)
+    expected = moe(x, routing).float() - moe.shared_experts(x).float()
+    summed = 0
+    for layout in all_ranks(sizes):
+        part = build(config(num_layers=2), dtype)
+        parallel._divide(part, Parallel(layout, None, None, None))
+        ffn: MoE = part.layers[1].ffn
+        ffn.shared_experts = None
+        summed = summed + ffn(x, routing).float()
+    torch.testing.assert_close(
+        summed, expected, rtol=1e-4 if dtype == torch.float32 else 0.1, atol=1e-5 if dtype == torch.float32 else 0.05
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------- planning
+
+
+def v3() -> MLAConfig:
+    return hf.config_from_hf(json.loads(V3.read_text()))
+
+
+@pytest.mark.parametrize("sizes", [{"tp": 8}, {"dp": 16}, {"dp": 2, "ep": 4, "cp": 2}], ids=str)
+def test_a_plan_adds_up_to_the_model(sizes):
+    """DeepSeek-V3's weights on all ranks are the tensors of the whole model, each as often as the mesh copies it."""
+    model = DeepseekModel(v3(), device="meta", dtype=torch.bfloat16)
+    whole = sum(weight.nbytes for weight in model.parameters())
+    assert sum(weight.numel() for weight in model.parameters()) == 671_026_419_200  # arXiv 2412.19437: 671B
+    planned, ranks = plan(v3(), sizes), math.prod(sizes.values())
+
+    def of(*parts: str) -> int:
+        return sum(w.nbytes for name, w in model.named_parameters() if any(part in name for part in parts))
+
+    heads = math.prod(sizes.get(dim, 1) for dim in ("tp", "ep", "cp"))
+    divided = of("attn.wq_b", "attn.wkv_b", "attn.wo", "shared_experts", "head.") + of("ffn.gate_up.", "ffn.down.")
+    experts = sum(w.nbytes for w in model.parameters() if w.dim() == 3)
+    copied = whole - divided - experts
+    assert sum(planned.weights.values()) == divided // heads + experts // ranks + copied
+    assert planned.token == 61 * 576 * 2
+    assert 0 < planned.activations < 1e9
+
+
+def test_a_plan_counts_what_is_sent():
+    """Two sums a layer over tp, each of a ring's 2 (n - 1) / n times its tokens; with dp, tokens and their sums."""
+    config = replace(v3(), num_hidden_layers=5)  # of which two have experts
+    tp, dp, cp = (plan(config, sizes, batch=128).sent for sizes in ({"tp": 8}, {"dp": 8}, {"cp": 8}))
+    assert tp["all_reduce"] == 5 * 2 * 128 * 7168 * 2 * 2 * 7 // 8
+    assert tp["all_gather"] == 7 * 128 * 129280 // 8 * 2  # logits
+    tokens = 128 // 8 * 7  # that go to other ranks
+    assert dp == {"all_gather": 2 * tokens * (7168 * 2 + 16 * 4), "reduce_scatter": 2 * tokens * 7168 * 2}
+    assert cp["all_to_all_single"] == 5 * 128 * 128 * (512 * 2 + 4) * 7 // 8
+    assert cp["all_gather"] == 7 * (5 * 128 * 128 // 8 * 576 * 2) + tp["all_gather"]  # queries
+
+
+def command(*arguments: str) -> tuple[int, list[str]]:
+    """The command's exit status and what it printed."""
+    start = [sys.executable, "-m", "flashmla_ops.parallel", "--plan", V3, *arguments]
+    done = subprocess.run(start, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    return done.returncode, (done.stdout + done.stderr).splitlines()
+
+
+def test_the_command_says_by_how_much_a_model_does_not_fit():
+    status, lines = command("--mesh", "tp=8", "--memory-gb", "80")
+    assert status == 1
+    assert lines[-1] == "does not fit: 171.47 GB are needed on each rank, 91.47 GB more than 80.00"
+
+
+def test_the_command_says_what_fits(capsys):
+    assert parallel.main(["--plan", str(V3), *"--mesh dp=16 --memory-gb 141 --context 8192".split()]) == 0
+    printed = capsys.readouterr().out
+    assert "128 rows of 8192 tokens, 70272 bytes each" in printed and "fits: 120.85 of 141.00 GB" in printed
+    assert parallel.main(["--plan", str(V3), *"--mesh dp=16 --memory-gb 141 --context 163840".split()]) == 1
+    assert "does not fit: " in capsys.readouterr().out
+
+
+def test_the_command_refuses_a_mesh_that_does_not_divide(capsys):
+    assert parallel.main(["--plan", str(V3), "--mesh", "dp=3", "--memory-gb", "80"]) == 1
+    assert capsys.readouterr().err.strip() == "mesh: expected dp 3 = 3 to divide n_routed_experts = 256"
