@@ -1,10 +1,12 @@
 """Models over several ranks: each mesh serves what one process serves, in one compile, and what cannot work says so."""
 
 import copy
+import functools
 import json
 import math
 import os
 import re
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -460,24 +462,65 @@ def v3() -> MLAConfig:
     return hf.config_from_hf(json.loads(V3.read_text()))
 
 
-@pytest.mark.parametrize("sizes", [{"tp": 8}, {"dp": 16}, {"dp": 2, "ep": 4, "cp": 2}], ids=str)
+planned = functools.cache(lambda sizes: plan(v3(), dict(sizes)))
+
+
+MESHES = [{"tp": 8}, {"dp": 16}, {"dp": 2, "tp": 8}, {"tp": 8, "cp": 2}]
+
+
+def test_the_readme_has_the_plans():
+    readme = (ROOT / "README.md").read_text()
+    for sizes in MESHES:
+        of_rank = planned(tuple(sizes.items()))
+        tokens = of_rank.capacity(int(141e9)) * sizes.get("dp", 1) * sizes.get("cp", 1) / 1e6
+        room = f"{tokens:.2f} million" if tokens > 0 else "does not fit"
+        mesh = ",".join(f"{dim}={n}" for dim, n in sizes.items())
+        weights, sent = sum(of_rank.weights.values()) / 1e9, sum(of_rank.sent.values()) / 1e6
+        assert f"| {mesh} | {weights:.1f} | {room} | {sent:.1f} |" in readme
+
+
+def test_the_readmes_code_runs(monkeypatch):
+    """In one process, as torchrun starts it."""
+    pytest.importorskip("safetensors", reason="the committed model: pip install safetensors")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        started = {
+            "MASTER_ADDR": "localhost",
+            "MASTER_PORT": str(free.getsockname()[1]),
+            "RANK": "0",
+            "WORLD_SIZE": "1",
+        }
+    for name, value in started.items():
+        monkeypatch.setenv(name, value)
+    section = (ROOT / "README.md").read_text().split("## More than one GPU\n")[1]
+    names = {}
+    try:
+        exec(
+            section.split("```python\n")[1].split("```")[0].replace("examples/data", str(ROOT / "examples/data")), names
+        )
+        assert names["cache"].share == (0, 1) and len(names["cache"].layers[0]) == 64
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
 def test_a_plan_adds_up_to_the_model(sizes):
     """DeepSeek-V3's weights on all ranks are the tensors of the whole model, each as often as the mesh copies it."""
     model = DeepseekModel(v3(), device="meta", dtype=torch.bfloat16)
     whole = sum(weight.nbytes for weight in model.parameters())
     assert sum(weight.numel() for weight in model.parameters()) == 671_026_419_200  # arXiv 2412.19437: 671B
-    planned, ranks = plan(v3(), sizes), math.prod(sizes.values())
+    of_rank, ranks = planned(tuple(sizes.items())), math.prod(sizes.values())
 
     def of(*parts: str) -> int:
         return sum(w.nbytes for name, w in model.named_parameters() if any(part in name for part in parts))
 
     heads = math.prod(sizes.get(dim, 1) for dim in ("tp", "ep", "cp"))
     divided = of("attn.wq_b", "attn.wkv_b", "attn.wo", "shared_experts", "head.") + of("ffn.gate_up.", "ffn.down.")
-    experts = sum(w.nbytes for w in model.parameters() if w.dim() == 3)
+    experts = sum(weight.nbytes for weight in model.parameters() if weight.dim() == 3)
     copied = whole - divided - experts
-    assert sum(planned.weights.values()) == divided // heads + experts // ranks + copied
-    assert planned.token == 61 * 576 * 2
-    assert 0 < planned.activations < 1e9
+    assert sum(of_rank.weights.values()) == divided // heads + experts // ranks + copied
+    assert of_rank.token == 61 * 576 * 2
+    assert 0 < of_rank.activations < 1e9
 
 
 def test_a_plan_counts_what_is_sent():
