@@ -44,10 +44,11 @@ struct SplitRow {
 
 // Shares row by row: a warp has 128 columns of a query row at once.
 struct ByRows {
-    static constexpr int kRows = 1;                 // that a lane has
-    static constexpr int kGroup = 1;                // query rows that a warp has
-    static constexpr int kPerGroup = 4, kMany = 4;  // vectors of a lane that are a group's result; of an item
-    static constexpr int kValues = 4;               // of a vector
+    static constexpr int kRows = 1;            // that a lane has
+    static constexpr int kGroup = 1;           // query rows that a warp has
+    static constexpr int kPerGroup = 4;        // vectors of a lane that are a group's result
+    static constexpr int kFew = 1, kMany = 4;  // of an item: where all warps merge it; where items are many
+    static constexpr int kValues = 4;          // of a vector
     static constexpr int kVectorStep = 32, kColumnStep = 128;  // from one to the next
 
     // The vector `v` of a group of a row tile, and the first of its query rows and columns that are the lane's.
