@@ -204,7 +204,7 @@ def run(
     Prompts are padded to the longest, or to `longest` if others' are.
 
     Without `eager` the tokens are what `pick` takes from the logits. With it they are eager's, and so are the experts
-    in bf16, in fp16 and with an fp8 cache, whose rounding often changes a router's choice.
+    in bf16, in fp16 and with an fp8 cache, whose rounding often changes a router's choice, and of a part of a model.
     """
     config, device, dtype = model.config, model.embed.weight.device, model.embed.weight.dtype
     has_moe = any(config.is_moe(i) for i in range(config.num_hidden_layers))
@@ -222,7 +222,8 @@ def run(
     # every step is given the same tensors, which change in place, as captured graphs need it
     input_ids = torch.zeros(len(prompts), 1, dtype=torch.long, device=device)
     options = {"return_routing": True} if has_moe else {}
-    feed_experts = eager is not None and has_moe and not own_experts(dtype, kv_cache)
+    # a model's parts must take every step together, so none repeats one because its own choice was another
+    feed_experts = eager is not None and has_moe and (model.parallel or not own_experts(dtype, kv_cache))
     if feed_experts:
         options["experts"] = eager.experts[0].clone()
     tokens, all_logits, experts, margins, seconds = [], [], [], [], []

@@ -12,6 +12,7 @@ if any process disagrees; one that fails or dies ends all, and torchrun names it
 
 import argparse
 import contextlib
+import math
 import os
 import sys
 from dataclasses import replace
@@ -20,7 +21,18 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from generate import CHECKPOINT, PROMPTS, Run, agreement, load_tokenizer, make_step, print_table, run, speed
+from generate import (
+    CHECKPOINT,
+    PROMPTS,
+    Run,
+    agreement,
+    gpu_problem,
+    load_tokenizer,
+    make_step,
+    print_table,
+    run,
+    speed,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.elastic.multiprocessing.errors import record
 
@@ -66,15 +78,18 @@ def generate() -> int:
     if "WORLD_SIZE" not in os.environ:
         sys.exit("expected to be started by torchrun: torchrun --nproc-per-node 4 examples/generate_distributed.py ...")
 
-    rank, local_rank, world = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
-    sizes = {dim: getattr(args, dim) for dim in ("dp", "tp", "ep", "cp") if getattr(args, dim) > 1}
-    sizes = sizes or {"tp": 1}
-    on_gpu = torch.cuda.device_count() > local_rank
-    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+    rank, local_rank, world, local_world = (int(os.environ[name]) for name in names)
+    sizes = {dim: getattr(args, dim) for dim in ("dp", "tp", "ep", "cp") if getattr(args, dim) > 1} or {"tp": 1}
+    if math.prod(sizes.values()) != world:
+        sys.exit(f"expected sizes whose product is the number of processes, {world}, got {sizes}")
+    on_gpu = torch.cuda.device_count() >= local_world
     if on_gpu:
-        torch.cuda.set_device(device)
-    else:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
+        torch.cuda.set_device(local_rank)
+        on_gpu = gpu_problem("plain") is None
+    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    if not on_gpu:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_world))
     dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(seconds=args.timeout))
     mesh = init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
 
@@ -116,6 +131,7 @@ def generate() -> int:
         table.append([mode, *speed(result), next((text for good, text in verdicts if not good), sentence)])
         if mode == "compiled":
             compiles = decode.figures()
+    decode = None  # a process group cannot end while a CUDA graph holds its calls
 
     written = [None] * world
     dist.all_gather_object(written, (rows.start, expected.tokens.T.tolist()))
