@@ -30,20 +30,22 @@ def mesh_of(**sizes: int) -> DeviceMesh:
 # --------------------------------------------------------------------------------------------------------- processes
 
 
-def run_checks(n: int, checks: dict[str, Callable[[], None]], sys_path: str) -> dict[str, str | None]:
+def run_checks(
+    n: int, checks: dict[str, Callable[[], None]], sys_path: str, backend: str = "gloo", seconds: float = 400
+) -> dict[str, str | None]:
     """Runs all checks on each of n ranks, in order; what is wrong with each, by name, or None.
 
     A check is a function of a module in `sys_path`, as a new process imports it. After the first that fails the ranks
     no longer agree on where they are, so the rest is not run, and says so.
     """
-    context = multiprocessing.get_context("forkserver")
+    context = multiprocessing.get_context("forkserver" if backend == "gloo" else "spawn")  # CUDA does not survive forks
     context.set_forkserver_preload(["torch", "torch.distributed.tensor", "flashmla_ops.parallel"])  # seconds each
-    found = dict.fromkeys(checks, "not run, because a check before it failed")
+    found = dict.fromkeys(checks, "not run, because one before it failed, or hung")
     with tempfile.TemporaryDirectory() as directory:
-        ranks = [context.Process(target=_rank, args=(r, n, checks, directory, sys_path)) for r in range(n)]
+        ranks = [context.Process(target=_rank, args=(r, n, checks, directory, sys_path, backend)) for r in range(n)]
         for rank in ranks:
             rank.start()
-        deadline = time.monotonic() + 400
+        deadline = time.monotonic() + seconds
         for rank in ranks:
             rank.join(max(0.0, deadline - time.monotonic()))
         for rank in ranks:
@@ -59,10 +61,10 @@ def run_checks(n: int, checks: dict[str, Callable[[], None]], sys_path: str) -> 
     return found
 
 
-def _rank(rank: int, n: int, checks: dict, directory: str, sys_path: str) -> None:
+def _rank(rank: int, n: int, checks: dict, directory: str, sys_path: str, backend: str) -> None:
     sys.path.insert(0, sys_path)
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=n, timeout=LIMIT)
+    dist.init_process_group(backend, init_method=f"file://{directory}/store", rank=rank, world_size=n, timeout=LIMIT)
     for name, check in checks.items():
         torch.manual_seed(0)
         try:

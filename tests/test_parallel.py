@@ -568,50 +568,50 @@ def needs_sm90():
         pytest.skip(f"sm90: {status}")
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("s_q", [1, 3])
-def test_nccl_in_a_cuda_graph(needs_sm90, tmp_path, s_q):
+def captures(s_q: int) -> None:
     """On a mesh of one process every collective is called. A captured step replays what eager steps compute, bit for
     bit, while lengths and tables change in place, and what the model computes that was never divided."""
     dims = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "num_attention_heads": 16}
     whole = build(replace(config(num_layers=3), **dims), torch.bfloat16).cuda()
-    dist.init_process_group("nccl", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        mesh = init_device_mesh("cuda", (1, 1, 1, 1), mesh_dim_names=DIMENSIONS)
-        model = parallelize(copy.deepcopy(whole), mesh)
-        caches = [new_cache(model, 40, 5, 8, max_new_tokens=s_q) for _ in range(3)]
-        ids = torch.zeros(5, s_q, dtype=torch.long, device="cuda")
+    model = parallelize(copy.deepcopy(whole), init_device_mesh("cuda", (1, 1, 1, 1), mesh_dim_names=DIMENSIONS))
+    caches = [new_cache(model, 40, 5, 8, max_new_tokens=s_q) for _ in range(3)]
+    ids = torch.zeros(5, s_q, dtype=torch.long, device="cuda")
 
-        def step(model, cache, **options):
-            return model.decode(ids, cache.layers, cache.block_table, cache.cache_seqlens, **options)
+    def step(model, cache, **options):
+        return model.decode(ids, cache.layers, cache.block_table, cache.cache_seqlens, **options)
 
-        with torch.inference_mode():
-            stream = torch.cuda.Stream()
-            with torch.cuda.stream(stream):
-                step(model, caches[0])
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                captured = step(model, caches[0])
-            for i in range(24):
-                ids.random_(96)
-                for cache in caches:
-                    if i in (0, 5, 9):
-                        cache.allocate(0)
-                    if i == 16:
-                        cache.free(1)
-                    cache.extend(s_q)
-                graph.replay()
-                eager, routing = step(model, caches[1], return_routing=True)
-                expected = step(whole, caches[2], experts=routing.experts)
-                assert torch.equal(captured, eager)
-                live = caches[0].rows
-                error = (eager[live] - expected[live]).abs().amax(-1) / expected[live].abs().amax(-1)
-                assert error.max() < 5e-2  # as modes of examples/generate.py in bf16
-    finally:
-        graph = None  # NCCL waits for the end of graphs that hold its calls
+    with torch.inference_mode():
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            step(model, caches[0])
         torch.cuda.synchronize()
-        dist.destroy_process_group()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = step(model, caches[0])
+        for i in range(24):
+            ids.random_(96)
+            for cache in caches:
+                if i in (0, 5, 9):
+                    cache.allocate(0)
+                if i == 16:
+                    cache.free(1)
+                cache.extend(s_q)
+            graph.replay()
+            eager, routing = step(model, caches[1], return_routing=True)
+            expected = step(whole, caches[2], experts=routing.experts)
+            assert torch.equal(captured, eager)
+            live = caches[0].rows
+            error = (eager[live] - expected[live]).abs().amax(-1) / expected[live].abs().amax(-1)
+            assert error.max() < 5e-2  # as modes of examples/generate.py in bf16
+    graph.reset()  # NCCL waits for the end of graphs that hold its calls
+    torch.cuda.synchronize()
+
+
+@pytest.mark.gpu
+def test_nccl_in_a_cuda_graph(needs_sm90):
+    checks = {f"{s_q} tokens a row": partial(captures, s_q) for s_q in (1, 3)}
+    found = run_checks(1, checks, str(Path(__file__).parent), "nccl", 120)
+    assert not any(found.values()), found
 
 
 @pytest.mark.gpu
