@@ -170,7 +170,7 @@ class Parallel:
 
     @staticmethod
     def imagined(layout: Layout) -> "Parallel":
-        """Without processes, for meta tensors."""
+        """Without processes, for tensors without memory."""
 
         def group(*dims):
             return Group(dims[0], layout.part(dims)[1]) if set(dims) & set(layout.sizes) else None

@@ -465,7 +465,7 @@ def v3() -> MLAConfig:
 planned = functools.cache(lambda sizes: plan(v3(), dict(sizes)))
 
 
-MESHES = [{"tp": 8}, {"dp": 16}, {"dp": 2, "tp": 8}, {"tp": 8, "cp": 2}]
+MESHES = [{"tp": 8}, {"dp": 16}, {"tp": 8, "cp": 2}]
 
 
 def test_the_readme_has_the_plans():
