@@ -88,7 +88,7 @@ struct FwdParams {
     int split_parts;  // parts that the workspace has room for; a plan that uses others is executed unsplit
     float softmax_scale_log2;
     bool causal;
-    bool few_rows;  // fwd_kvcache_mla_few_rows.cu computes: its shares lie in rows
+    bool few_rows;  // at most kFewRows rows, for which there are other kernels: their shares lie in rows
     DType dtype;    // of out
     CacheFormat format;
 };
@@ -107,10 +107,11 @@ void concat_and_cache_mla_fp8(const AppendParams& params, cudaStream_t stream);
 void merge_attn_states(const MergeParams& params, cudaStream_t stream);
 
 namespace sm90 {
-constexpr int kFewRows = 16;  // query rows of a key head: fwd_kvcache_mla_few_rows.cu has up to so many
+constexpr int kFewRows = 16;  // query rows of a key head that the kernels for few rows have
 void fwd_kvcache_mla(const FwdParams& params, cudaStream_t stream);
 void fwd_kvcache_mla_few_rows(const FwdParams& params, cudaStream_t stream);
 void fwd_kvcache_mla_fp8(const FwdParams& params, cudaStream_t stream);
+void fwd_kvcache_mla_fp8_few_rows(const FwdParams& params, cudaStream_t stream);
 void fwd_kvcache_mla_combine(const FwdParams& params, cudaStream_t stream);
 void paged_stream(const StreamParams& params, cudaStream_t stream);
 }  // namespace sm90

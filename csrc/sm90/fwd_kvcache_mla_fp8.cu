@@ -15,17 +15,14 @@
 // Shared memory, in slices of 64 x 64 values (8 KB, wgmma.cuh): Q 9, two key tiles 2 x 9. A tile's ninth slice holds
 // the 64 rope values; once the tile is scored, its P takes that place.
 //
-// From e4m3 to T: sign, exponent and mantissa shifted to their places there make a number that is too small by a power
-// of two (2^120 for bf16, 2^8 for fp16), subnormals too; one product with the scale makes it right. The instruction
-// that converts e4m3 would take longer. A scale of many digits has a second, smaller product: what T's first has left
-// out. So values are those of CacheFormat.dequantize, but for the last place now and then where scales are no powers of
-// two. One scale for all is left to the softmax's scale and to the results.
+// Values become T as e4m3.cuh has it. One scale for all is left to the softmax's scale and to the results.
 //
 // Safety. As in fwd_kvcache_mla.cu. Tokens past a row's length, and of pages outside the cache, become zeros and are
 // not read.
 
 #include <cuda/ptx>
 
+#include "e4m3.cuh"
 #include "fwd_kvcache_mla.cuh"
 #include "row_tile.cuh"
 #include "softmax.cuh"
@@ -34,6 +31,12 @@
 namespace flashmla::sm90 {
 namespace {
 
+#ifndef V_PF
+#define V_PF 1
+#endif
+#ifndef V_FENCE
+#define V_FENCE 0
+#endif
 // ------------------------------------------------------------------------------------------------------------ config
 
 constexpr int kRope = kSlices - 1;  // the slice that is no part of V
@@ -74,91 +77,7 @@ struct Place {
     }
 };
 
-// ---------------------------------------------------------------------------------------------------- from e4m3 to T
-
-// Where a pair of e4m3 values goes in a pair of T's, from two lanes of 16 bits that have a byte each and its sign
-// above.
-template <typename T>
-constexpr bool kIsBF16 = std::is_same_v<T, __nv_bfloat16>;
-template <typename T>
-constexpr int kShift = kIsBF16<T> ? 4 : 7;
-template <typename T>
-constexpr uint32_t kPlaces = kIsBF16<T> ? 0x87f087f0 : 0xbf80bf80;
-template <typename T>
-constexpr float kUnit = kIsBF16<T> ? 0x1p120f : 0x1p8f;  // what the pair is too small by
-constexpr float kGreatestScale = 128.f;                  // below it, scale * kUnit is a number of T
-
-template <typename T>
-using Pair = std::conditional_t<kIsBF16<T>, __nv_bfloat162, __half2>;
-
-template <typename T>
-__device__ __forceinline__ Pair<T> as_pair(uint32_t bits) {
-    Pair<T> pair;
-    memcpy(&pair, &bits, 4);
-    return pair;
-}
-template <typename Pair>
-__device__ __forceinline__ uint32_t as_bits(const Pair& pair) {
-    uint32_t bits;
-    memcpy(&bits, &pair, 4);
-    return bits;
-}
-
-// scale * kUnit as two numbers of T, a great one in the lower half and what it leaves.
-template <typename T>
-__device__ __forceinline__ uint32_t factors_of(float scale) {
-    const float factor = scale * kUnit<T>, great = __low2float(as_pair<T>(pack<T>(factor, 0.f)));
-    return pack<T>(factor, factor - great);
-}
-
-// Whether one of four bytes is e4m3's NaN, which has all bits but the sign.
-__device__ __forceinline__ uint32_t nans(uint32_t word) { return ((word & 0x7f7f7f7f) + 0x01010101) & 0x80808080; }
-
-// 16 values of a row times factors_of(scale), or times kUnit: two chunks of 8 in T. NaN makes all of them NaN, as the
-// row's score is.
-template <typename T, bool kScaled>
-__device__ __forceinline__ void convert(const uint4& bytes, uint32_t factors, uint4 (&chunks)[2]) {
-    const uint32_t words[4] = {bytes.x, bytes.y, bytes.z, bytes.w};
-    Pair<T> great = as_pair<T>(ptx::permute(factors, 0, 0x1010));
-    const Pair<T> small = as_pair<T>(ptx::permute(factors, 0, 0x3232));
-    if (nans(bytes.x) | nans(bytes.y) | nans(bytes.z) | nans(bytes.w)) great = as_pair<T>(0x7fff7fff);
-    uint32_t packed[8];
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-        const int first = i % 2 * 2;  // byte of the word
-        const uint32_t signs =
-            ptx::permute(words[i / 2], 0, (9 + first) << 12 | (1 + first) << 8 | (8 + first) << 4 | first);
-        const Pair<T> pair = as_pair<T>(signs << kShift<T> & kPlaces<T>);
-        packed[i] = as_bits(kScaled ? __hfma2(pair, great, __hmul2(pair, small)) : __hmul2(pair, great));
-    }
-    chunks[0] = {packed[0], packed[1], packed[2], packed[3]};
-    chunks[1] = {packed[4], packed[5], packed[6], packed[7]};
-}
-
-// The same by way of fp32, for scales that no T has.
-template <typename T>
-__device__ __forceinline__ void convert_slowly(const uint4& bytes, float scale, uint4 (&chunks)[2]) {
-    convert<T, false>(bytes, factors_of<T>(1.f), chunks);
-    uint32_t* words = reinterpret_cast<uint32_t*>(chunks);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-        const Pair<T> pair = as_pair<T>(words[i]);
-        words[i] = pack<T>(__low2float(pair) * scale, __high2float(pair) * scale);
-    }
-}
-
-// 8 bf16 values in T.
-template <typename T>
-__device__ __forceinline__ uint4 convert_bf16(const uint4& values) {
-    if constexpr (std::is_same_v<T, __nv_bfloat16>) return values;
-    const uint32_t words[4] = {values.x, values.y, values.z, values.w};
-    uint32_t packed[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        packed[i] = pack<T>(__uint_as_float(words[i] << 16), __uint_as_float(words[i] & 0xffff0000));
-    }
-    return {packed[0], packed[1], packed[2], packed[3]};
-}
+// ------------------------------------------------------------------------------------------------------ shared memory
 
 template <typename T>
 __device__ __forceinline__ void store_chunk(T* slice, int row, int chunk, const uint4& values) {
@@ -193,6 +112,7 @@ struct Rows;
 template <typename T>
 struct Rows<T, CacheFormat::kFp8Blocks> {
     static constexpr bool kScaled = true;
+    static constexpr int kBytes = 656;
     uint4 latents[kTokens];
     uint4 rope[kTokens / 4];   // of token 4 i + lane / 8: 8 values
     float scale[kTokens / 8];  // of token 8 i + lane / 4: block lane % 4
@@ -234,6 +154,7 @@ struct Rows<T, CacheFormat::kFp8Blocks> {
 template <typename T>
 struct Rows<T, CacheFormat::kFp8Tensor> {
     static constexpr bool kScaled = false;
+    static constexpr int kBytes = 576;
     uint4 latents[kTokens];
     uint4 rope[kTokens / 8];  // of token 8 i + lane / 4: 16 values
 
@@ -336,7 +257,7 @@ __device__ __forceinline__ void convert_keys(const FwdParams& params, SharedStor
     const int lane = threadIdx.x % 32, first = warp * kTokens;
     const Pages pages(params, segment);
     Rows<T, kFormat> held;
-    int next_page = pages.page_of(segment.begin + 1);
+    int next_entry = pages.entry_of(segment.begin + 1);
     {
         const TokenRows from(params, rows, pages, segment.begin, pages.page_of(segment.begin), warp);
         held.load_scales(from, lane);
@@ -353,8 +274,9 @@ __device__ __forceinline__ void convert_keys(const FwdParams& params, SharedStor
     for (int tile = segment.begin; tile < segment.end; ++tile, place.next()) {
         auto& to = shared.sK[place.stage];
         const uint32_t latents = latents_address(to, lane) + first * 128;
-        const TokenRows from(params, rows, pages, tile + 1, next_page, warp);  // of page -1, so none, after the last
-        next_page = pages.page_of(tile + 2);                                   // looked up a tile ahead
+        // of page -1, so none, after the last
+        const TokenRows from(params, rows, pages, tile + 1, pages.checked(next_entry), warp);
+        next_entry = pages.entry_of(tile + 2);  // looked up a tile ahead
         uint32_t factors[kTokens / 8];
         held.factors(factors);
         const bool usual = held.usual();
@@ -390,6 +312,14 @@ __device__ __forceinline__ void convert_keys(const FwdParams& params, SharedStor
         __syncwarp();
         if (lane == 0) cuda::ptx::mbarrier_arrive(&shared.landed[place.stage]);
         if (tile == segment.begin) finish_queries(shared);
+#if V_PF
+        if (params.cache_stride_token == Rows<T, kFormat>::kBytes) {
+            const TokenRows after(params, rows, pages, tile + 2, pages.checked(next_entry), warp);
+            if (lane == 0 && after.count > 0) {
+                ptx::prefetch_bulk_l2(after.first, min(after.count, kTokens) * Rows<T, kFormat>::kBytes);
+            }
+        }
+#endif
     }
 }
 
@@ -437,7 +367,9 @@ __device__ __forceinline__ void leave_probabilities(SharedStorage<T>& shared, co
     }
     ptx::named_barrier(kWarpgroupOf, kWarpgroup);  // all of the warpgroup has read the rope slice
     store_probabilities(me, rP, shared.sK[stage][kRope]);
+#if V_FENCE
     cuda::ptx::fence_proxy_async(cuda::ptx::space_shared);
+#endif
     ptx::named_barrier_arrive(kStored + stage, kConsumers);
 }
 
@@ -627,6 +559,7 @@ void launch(const FwdParams& params, cudaStream_t stream) {
 }  // namespace
 
 void fwd_kvcache_mla_fp8(const FwdParams& params, cudaStream_t stream) {
+    if (params.few_rows) return fwd_kvcache_mla_fp8_few_rows(params, stream);
     if (params.q_scale != nullptr) return launch<__nv_bfloat16, CacheFormat::kFp8Tensor, true>(params, stream);
     params.dtype == DType::kBF16 ? launch<__nv_bfloat16>(params, stream) : launch<__half>(params, stream);
 }

@@ -1,0 +1,629 @@
+// fwd_kvcache_mla over caches in fp8 for up to 16 query rows a key head: what fwd_kvcache_mla_fp8.cu computes, from the
+// same plan, to the same results. Here memory is what bounds a call, so bytes come to shared memory as they lie in the
+// cache, and become T (e4m3.cuh) on the way from there to the operands of a warp's products: nothing is written back.
+//
+// A warp's product of 16 rows wastes none. Its order of keys, and of the dimensions that are summed over, is free as
+// long as both operands have the same: so each lane reads what lies together.
+//
+// Grid: (row tiles, parts at work at once), as there. 1 CTA a multiprocessor.
+//
+// Warp roles. Warps 0-7 each score 8 of a tile's 64 keys, with all queries in registers, and accumulate P V for 64 of
+// the 512 output columns. Between the two is P, in shared memory. Warp 8 loads keys, warps 9-11 queries.
+//
+// A turn of the consumers' loop has one barrier: P of tile i, for which all warps' maxima were there before the last
+// one; scores of tile i + 1; the barrier; P V of tile i.
+//
+// Safety. As in fwd_kvcache_mla.cu. Tokens past a row's length are not read: their P is 0, and what stands in their
+// place is finite, since e4m3's NaN is told from numbers only for the scores, and with a scale of 0.
+
+#include <cuda/ptx>
+
+#include "e4m3.cuh"
+#include "fwd_kvcache_mla.cuh"
+#include "row_tile.cuh"
+
+namespace flashmla::sm90 {
+namespace {
+
+// ------------------------------------------------------------------------------------------------------------ config
+
+constexpr int kRows = kFewRows;  // 16
+constexpr int kConsumerWarps = 8;
+constexpr int kConsumers = 32 * kConsumerWarps;
+constexpr int kQueryWarps = 3;
+constexpr int kThreads = kConsumers + 32 * (1 + kQueryWarps);
+constexpr int kConsumerRegisters = 232;  // Q takes 144, O 32
+constexpr int kProducerRegisters = 40;
+constexpr int kLatents = kDimV / 64;                  // slices of 64 latents
+constexpr int kWarpTokens = kTile / kConsumerWarps;   // that a warp scores
+constexpr int kWarpColumns = kDimV / kConsumerWarps;  // of the output
+constexpr int kBlocks = 4;                            // of 128 latents with a scale each
+
+// How tokens lie, how many tiles fit beside each other, and which of 16 keys is at each place of a product: such that
+// no lanes that read at once do so from the same banks, neither 16 bytes each of two keys that are neighbours there,
+// nor 8 bytes each of four that are neighbours but one. (For one scale the latter meet in twos; nothing avoids that.)
+template <CacheFormat kFormat>
+struct Layout;
+template <>
+struct Layout<CacheFormat::kFp8Blocks> {
+    static constexpr bool kScaled = true;
+    static constexpr int kRowBytes = 656, kStages = 4;
+    static constexpr int kScales = kDimV, kRope = kScales + 4 * kBlocks;
+    __device__ static int key_of(int place) {
+        const int pair = place % 8 / 2 * 2, odd = place / 8;
+        return (place % 2 == 0 ? pair : 8 + (pair + 4) % 8) + odd;
+    }
+};
+template <>
+struct Layout<CacheFormat::kFp8Tensor> {
+    static constexpr bool kScaled = false;
+    static constexpr int kRowBytes = kDimQK, kStages = 5;
+    __device__ static int key_of(int place) {
+        const int pair = place % 8 / 2;
+        return place / 8 * 8 + (place % 2 == 0 ? pair : (pair + 4) ^ 1);
+    }
+};
+
+template <typename T, CacheFormat kFormat>
+struct SharedStorage {
+    alignas(128) uint8_t ring[Layout<kFormat>::kStages][kTile * Layout<kFormat>::kRowBytes];
+    uint4 queries[kSlices][2][2][32];  // fragments: see Queries
+    // by tiles in turn
+    alignas(128) T sP[2][kRows * kTile];
+    alignas(16) float high[2][kRows][kConsumerWarps];  // rows' maxima over each warp's keys
+    alignas(16) uint32_t units[2][kConsumerWarps];     // see Factors
+    T great[2][kBlocks][kTile], small[2][kBlocks][kTile];
+    alignas(16) float sum[kRows][kConsumerWarps];  // at a row's end
+    Part parts[kMaxParts];                         // the plan
+    uint64_t landed[Layout<kFormat>::kStages], freed[Layout<kFormat>::kStages];
+    uint64_t queries_landed, queries_freed;
+};
+
+enum Barrier { kAll = 1 };  // named; of the consumers
+
+// A place in the ring, and the phase of its barriers there.
+template <CacheFormat kFormat>
+struct Place {
+    int slot = 0;
+    uint32_t phase = 0;
+
+    __device__ void next() {
+        if (++slot == Layout<kFormat>::kStages) {
+            slot = 0;
+            phase ^= 1;
+        }
+    }
+};
+
+// ----------------------------------------------------------------------------------------------- producers (4 warps)
+
+__device__ __forceinline__ void copy_bulk(void* to, const void* from, uint32_t bytes, uint64_t* landed) {
+    cuda::ptx::cp_async_bulk(cuda::ptx::space_cluster, cuda::ptx::space_global, to, from, bytes, landed);
+}
+
+// One warp: a tile's tokens to a place in the ring, as one piece if they lie together; zeros of a page that does not
+// exist.
+template <CacheFormat kFormat>
+__device__ __forceinline__ void load_tokens(const FwdParams& params, const uint8_t* from, bool there, int count,
+                                            uint8_t* to, uint64_t* landed) {
+    constexpr int kRowBytes = Layout<kFormat>::kRowBytes;
+    const int lane = threadIdx.x % 32;
+    if (there) {
+        if (lane == 0) {
+            cuda::ptx::mbarrier_arrive_expect_tx(cuda::ptx::sem_release, cuda::ptx::scope_cta, cuda::ptx::space_shared,
+                                                 landed, count * kRowBytes);
+        }
+        __syncwarp();
+        if (params.cache_stride_token == kRowBytes) {
+            if (lane == 0) copy_bulk(to, from, count * kRowBytes, landed);
+        } else {
+            for (int token = lane; token < count; token += 32) {
+                copy_bulk(to + token * kRowBytes, from + token * params.cache_stride_token, kRowBytes, landed);
+            }
+        }
+    } else {
+        for (int i = lane; i < count * kRowBytes / 16; i += 32) reinterpret_cast<uint4*>(to)[i] = {};
+        cuda::ptx::fence_proxy_async(cuda::ptx::space_shared);  // before copies to this place
+        __syncwarp();
+        if (lane == 0) cuda::ptx::mbarrier_arrive(landed);
+    }
+    __syncwarp();
+}
+
+// One warp: the segment's tiles, each as soon as there is room for it.
+template <typename T, CacheFormat kFormat>
+__device__ __forceinline__ void load_keys(const FwdParams& params, SharedStorage<T, kFormat>& shared,
+                                          const RowTile& rows, const Segment& segment, Place<kFormat>& place) {
+    const Pages pages(params, segment);
+    int page = pages.page_of(segment.begin), next_page = pages.page_of(segment.begin + 1);
+    for (int tile = segment.begin; tile < segment.end; ++tile, place.next()) {
+        const int page_after = pages.page_of(tile + 2);  // looked up two tiles ahead
+        const uint8_t* from = static_cast<const uint8_t*>(params.kv_cache) + page * params.cache_stride_page +
+                              pages.token_of(tile) * params.cache_stride_token + rows.head * params.cache_stride_head;
+        wait(&shared.freed[place.slot], place.phase ^ 1);
+        load_tokens<kFormat>(params, from, page >= 0, min(kTile, segment.length - tile * kTile),
+                             shared.ring[place.slot], &shared.landed[place.slot]);
+        page = next_page;
+        next_page = page_after;
+    }
+}
+
+// Where chunk 8 values of a query row go. The rope's order is that of bf16 values, if it is stored in these.
+template <typename T, CacheFormat kFormat>
+__device__ __forceinline__ uint4* query_chunk(SharedStorage<T, kFormat>& shared, int row, int chunk) {
+    const int slice = chunk / 8, i = chunk % 8;
+    const bool in_bf16 = Layout<kFormat>::kScaled && slice == kSlices - 1;
+    const int column = in_bf16 ? i % 4 : i / 2, half = in_bf16 ? i / 4 : i % 2;
+    return &shared.queries[slice][half][row / 8][row % 8 * 4 + column];
+}
+
+// kQueryWarps warps: the segment's queries, while the last one's are in registers.
+template <typename T, CacheFormat kFormat, bool kFp8Queries>
+__device__ __forceinline__ void load_queries(const FwdParams& params, SharedStorage<T, kFormat>& shared,
+                                             const RowTile& rows, const Segment& segment, int warp, uint32_t& phase) {
+    if (segment.begin == segment.end) return;
+    const int lane = threadIdx.x % 32;
+    wait(&shared.queries_freed, phase ^ 1);
+    phase ^= 1;
+    constexpr int kChunks = kDimQK / (kFp8Queries ? 16 : 8);  // of 16 bytes in memory
+    constexpr int kAtOnce = kFp8Queries ? 1 : 4;
+#pragma unroll kAtOnce
+    for (int i = warp * 32 + lane; i < rows.count(params) * kChunks; i += 32 * kQueryWarps) {
+        const int row = i / kChunks, chunk = i % kChunks;
+        if constexpr (kFp8Queries) {
+            const uint8_t* from = query_row<uint8_t>(params, rows, segment.row, row) + chunk * 16;
+            uint4 chunks[2];
+            convert<T, false>(__ldcg(reinterpret_cast<const uint4*>(from)), factors_of<T>(1.f), chunks);
+            *query_chunk(shared, row, 2 * chunk) = chunks[0];
+            *query_chunk(shared, row, 2 * chunk + 1) = chunks[1];
+        } else {
+            const T* from = query_row<T>(params, rows, segment.row, row) + chunk * 8;
+            ptx::cp_async_16(ptx::shared_address(query_chunk(shared, row, chunk)), from);
+        }
+    }
+    ptx::cp_async_wait_all();
+    __syncwarp();
+    if (lane == 0) cuda::ptx::mbarrier_arrive(&shared.queries_landed);
+}
+
+// ------------------------------------------------------------------------------------------------ consumers (8 warps)
+
+// A lane's rows of products are lane / 4 + {0, 8}; of their 8 columns it has lane % 4 * 2 + {0, 1}.
+struct Lane {
+    int row, column;  // lane / 4, lane % 4: of operands of 8 rows and 16 bytes a lane
+};
+
+// All queries: [slice, half, row / 8], of row 8 i + lane / 4 the dimensions 16 (lane % 4) + 8 half of each slice.
+struct Queries {
+    uint4 chunks[kSlices][2][2];
+};
+
+// A turn's softmax of a lane's two rows.
+struct RowSoftmax {
+    float base[2] = {-INFINITY, -INFINITY};  // the greatest scaled score so far, base 2
+    float sum[2] = {0.f, 0.f};               // over this lane's keys
+};
+
+// What this lane's e4m3 values are multiplied by. Each warp makes its keys', lane 4 i + block that of key i: at first
+// the unit, if other than 1, which then is kUnit and the same for all, then the scale times what is left of kUnit, as a
+// great and a small factor. `plain`: the great one is all.
+struct Factors {
+    uint32_t unit = 0, split = 0;
+    bool plain = true;
+};
+
+template <typename T>
+__device__ __forceinline__ Factors make_factors(float scale) {
+    Factors result;
+    const bool usual = __all_sync(~0u, fabsf(scale) < kGreatestScale);
+    result.unit = usual ? pack<T>(1.f, 1.f) : pack<T>(kUnit<T>, kUnit<T>);
+    result.split = split_factor<T>(usual ? scale * kUnit<T> : scale);
+    if (!(fabsf(scale) < INFINITY)) result.split &= 0xffff;
+    result.plain = __all_sync(~0u, result.split >> 16 << 1 == 0) && usual;
+    return result;
+}
+
+// A pair of values that spread() made, in T.
+template <typename T, bool kPlain>
+__device__ __forceinline__ uint32_t scaled(Pair<T> pair, uint32_t unit, uint32_t great, uint32_t small) {
+    if constexpr (kPlain) return as_bits(__hmul2(pair, as_pair<T>(great)));
+    pair = __hmul2(pair, as_pair<T>(unit));
+    return as_bits(__hfma2(pair, as_pair<T>(great), __hmul2(pair, as_pair<T>(small))));
+}
+
+// A product's operand of queries: step u of a chunk of 8 dimensions.
+template <typename T>
+__device__ __forceinline__ void add_product(const uint4 (&rows)[2], int u, uint32_t b0, uint32_t b1, float (&sum)[4]) {
+    const uint32_t a[4] = {u == 0 ? rows[0].x : rows[0].z, u == 0 ? rows[1].x : rows[1].z,
+                           u == 0 ? rows[0].y : rows[0].w, u == 0 ? rows[1].y : rows[1].w};
+    ptx::mma_m16n8k16<kIsBF16<T>>(sum, a, b0, b1);
+}
+
+// S of the warp's 8 keys, of which `key` is this lane's.
+template <typename T, CacheFormat kFormat, bool kPlain>
+__device__ __forceinline__ void score(const uint8_t* key, const Lane& me, const Queries& queries,
+                                      const Factors& factors, float (&rS)[4]) {
+    using L = Layout<kFormat>;
+    constexpr int kE4m3Slices = L::kScaled ? kLatents : kSlices;
+    float sums[2][4] = {};  // two, so that a product need not wait for the one before
+    uint32_t nan = 0, great = pack<T>(kUnit<T>, kUnit<T>), small = 0;
+#pragma unroll
+    for (int slice = 0; slice < kE4m3Slices; ++slice) {
+        if (L::kScaled && slice % 2 == 0) {
+            const uint32_t split = __shfl_sync(~0u, factors.split, me.row * 4 + slice / 2);
+            great = ptx::permute(split, 0, 0x1010);
+            small = ptx::permute(split, 0, 0x3232);
+        }
+        const uint4 chunk = *reinterpret_cast<const uint4*>(key + slice * 64 + me.column * 16);
+        const uint32_t words[4] = {chunk.x, chunk.y, chunk.z, chunk.w};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            nan |= nans(words[i]);
+            const uint32_t b0 = scaled<T, kPlain>(spread<T>(words[i], 0, 0, 1), factors.unit, great, small);
+            const uint32_t b1 = scaled<T, kPlain>(spread<T>(words[i], 0, 2, 3), factors.unit, great, small);
+            add_product<T>(queries.chunks[slice][i / 2], i % 2, b0, b1, sums[i % 2]);
+        }
+    }
+    if constexpr (L::kScaled) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const uint4 rope = convert_bf16<T>(
+                *reinterpret_cast<const uint4*>(key + L::kRope + half * 64 + me.column * 16));
+            add_product<T>(queries.chunks[kLatents][half], 0, rope.x, rope.y, sums[0]);
+            add_product<T>(queries.chunks[kLatents][half], 1, rope.z, rope.w, sums[1]);
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) rS[i] = sums[0][i] + sums[1][i];
+    // the scores of keys that have a NaN
+    const uint32_t keys = __ballot_sync(~0u, (nan & kByteSigns) != 0);
+    if (keys != 0) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            if (keys >> 4 * (2 * me.column + i) & 15) rS[i] = rS[2 + i] = __int_as_float(0x7fffffff);
+        }
+    }
+}
+
+// Scales the scores of the warp's keys, and sets those that a query row does not see to -inf. `keys`: this lane's.
+__device__ __forceinline__ void scale_and_mask(const FwdParams& params, const Lane& me, const Segment& segment,
+                                               int tile, const int (&keys)[2], float scale_log2, float (&rS)[4]) {
+#pragma unroll
+    for (int k = 0; k < 4; ++k) rS[k] = __fmul_rn(rS[k], scale_log2);  // for itself: see the kernel for plain caches
+    const int seen_by_all = params.causal ? segment.length - params.s_q + 1 : segment.length;
+    if (!__any_sync(~0u, (tile + 1) * kTile > seen_by_all)) return;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+        const QueryRow row(params, me.row + 8 * h);
+        const int visible = min(segment.length, params.causal ? seen_by_all + row.s : segment.length);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            if (tile * kTile + keys[i] >= visible) rS[2 * h + i] = -INFINITY;
+        }
+    }
+}
+
+// Leaves the rows' maxima over this warp's keys for all.
+__device__ __forceinline__ void leave_maxima(const Lane& me, int warp, const float (&rS)[4],
+                                             float (&high)[kRows][kConsumerWarps]) {
+    float mine[2] = {fmaxf(rS[0], rS[1]), fmaxf(rS[2], rS[3])};
+#pragma unroll
+    for (int lanes = 1; lanes < 4; lanes *= 2) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) mine[h] = fmaxf(mine[h], __shfl_xor_sync(~0u, mine[h], lanes));
+    }
+    if (me.column < 2) high[me.row + 8 * me.column][warp] = me.column == 0 ? mine[0] : mine[1];
+}
+
+template <typename Combine>
+__device__ __forceinline__ float over_warps(const float (&of_warps)[kConsumerWarps], Combine&& combine) {
+    const float4 a = *reinterpret_cast<const float4*>(of_warps), b = *reinterpret_cast<const float4*>(of_warps + 4);
+    return combine(combine(combine(a.x, a.y), combine(a.z, a.w)), combine(combine(b.x, b.y), combine(b.z, b.w)));
+}
+
+// From scores to P, in sP [row, place], which is swizzled as wgmma's slices are.
+template <typename T>
+__device__ __forceinline__ void leave_probabilities(const Lane& me, int warp, const float (&rS)[4],
+                                                    const float (&high)[kRows][kConsumerWarps], RowSoftmax& softmax,
+                                                    float (&factor)[2], T* sP) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+        const int row = me.row + 8 * h;
+        const float most = over_warps(high[row], [](float a, float b) { return fmaxf(a, b); });
+        const float base = fmaxf(most, softmax.base[h]), from = base_of(base);
+        factor[h] = ptx::exp2_approx(softmax.base[h] - from);
+        softmax.base[h] = base;
+        const float p[2] = {ptx::exp2_approx(rS[2 * h] - from), ptx::exp2_approx(rS[2 * h + 1] - from)};
+        softmax.sum[h] = softmax.sum[h] * factor[h] + (p[0] + p[1]);
+        const uint32_t packed = pack<T>(p[0], p[1]);
+        memcpy(reinterpret_cast<char*>(sP) + wgmma::swizzled(row, warp) + me.column * 4, &packed, 4);
+    }
+}
+
+// O [16, 64] += P V: product n has the columns 8 (lane / 4) + n. `keys`: at first the address of column 8 (lane / 4)
+// of this lane's four keys of the first 16.
+template <typename T, CacheFormat kFormat, bool kPlain>
+__device__ __forceinline__ void accumulate(const uint8_t* const (&keys)[4], const Lane& me, const T* sP,
+                                           const T (&greats)[kTile], const T (&smalls)[kTile],
+                                           const uint32_t (&units)[kConsumerWarps], float (&rO)[8][4]) {
+    using L = Layout<kFormat>;
+    const int lane = me.row * 4 + me.column;
+    constexpr int kAtOnce = kPlain ? 4 : 1;
+#pragma unroll kAtOnce
+    for (int step = 0; step < 4; ++step) {
+        uint32_t p[4], great[2], small[2] = {}, unit[2] = {};
+        ptx::ldmatrix_x4(ptx::shared_address(sP) + wgmma::swizzled(lane % 16, 2 * step + lane / 16), p);
+        uint2 words[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            words[i] = *reinterpret_cast<const uint2*>(keys[i] + step * 16 * L::kRowBytes);
+        }
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const int at = 16 * step + 8 * i + 2 * me.column;
+            great[i] = pack<T>(kUnit<T>, kUnit<T>);
+            if constexpr (L::kScaled) memcpy(&great[i], greats + at, 4);
+            if constexpr (!kPlain) {
+                memcpy(&small[i], smalls + at, 4);
+                unit[i] = units[2 * step + i];
+                if (unit[i] == 0) unit[i] = pack<T>(1.f, 1.f);
+            }
+        }
+#pragma unroll
+        for (int n = 0; n < 8; ++n) {
+            const auto of = [&](int i) { return n < 4 ? words[i].x : words[i].y; };
+            const uint32_t b0 =
+                scaled<T, kPlain>(spread<T>(of(0), of(1), n % 4, 4 + n % 4), unit[0], great[0], small[0]);
+            const uint32_t b1 =
+                scaled<T, kPlain>(spread<T>(of(2), of(3), n % 4, 4 + n % 4), unit[1], great[1], small[1]);
+            ptx::mma_m16n8k16<kIsBF16<T>>(rO[n], p, b0, b1);
+        }
+    }
+}
+
+__device__ __forceinline__ void scale(float (&rO)[8][4], const float (&factor)[2]) {
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+#pragma unroll
+        for (int k = 0; k < 4; ++k) rO[n][k] *= factor[k / 2];
+    }
+}
+
+// The result of rows: each lane has 16 columns of two rows.
+template <typename T>
+__device__ __forceinline__ void store_rows(const FwdParams& params, const RowTile& rows, const Lane& me, int warp,
+                                           int batch_row, const float (&lse_log2)[2], const float (&rO)[8][4]) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+        const int r = me.row + 8 * h;
+        if (r >= rows.count(params)) continue;
+        const QueryRow row(params, r);
+        const int64_t head = rows.head * params.group + row.g;
+        T* to = static_cast<T*>(params.out) + ((int64_t{batch_row} * params.s_q + row.s) * params.h_q + head) * kDimV +
+                warp * kWarpColumns + me.column * 16;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const int k = 2 * h + i;
+            reinterpret_cast<uint4*>(to)[i] = {pack<T>(rO[0][k], rO[1][k]), pack<T>(rO[2][k], rO[3][k]),
+                                               pack<T>(rO[4][k], rO[5][k]), pack<T>(rO[6][k], rO[7][k])};
+        }
+        if (warp == 0 && me.column == 0) {
+            params.lse[(int64_t{batch_row} * params.h_q + head) * params.s_q + row.s] =
+                lse_log2[h] == -INFINITY ? INFINITY : lse_log2[h] * kLn2;
+        }
+    }
+}
+
+// A share of rows, to its place in the workspace, row by row.
+__device__ __forceinline__ void store_share(const FwdParams& params, const RowTile& rows, const Lane& me, int warp,
+                                            int place, const float (&lse_log2)[2], const float (&rO)[8][4]) {
+    float* share = params.partial_out + (int64_t{place} * params.row_tiles + rows.index()) * (kRowTile * kDimV);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+        const int r = me.row + 8 * h;
+        if (r >= rows.count(params)) continue;
+        float4* to = reinterpret_cast<float4*>(share + r * kDimV + warp * kWarpColumns + me.column * 16);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const int n = i % 2 * 4, k = 2 * h + i / 2;
+            __stcg(to + i, make_float4(rO[n][k], rO[n + 1][k], rO[n + 2][k], rO[n + 3][k]));
+        }
+        if (warp == 0 && me.column == 0) __stcg(share_lse(params, rows, place) + r, lse_log2[h]);
+    }
+}
+
+// One segment, from its queries to its result.
+template <typename T, CacheFormat kFormat>
+__device__ __forceinline__ void attend(const FwdParams& params, SharedStorage<T, kFormat>& shared, const RowTile& rows,
+                                       const Segment& segment, int warp, float scale_log2, float out_scale,
+                                       Place<kFormat>& place, uint32_t& phase) {
+    using L = Layout<kFormat>;
+    if (segment.begin == segment.end) return sm90::store_nothing<T, kConsumers>(params, rows, segment);
+    const int lane = ptx::lane();
+    const Lane me = {lane / 4, lane % 4};
+    const auto key_of = [&](int at) { return warp / 2 * 16 + L::key_of(warp % 2 * kWarpTokens + at); };  // of the warp
+    const int my_key = key_of(me.row), scored[2] = {key_of(2 * me.column), key_of(2 * me.column + 1)};
+
+    Queries queries;
+    wait(&shared.queries_landed, phase);
+    phase ^= 1;
+#pragma unroll
+    for (int slice = 0; slice < kSlices; ++slice) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) queries.chunks[slice][i / 2][i % 2] = shared.queries[slice][i / 2][i % 2][lane];
+    }
+    __syncwarp();
+    if (lane == 0) cuda::ptx::mbarrier_arrive(&shared.queries_freed);
+
+    float rS[4];
+    Factors factors;
+    // the scores of a tile, their maxima left for all
+    const auto score_tile = [&](int tile, const Place<kFormat>& at) {
+        wait(&shared.landed[at.slot], at.phase);
+        const uint8_t* key = shared.ring[at.slot] + my_key * L::kRowBytes;
+        if constexpr (L::kScaled) {
+            const float of_block = *reinterpret_cast<const float*>(key + L::kScales + me.column * 4);
+            factors = make_factors<T>(tile * kTile + my_key < segment.length ? of_block : 0.f);
+        }
+#if V_NOS
+        rS[0] = rS[1] = rS[2] = rS[3] = key[0];
+#else
+        if (factors.plain) {
+            score<T, kFormat, true>(key, me, queries, factors, rS);
+        } else if constexpr (L::kScaled) {
+            score<T, kFormat, false>(key, me, queries, factors, rS);
+        }
+#endif
+        scale_and_mask(params, me, segment, tile, scored, scale_log2, rS);
+        leave_maxima(me, warp, rS, shared.high[tile % 2]);
+    };
+
+    float rO[8][4] = {};
+    RowSoftmax softmax;
+    score_tile(segment.begin, place);
+    ptx::named_barrier(kAll, kConsumers);
+#pragma unroll 1
+    for (int tile = segment.begin; tile < segment.end; ++tile) {
+        const int turn = tile % 2;
+        float factor[2];
+        leave_probabilities<T>(me, warp, rS, shared.high[turn], softmax, factor, shared.sP[turn]);
+        if constexpr (L::kScaled) {
+            const uint32_t split = factors.split;
+            memcpy(&shared.great[turn][me.column][warp * kWarpTokens + me.row], &split, 2);
+            const uint32_t rest = split >> 16;
+            memcpy(&shared.small[turn][me.column][warp * kWarpTokens + me.row], &rest, 2);
+            if (lane == 0) shared.units[turn][warp] = factors.plain ? 0 : factors.unit;
+        }
+        const Place<kFormat> at = place;
+        place.next();
+        if (tile + 1 < segment.end) score_tile(tile + 1, place);
+        ptx::named_barrier(kAll, kConsumers);
+
+        if (__any_sync(~0u, factor[0] != 1.f || factor[1] != 1.f)) scale(rO, factor);
+        const uint8_t* column = shared.ring[at.slot] + warp * kWarpColumns + me.row * 8;
+        const uint8_t* const keys[4] = {column + L::key_of(2 * me.column) * L::kRowBytes,
+                                        column + L::key_of(2 * me.column + 1) * L::kRowBytes,
+                                        column + L::key_of(8 + 2 * me.column) * L::kRowBytes,
+                                        column + L::key_of(9 + 2 * me.column) * L::kRowBytes};
+        const int block = warp / 2;
+        bool plain = true;
+        if constexpr (L::kScaled) {
+            const uint4 a = *reinterpret_cast<const uint4*>(shared.units[turn]);
+            const uint4 b = *reinterpret_cast<const uint4*>(shared.units[turn] + 4);
+            plain = !__any_sync(~0u, (a.x | a.y | a.z | a.w | b.x | b.y | b.z | b.w) != 0);
+        }
+#if V_NOV
+        rO[0][0] += keys[0][0];
+#else
+        if (plain) {
+            accumulate<T, kFormat, true>(keys, me, shared.sP[turn], shared.great[turn][block],
+                                         shared.small[turn][block], shared.units[turn], rO);
+        } else if constexpr (L::kScaled) {
+            accumulate<T, kFormat, false>(keys, me, shared.sP[turn], shared.great[turn][block],
+                                          shared.small[turn][block], shared.units[turn], rO);
+        }
+#endif
+        __syncwarp();
+        if (lane == 0) cuda::ptx::mbarrier_arrive(&shared.freed[at.slot]);
+    }
+
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+        for (int lanes = 1; lanes < 4; lanes *= 2) softmax.sum[h] += __shfl_xor_sync(~0u, softmax.sum[h], lanes);
+        if (me.column == 0) shared.sum[me.row + 8 * h][warp] = softmax.sum[h];
+    }
+    ptx::named_barrier(kAll, kConsumers);
+    float factor[2], lse_log2[2];
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+        const float sum = over_warps(shared.sum[me.row + 8 * h], [](float a, float b) { return a + b; });
+        const bool nothing = sum == 0.f;
+        factor[h] = nothing ? 0.f : out_scale / sum;
+        lse_log2[h] = nothing ? -INFINITY : softmax.base[h] + log2f(sum);
+    }
+    scale(rO, factor);
+    if (segment.place >= 0) {
+        store_share(params, rows, me, warp, segment.place, lse_log2, rO);
+    } else {
+        store_rows<T>(params, rows, me, warp, segment.row, lse_log2, rO);
+    }
+}
+
+// ------------------------------------------------------------------------------------------------------------ kernel
+
+template <typename T, CacheFormat kFormat, bool kFp8Queries>
+__global__ void __launch_bounds__(kThreads, 1)
+    fwd_kvcache_mla_fp8_few_rows_kernel(const __grid_constant__ FwdParams params) {
+    extern __shared__ __align__(1024) uint8_t shared_bytes[];
+    auto& shared = *reinterpret_cast<SharedStorage<T, kFormat>*>(shared_bytes);
+    const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // uniform, and known to be
+    const RowTile rows(params);
+
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < Layout<kFormat>::kStages; ++i) {
+            cuda::ptx::mbarrier_init(&shared.landed[i], 1);
+            cuda::ptx::mbarrier_init(&shared.freed[i], kConsumerWarps);
+        }
+        cuda::ptx::mbarrier_init(&shared.queries_landed, kQueryWarps);
+        cuda::ptx::mbarrier_init(&shared.queries_freed, kConsumerWarps);
+        cuda::ptx::fence_mbarrier_init(cuda::ptx::sem_release, cuda::ptx::scope_cluster);
+    }
+    // query rows that do not exist: their results are not stored
+    uint4* queries = &shared.queries[0][0][0][0];
+    for (int i = threadIdx.x; i < kRows * kDimQK / 8; i += kThreads) queries[i] = {};
+    cudaGridDependencySynchronize();  // nothing above reads what an earlier kernel wrote
+    cudaTriggerProgrammaticLaunchCompletion();
+    if (warp >= kConsumerWarps) prefetch_tables(params, threadIdx.x - kConsumers, kThreads - kConsumers);
+    read_plan(params, shared.parts);
+
+    if (warp < kConsumerWarps) {
+        ptx::increase_registers<kConsumerRegisters>();
+        const float kv_scale = kFormat == CacheFormat::kFp8Tensor ? __ldg(params.kv_scale) : 1.f;
+        const float scale_log2 = params.softmax_scale_log2 * kv_scale * (kFp8Queries ? __ldg(params.q_scale) : 1.f);
+        Place<kFormat> place;
+        uint32_t phase = 0;
+        for_each_segment(params, shared.parts, [&](const Segment& segment) {
+            attend<T, kFormat>(params, shared, rows, segment, warp, scale_log2, kv_scale, place, phase);
+        });
+        return;
+    }
+    ptx::decrease_registers<kProducerRegisters>();
+    if (warp == kConsumerWarps) {
+        Place<kFormat> place;
+        for_each_segment(params, shared.parts,
+                         [&](const Segment& segment) { load_keys(params, shared, rows, segment, place); });
+    } else {
+        uint32_t phase = 0;
+        for_each_segment(params, shared.parts, [&](const Segment& segment) {
+            load_queries<T, kFormat, kFp8Queries>(params, shared, rows, segment, warp - kConsumerWarps - 1, phase);
+        });
+        if (warp == kConsumerWarps + 1 && blockIdx.x == 0) list_split_rows(params, shared.parts);
+    }
+}
+
+// ---------------------------------------------------------------------------------------------------------- launcher
+
+template <typename T, CacheFormat kFormat, bool kFp8Queries>
+void launch(const FwdParams& params, cudaStream_t stream) {
+    constexpr auto kKernel = fwd_kvcache_mla_fp8_few_rows_kernel<T, kFormat, kFp8Queries>;
+    constexpr int kSharedBytes = sizeof(SharedStorage<T, kFormat>);
+    static_assert(kSharedBytes <= 227 * 1024);
+    allow_shared_bytes<kKernel>(kSharedBytes, "fwd_kvcache_mla: shared memory");
+    const dim3 grid(params.row_tiles, params.grid_parts);
+    cuda_check(launch_dependent(kKernel, grid, kThreads, kSharedBytes, stream, params), "fwd_kvcache_mla");
+}
+
+template <typename T>
+void launch(const FwdParams& params, cudaStream_t stream) {
+    params.format == CacheFormat::kFp8Blocks ? launch<T, CacheFormat::kFp8Blocks, false>(params, stream)
+                                             : launch<T, CacheFormat::kFp8Tensor, false>(params, stream);
+}
+
+}  // namespace
+
+void fwd_kvcache_mla_fp8_few_rows(const FwdParams& params, cudaStream_t stream) {
+    if (params.q_scale != nullptr) return launch<__nv_bfloat16, CacheFormat::kFp8Tensor, true>(params, stream);
+    params.dtype == DType::kBF16 ? launch<__nv_bfloat16>(params, stream) : launch<__half>(params, stream);
+}
+
+}  // namespace flashmla::sm90
