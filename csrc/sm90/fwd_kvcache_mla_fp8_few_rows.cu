@@ -64,10 +64,22 @@ struct Layout<CacheFormat::kFp8Tensor> {
     }
 };
 
+// With one scale for all, values are left too small by kUnit (e4m3.cuh). Queries and P are made greater meanwhile, so
+// that their products are not the smallest that fp32 has: by exact powers of two, for queries up to 2^67.
+template <typename T>
+constexpr float kLift = kIsBF16<T> ? 0x1p60f : 1.f;
+template <typename T>
+constexpr float kLowered = kUnit<T> / kLift<T>;  // what the products then are too small by
+
+template <typename T>
+__device__ __forceinline__ uint32_t times(uint32_t pair, float factor) {
+    return as_bits(__hmul2(as_pair<T>(pair), as_pair<T>(pack<T>(factor, factor))));
+}
+
 template <typename T, CacheFormat kFormat>
 struct SharedStorage {
     alignas(128) uint8_t ring[Layout<kFormat>::kStages][kTile * Layout<kFormat>::kRowBytes];
-    uint4 queries[kSlices][2][2][32];  // fragments: see Queries
+    uint4 queries[kSlices][4][32];  // see Queries
     // by tiles in turn
     alignas(128) T sP[2][kRows * kTile];
     alignas(16) float high[2][kRows][kConsumerWarps];  // rows' maxima over each warp's keys
@@ -148,13 +160,20 @@ __device__ __forceinline__ void load_keys(const FwdParams& params, SharedStorage
     }
 }
 
-// Where chunk 8 values of a query row go. The rope's order is that of bf16 values, if it is stored in these.
+// 8 values of a query row to where products have them. Their order is that of the keys' bytes, or of the rope's values,
+// if it is stored in bf16.
 template <typename T, CacheFormat kFormat>
-__device__ __forceinline__ uint4* query_chunk(SharedStorage<T, kFormat>& shared, int row, int chunk) {
+__device__ __forceinline__ void store_query_chunk(SharedStorage<T, kFormat>& shared, int row, int chunk,
+                                                  const uint4& values) {
     const int slice = chunk / 8, i = chunk % 8;
     const bool in_bf16 = Layout<kFormat>::kScaled && slice == kSlices - 1;
     const int column = in_bf16 ? i % 4 : i / 2, half = in_bf16 ? i / 4 : i % 2;
-    return &shared.queries[slice][half][row / 8][row % 8 * 4 + column];
+    const uint32_t words[4] = {values.x, values.y, values.z, values.w};
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+        auto* to = reinterpret_cast<uint32_t*>(&shared.queries[slice][2 * half + k / 2][row % 8 * 4 + column]);
+        to[k % 2 * 2 + row / 8] = Layout<kFormat>::kScaled ? words[k] : times<T>(words[k], kLift<T>);
+    }
 }
 
 // kQueryWarps warps: the segment's queries, while the last one's are in registers.
@@ -165,23 +184,33 @@ __device__ __forceinline__ void load_queries(const FwdParams& params, SharedStor
     const int lane = threadIdx.x % 32;
     wait(&shared.queries_freed, phase ^ 1);
     phase ^= 1;
-    constexpr int kChunks = kDimQK / (kFp8Queries ? 16 : 8);  // of 16 bytes in memory
+    using Stored = std::conditional_t<kFp8Queries, uint8_t, T>;
+    constexpr int kChunks = kDimQK * sizeof(Stored) / 16;  // of 16 bytes in memory
     constexpr int kAtOnce = kFp8Queries ? 1 : 4;
-#pragma unroll kAtOnce
-    for (int i = warp * 32 + lane; i < rows.count(params) * kChunks; i += 32 * kQueryWarps) {
-        const int row = i / kChunks, chunk = i % kChunks;
-        if constexpr (kFp8Queries) {
-            const uint8_t* from = query_row<uint8_t>(params, rows, segment.row, row) + chunk * 16;
-            uint4 chunks[2];
-            convert<T, false>(__ldcg(reinterpret_cast<const uint4*>(from)), factors_of<T>(1.f), chunks);
-            *query_chunk(shared, row, 2 * chunk) = chunks[0];
-            *query_chunk(shared, row, 2 * chunk + 1) = chunks[1];
-        } else {
-            const T* from = query_row<T>(params, rows, segment.row, row) + chunk * 8;
-            ptx::cp_async_16(ptx::shared_address(query_chunk(shared, row, chunk)), from);
+    const int count = rows.count(params) * kChunks;
+    for (int first = warp * 32 + lane; first < count; first += kAtOnce * 32 * kQueryWarps) {
+        uint4 chunks[kAtOnce];
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+            const int at = first + i * 32 * kQueryWarps, row = at / kChunks;
+            if (at >= count) continue;
+            const Stored* from = query_row<Stored>(params, rows, segment.row, row);
+            chunks[i] = __ldcg(reinterpret_cast<const uint4*>(from) + at % kChunks);
+        }
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+            const int at = first + i * 32 * kQueryWarps, row = at / kChunks, chunk = at % kChunks;
+            if (at >= count) continue;
+            if constexpr (kFp8Queries) {
+                uint4 converted[2];
+                convert<T, false>(chunks[i], factors_of<T>(1.f), converted);
+                store_query_chunk(shared, row, 2 * chunk, converted[0]);
+                store_query_chunk(shared, row, 2 * chunk + 1, converted[1]);
+            } else {
+                store_query_chunk(shared, row, chunk, chunks[i]);
+            }
         }
     }
-    ptx::cp_async_wait_all();
     __syncwarp();
     if (lane == 0) cuda::ptx::mbarrier_arrive(&shared.queries_landed);
 }
@@ -193,9 +222,10 @@ struct Lane {
     int row, column;  // lane / 4, lane % 4: of operands of 8 rows and 16 bytes a lane
 };
 
-// All queries: [slice, half, row / 8], of row 8 i + lane / 4 the dimensions 16 (lane % 4) + 8 half of each slice.
-struct Queries {
-    uint4 chunks[kSlices][2][2];
+// All queries, as the operands of products: of the rows lane / 4 + {0, 8} the dimensions 16 (lane % 4) + 4 step + {0, 1}
+// of a slice, then those two further.
+struct alignas(16) Queries {
+    uint32_t fragments[kSlices][4][4];
 };
 
 // A turn's softmax of a lane's two rows.
@@ -223,20 +253,13 @@ __device__ __forceinline__ Factors make_factors(float scale) {
     return result;
 }
 
-// A pair of values that spread() made, in T.
-template <typename T, bool kPlain>
+// A pair of values that spread() made times their scale, in T; with one for all as they are.
+template <typename T, bool kScaled, bool kPlain>
 __device__ __forceinline__ uint32_t scaled(Pair<T> pair, uint32_t unit, uint32_t great, uint32_t small) {
+    if constexpr (!kScaled) return as_bits(pair);
     if constexpr (kPlain) return as_bits(__hmul2(pair, as_pair<T>(great)));
     pair = __hmul2(pair, as_pair<T>(unit));
     return as_bits(__hfma2(pair, as_pair<T>(great), __hmul2(pair, as_pair<T>(small))));
-}
-
-// A product's operand of queries: step u of a chunk of 8 dimensions.
-template <typename T>
-__device__ __forceinline__ void add_product(const uint4 (&rows)[2], int u, uint32_t b0, uint32_t b1, float (&sum)[4]) {
-    const uint32_t a[4] = {u == 0 ? rows[0].x : rows[0].z, u == 0 ? rows[1].x : rows[1].z,
-                           u == 0 ? rows[0].y : rows[0].w, u == 0 ? rows[1].y : rows[1].w};
-    ptx::mma_m16n8k16<kIsBF16<T>>(sum, a, b0, b1);
 }
 
 // S of the warp's 8 keys, of which `key` is this lane's.
@@ -246,7 +269,7 @@ __device__ __forceinline__ void score(const uint8_t* key, const Lane& me, const 
     using L = Layout<kFormat>;
     constexpr int kE4m3Slices = L::kScaled ? kLatents : kSlices;
     float sums[2][4] = {};  // two, so that a product need not wait for the one before
-    uint32_t nan = 0, great = pack<T>(kUnit<T>, kUnit<T>), small = 0;
+    uint32_t nan = 0, great = 0, small = 0;
 #pragma unroll
     for (int slice = 0; slice < kE4m3Slices; ++slice) {
         if (L::kScaled && slice % 2 == 0) {
@@ -259,9 +282,9 @@ __device__ __forceinline__ void score(const uint8_t* key, const Lane& me, const 
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             nan |= nans(words[i]);
-            const uint32_t b0 = scaled<T, kPlain>(spread<T>(words[i], 0, 0, 1), factors.unit, great, small);
-            const uint32_t b1 = scaled<T, kPlain>(spread<T>(words[i], 0, 2, 3), factors.unit, great, small);
-            add_product<T>(queries.chunks[slice][i / 2], i % 2, b0, b1, sums[i % 2]);
+            const uint32_t b0 = scaled<T, L::kScaled, kPlain>(spread<T>(words[i], 0, 0, 1), factors.unit, great, small);
+            const uint32_t b1 = scaled<T, L::kScaled, kPlain>(spread<T>(words[i], 0, 2, 3), factors.unit, great, small);
+            ptx::mma_m16n8k16<kIsBF16<T>>(sums[i % 2], queries.fragments[slice][i], b0, b1);
         }
     }
     if constexpr (L::kScaled) {
@@ -269,8 +292,8 @@ __device__ __forceinline__ void score(const uint8_t* key, const Lane& me, const 
         for (int half = 0; half < 2; ++half) {
             const uint4 rope = convert_bf16<T>(
                 *reinterpret_cast<const uint4*>(key + L::kRope + half * 64 + me.column * 16));
-            add_product<T>(queries.chunks[kLatents][half], 0, rope.x, rope.y, sums[0]);
-            add_product<T>(queries.chunks[kLatents][half], 1, rope.z, rope.w, sums[1]);
+            ptx::mma_m16n8k16<kIsBF16<T>>(sums[0], queries.fragments[kLatents][2 * half], rope.x, rope.y);
+            ptx::mma_m16n8k16<kIsBF16<T>>(sums[1], queries.fragments[kLatents][2 * half + 1], rope.z, rope.w);
         }
     }
 #pragma unroll
@@ -322,7 +345,7 @@ __device__ __forceinline__ float over_warps(const float (&of_warps)[kConsumerWar
 }
 
 // From scores to P, in sP [row, place], which is swizzled as wgmma's slices are.
-template <typename T>
+template <typename T, bool kScaled>
 __device__ __forceinline__ void leave_probabilities(const Lane& me, int warp, const float (&rS)[4],
                                                     const float (&high)[kRows][kConsumerWarps], RowSoftmax& softmax,
                                                     float (&factor)[2], T* sP) {
@@ -335,7 +358,8 @@ __device__ __forceinline__ void leave_probabilities(const Lane& me, int warp, co
         softmax.base[h] = base;
         const float p[2] = {ptx::exp2_approx(rS[2 * h] - from), ptx::exp2_approx(rS[2 * h + 1] - from)};
         softmax.sum[h] = softmax.sum[h] * factor[h] + (p[0] + p[1]);
-        const uint32_t packed = pack<T>(p[0], p[1]);
+        const float lift = kScaled ? 1.f : kLift<T>;
+        const uint32_t packed = pack<T>(p[0] * lift, p[1] * lift);
         memcpy(reinterpret_cast<char*>(sP) + wgmma::swizzled(row, warp) + me.column * 4, &packed, 4);
     }
 }
@@ -351,7 +375,7 @@ __device__ __forceinline__ void accumulate(const uint8_t* const (&keys)[4], cons
     constexpr int kAtOnce = kPlain ? 4 : 1;
 #pragma unroll kAtOnce
     for (int step = 0; step < 4; ++step) {
-        uint32_t p[4], great[2], small[2] = {}, unit[2] = {};
+        uint32_t p[4], great[2] = {}, small[2] = {}, unit[2] = {};
         ptx::ldmatrix_x4(ptx::shared_address(sP) + wgmma::swizzled(lane % 16, 2 * step + lane / 16), p);
         uint2 words[4];
 #pragma unroll
@@ -361,7 +385,6 @@ __device__ __forceinline__ void accumulate(const uint8_t* const (&keys)[4], cons
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             const int at = 16 * step + 8 * i + 2 * me.column;
-            great[i] = pack<T>(kUnit<T>, kUnit<T>);
             if constexpr (L::kScaled) memcpy(&great[i], greats + at, 4);
             if constexpr (!kPlain) {
                 memcpy(&small[i], smalls + at, 4);
@@ -373,9 +396,9 @@ __device__ __forceinline__ void accumulate(const uint8_t* const (&keys)[4], cons
         for (int n = 0; n < 8; ++n) {
             const auto of = [&](int i) { return n < 4 ? words[i].x : words[i].y; };
             const uint32_t b0 =
-                scaled<T, kPlain>(spread<T>(of(0), of(1), n % 4, 4 + n % 4), unit[0], great[0], small[0]);
+                scaled<T, L::kScaled, kPlain>(spread<T>(of(0), of(1), n % 4, 4 + n % 4), unit[0], great[0], small[0]);
             const uint32_t b1 =
-                scaled<T, kPlain>(spread<T>(of(2), of(3), n % 4, 4 + n % 4), unit[1], great[1], small[1]);
+                scaled<T, L::kScaled, kPlain>(spread<T>(of(2), of(3), n % 4, 4 + n % 4), unit[1], great[1], small[1]);
             ptx::mma_m16n8k16<kIsBF16<T>>(rO[n], p, b0, b1);
         }
     }
@@ -450,7 +473,9 @@ __device__ __forceinline__ void attend(const FwdParams& params, SharedStorage<T,
 #pragma unroll
     for (int slice = 0; slice < kSlices; ++slice) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) queries.chunks[slice][i / 2][i % 2] = shared.queries[slice][i / 2][i % 2][lane];
+        for (int i = 0; i < 4; ++i) {
+            *reinterpret_cast<uint4*>(queries.fragments[slice][i]) = shared.queries[slice][i][lane];
+        }
     }
     __syncwarp();
     if (lane == 0) cuda::ptx::mbarrier_arrive(&shared.queries_freed);
@@ -486,7 +511,7 @@ __device__ __forceinline__ void attend(const FwdParams& params, SharedStorage<T,
     for (int tile = segment.begin; tile < segment.end; ++tile) {
         const int turn = tile % 2;
         float factor[2];
-        leave_probabilities<T>(me, warp, rS, shared.high[turn], softmax, factor, shared.sP[turn]);
+        leave_probabilities<T, L::kScaled>(me, warp, rS, shared.high[turn], softmax, factor, shared.sP[turn]);
         if constexpr (L::kScaled) {
             const uint32_t split = factors.split;
             memcpy(&shared.great[turn][me.column][warp * kWarpTokens + me.row], &split, 2);
@@ -569,7 +594,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         cuda::ptx::fence_mbarrier_init(cuda::ptx::sem_release, cuda::ptx::scope_cluster);
     }
     // query rows that do not exist: their results are not stored
-    uint4* queries = &shared.queries[0][0][0][0];
+    uint4* queries = &shared.queries[0][0][0];
     for (int i = threadIdx.x; i < kRows * kDimQK / 8; i += kThreads) queries[i] = {};
     cudaGridDependencySynchronize();  // nothing above reads what an earlier kernel wrote
     cudaTriggerProgrammaticLaunchCompletion();
@@ -578,7 +603,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 
     if (warp < kConsumerWarps) {
         ptx::increase_registers<kConsumerRegisters>();
-        const float kv_scale = kFormat == CacheFormat::kFp8Tensor ? __ldg(params.kv_scale) : 1.f;
+        const float kv_scale = kFormat == CacheFormat::kFp8Tensor ? __ldg(params.kv_scale) * kLowered<T> : 1.f;
         const float scale_log2 = params.softmax_scale_log2 * kv_scale * (kFp8Queries ? __ldg(params.q_scale) : 1.f);
         Place<kFormat> place;
         uint32_t phase = 0;
