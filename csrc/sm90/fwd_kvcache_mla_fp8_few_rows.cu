@@ -19,6 +19,7 @@
 #include <cuda/ptx>
 
 #include "e4m3.cuh"
+#include "e4m3_tile.cuh"
 #include "fwd_kvcache_mla.cuh"
 #include "row_tile.cuh"
 
@@ -34,51 +35,15 @@ constexpr int kQueryWarps = 3;
 constexpr int kThreads = kConsumers + 32 * (1 + kQueryWarps);
 constexpr int kConsumerRegisters = 232;  // Q takes 144, O 32
 constexpr int kProducerRegisters = 40;
-constexpr int kLatents = kDimV / 64;                  // slices of 64 latents
 constexpr int kWarpTokens = kTile / kConsumerWarps;   // that a warp scores
 constexpr int kWarpColumns = kDimV / kConsumerWarps;  // of the output
-constexpr int kBlocks = 4;                            // of 128 latents with a scale each
 
-// How tokens lie, how many tiles fit beside each other, and which of 16 keys is at each place of a product: such that
-// no lanes that read at once do so from the same banks, neither 16 bytes each of two keys that are neighbours there,
-// nor 8 bytes each of four that are neighbours but one. (For one scale the latter meet in twos; nothing avoids that.)
 template <CacheFormat kFormat>
-struct Layout;
-template <>
-struct Layout<CacheFormat::kFp8Blocks> {
-    static constexpr bool kScaled = true;
-    static constexpr int kRowBytes = 656, kStages = 4;
-    static constexpr int kScales = kDimV, kRope = kScales + 4 * kBlocks;
-    __device__ static int key_of(int place) {
-        const int pair = place % 8 / 2 * 2, odd = place / 8;
-        return (place % 2 == 0 ? pair : 8 + (pair + 4) % 8) + odd;
-    }
-};
-template <>
-struct Layout<CacheFormat::kFp8Tensor> {
-    static constexpr bool kScaled = false;
-    static constexpr int kRowBytes = kDimQK, kStages = 5;
-    __device__ static int key_of(int place) {
-        const int pair = place % 8 / 2;
-        return place / 8 * 8 + (place % 2 == 0 ? pair : (pair + 4) ^ 1);
-    }
-};
-
-// With one scale for all, values are left too small by kUnit (e4m3.cuh). Queries and P are made greater meanwhile, so
-// that their products are not the smallest that fp32 has: by exact powers of two, for queries up to 2^67.
-template <typename T>
-constexpr float kLift = kIsBF16<T> ? 0x1p60f : 1.f;
-template <typename T>
-constexpr float kLowered = kUnit<T> / kLift<T>;  // what the products then are too small by
-
-template <typename T>
-__device__ __forceinline__ uint32_t times(uint32_t pair, float factor) {
-    return as_bits(__hmul2(as_pair<T>(pair), as_pair<T>(pack<T>(factor, factor))));
-}
+constexpr int kStages = kFormat == CacheFormat::kFp8Blocks ? 4 : 5;
 
 template <typename T, CacheFormat kFormat>
 struct SharedStorage {
-    alignas(128) uint8_t ring[Layout<kFormat>::kStages][kTile * Layout<kFormat>::kRowBytes];
+    alignas(128) uint8_t ring[kStages<kFormat>][kTile * Layout<kFormat>::kRowBytes];
     uint4 queries[kSlices][4][32];  // see Queries
     // by tiles in turn
     alignas(128) T sP[2][kRows * kTile];
@@ -87,78 +52,13 @@ struct SharedStorage {
     T great[2][kBlocks][kTile], small[2][kBlocks][kTile];
     alignas(16) float sum[kRows][kConsumerWarps];  // at a row's end
     Part parts[kMaxParts];                         // the plan
-    uint64_t landed[Layout<kFormat>::kStages], freed[Layout<kFormat>::kStages];
+    uint64_t landed[kStages<kFormat>], freed[kStages<kFormat>];
     uint64_t queries_landed, queries_freed;
 };
 
 enum Barrier { kAll = 1 };  // named; of the consumers
 
-// A place in the ring, and the phase of its barriers there.
-template <CacheFormat kFormat>
-struct Place {
-    int slot = 0;
-    uint32_t phase = 0;
-
-    __device__ void next() {
-        if (++slot == Layout<kFormat>::kStages) {
-            slot = 0;
-            phase ^= 1;
-        }
-    }
-};
-
 // ----------------------------------------------------------------------------------------------- producers (4 warps)
-
-__device__ __forceinline__ void copy_bulk(void* to, const void* from, uint32_t bytes, uint64_t* landed) {
-    cuda::ptx::cp_async_bulk(cuda::ptx::space_cluster, cuda::ptx::space_global, to, from, bytes, landed);
-}
-
-// One warp: a tile's tokens to a place in the ring, as one piece if they lie together; zeros of a page that does not
-// exist.
-template <CacheFormat kFormat>
-__device__ __forceinline__ void load_tokens(const FwdParams& params, const uint8_t* from, bool there, int count,
-                                            uint8_t* to, uint64_t* landed) {
-    constexpr int kRowBytes = Layout<kFormat>::kRowBytes;
-    const int lane = threadIdx.x % 32;
-    if (there) {
-        if (lane == 0) {
-            cuda::ptx::mbarrier_arrive_expect_tx(cuda::ptx::sem_release, cuda::ptx::scope_cta, cuda::ptx::space_shared,
-                                                 landed, count * kRowBytes);
-        }
-        __syncwarp();
-        if (params.cache_stride_token == kRowBytes) {
-            if (lane == 0) copy_bulk(to, from, count * kRowBytes, landed);
-        } else {
-            for (int token = lane; token < count; token += 32) {
-                copy_bulk(to + token * kRowBytes, from + token * params.cache_stride_token, kRowBytes, landed);
-            }
-        }
-    } else {
-        for (int i = lane; i < count * kRowBytes / 16; i += 32) reinterpret_cast<uint4*>(to)[i] = {};
-        cuda::ptx::fence_proxy_async(cuda::ptx::space_shared);  // before copies to this place
-        __syncwarp();
-        if (lane == 0) cuda::ptx::mbarrier_arrive(landed);
-    }
-    __syncwarp();
-}
-
-// One warp: the segment's tiles, each as soon as there is room for it.
-template <typename T, CacheFormat kFormat>
-__device__ __forceinline__ void load_keys(const FwdParams& params, SharedStorage<T, kFormat>& shared,
-                                          const RowTile& rows, const Segment& segment, Place<kFormat>& place) {
-    const Pages pages(params, segment);
-    int page = pages.page_of(segment.begin), next_page = pages.page_of(segment.begin + 1);
-    for (int tile = segment.begin; tile < segment.end; ++tile, place.next()) {
-        const int page_after = pages.page_of(tile + 2);  // looked up two tiles ahead
-        const uint8_t* from = static_cast<const uint8_t*>(params.kv_cache) + page * params.cache_stride_page +
-                              pages.token_of(tile) * params.cache_stride_token + rows.head * params.cache_stride_head;
-        wait(&shared.freed[place.slot], place.phase ^ 1);
-        load_tokens<kFormat>(params, from, page >= 0, min(kTile, segment.length - tile * kTile),
-                             shared.ring[place.slot], &shared.landed[place.slot]);
-        page = next_page;
-        next_page = page_after;
-    }
-}
 
 // 8 values of a query row to where products have them. Their order is that of the keys' bytes, or of the rope's values,
 // if it is stored in bf16.
@@ -222,8 +122,8 @@ struct Lane {
     int row, column;  // lane / 4, lane % 4: of operands of 8 rows and 16 bytes a lane
 };
 
-// All queries, as the operands of products: of the rows lane / 4 + {0, 8} the dimensions 16 (lane % 4) + 4 step + {0, 1}
-// of a slice, then those two further.
+// All queries, as the operands of products: of the rows lane / 4 + {0, 8} the dimensions 16 (lane % 4) + 4 step + {0,
+// 1} of a slice, then those two further.
 struct alignas(16) Queries {
     uint32_t fragments[kSlices][4][4];
 };
@@ -233,34 +133,6 @@ struct RowSoftmax {
     float base[2] = {-INFINITY, -INFINITY};  // the greatest scaled score so far, base 2
     float sum[2] = {0.f, 0.f};               // over this lane's keys
 };
-
-// What this lane's e4m3 values are multiplied by. Each warp makes its keys', lane 4 i + block that of key i: at first
-// the unit, if other than 1, which then is kUnit and the same for all, then the scale times what is left of kUnit, as a
-// great and a small factor. `plain`: the great one is all.
-struct Factors {
-    uint32_t unit = 0, split = 0;
-    bool plain = true;
-};
-
-template <typename T>
-__device__ __forceinline__ Factors make_factors(float scale) {
-    Factors result;
-    const bool usual = __all_sync(~0u, fabsf(scale) < kGreatestScale);
-    result.unit = usual ? pack<T>(1.f, 1.f) : pack<T>(kUnit<T>, kUnit<T>);
-    result.split = split_factor<T>(usual ? scale * kUnit<T> : scale);
-    if (!(fabsf(scale) < INFINITY)) result.split &= 0xffff;
-    result.plain = __all_sync(~0u, result.split >> 16 << 1 == 0) && usual;
-    return result;
-}
-
-// A pair of values that spread() made times their scale, in T; with one for all as they are.
-template <typename T, bool kScaled, bool kPlain>
-__device__ __forceinline__ uint32_t scaled(Pair<T> pair, uint32_t unit, uint32_t great, uint32_t small) {
-    if constexpr (!kScaled) return as_bits(pair);
-    if constexpr (kPlain) return as_bits(__hmul2(pair, as_pair<T>(great)));
-    pair = __hmul2(pair, as_pair<T>(unit));
-    return as_bits(__hfma2(pair, as_pair<T>(great), __hmul2(pair, as_pair<T>(small))));
-}
 
 // S of the warp's 8 keys, of which `key` is this lane's.
 template <typename T, CacheFormat kFormat, bool kPlain>
@@ -290,8 +162,8 @@ __device__ __forceinline__ void score(const uint8_t* key, const Lane& me, const 
     if constexpr (L::kScaled) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const uint4 rope = convert_bf16<T>(
-                *reinterpret_cast<const uint4*>(key + L::kRope + half * 64 + me.column * 16));
+            const uint4 rope =
+                convert_bf16<T>(*reinterpret_cast<const uint4*>(key + L::kRope + half * 64 + me.column * 16));
             ptx::mma_m16n8k16<kIsBF16<T>>(sums[0], queries.fragments[kLatents][2 * half], rope.x, rope.y);
             ptx::mma_m16n8k16<kIsBF16<T>>(sums[1], queries.fragments[kLatents][2 * half + 1], rope.z, rope.w);
         }
@@ -444,6 +316,7 @@ __device__ __forceinline__ void store_share(const FwdParams& params, const RowTi
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
         const int r = me.row + 8 * h;
+        if (warp == 0 && me.column == 0) __stcg(share_lse(params, rows, place) + r, lse_log2[h]);
         if (r >= rows.count(params)) continue;
         float4* to = reinterpret_cast<float4*>(share + r * kDimV + warp * kWarpColumns + me.column * 16);
 #pragma unroll
@@ -451,7 +324,6 @@ __device__ __forceinline__ void store_share(const FwdParams& params, const RowTi
             const int n = i % 2 * 4, k = 2 * h + i / 2;
             __stcg(to + i, make_float4(rO[n][k], rO[n + 1][k], rO[n + 2][k], rO[n + 3][k]));
         }
-        if (warp == 0 && me.column == 0) __stcg(share_lse(params, rows, place) + r, lse_log2[h]);
     }
 }
 
@@ -459,7 +331,7 @@ __device__ __forceinline__ void store_share(const FwdParams& params, const RowTi
 template <typename T, CacheFormat kFormat>
 __device__ __forceinline__ void attend(const FwdParams& params, SharedStorage<T, kFormat>& shared, const RowTile& rows,
                                        const Segment& segment, int warp, float scale_log2, float out_scale,
-                                       Place<kFormat>& place, uint32_t& phase) {
+                                       Place<kStages<kFormat>>& place, uint32_t& phase) {
     using L = Layout<kFormat>;
     if (segment.begin == segment.end) return sm90::store_nothing<T, kConsumers>(params, rows, segment);
     const int lane = ptx::lane();
@@ -483,7 +355,7 @@ __device__ __forceinline__ void attend(const FwdParams& params, SharedStorage<T,
     float rS[4];
     Factors factors;
     // the scores of a tile, their maxima left for all
-    const auto score_tile = [&](int tile, const Place<kFormat>& at) {
+    const auto score_tile = [&](int tile, const Place<kStages<kFormat>>& at) {
         wait(&shared.landed[at.slot], at.phase);
         const uint8_t* key = shared.ring[at.slot] + my_key * L::kRowBytes;
         if constexpr (L::kScaled) {
@@ -519,17 +391,16 @@ __device__ __forceinline__ void attend(const FwdParams& params, SharedStorage<T,
             memcpy(&shared.small[turn][me.column][warp * kWarpTokens + me.row], &rest, 2);
             if (lane == 0) shared.units[turn][warp] = factors.plain ? 0 : factors.unit;
         }
-        const Place<kFormat> at = place;
+        const Place<kStages<kFormat>> at = place;
         place.next();
         if (tile + 1 < segment.end) score_tile(tile + 1, place);
         ptx::named_barrier(kAll, kConsumers);
 
         if (__any_sync(~0u, factor[0] != 1.f || factor[1] != 1.f)) scale(rO, factor);
         const uint8_t* column = shared.ring[at.slot] + warp * kWarpColumns + me.row * 8;
-        const uint8_t* const keys[4] = {column + L::key_of(2 * me.column) * L::kRowBytes,
-                                        column + L::key_of(2 * me.column + 1) * L::kRowBytes,
-                                        column + L::key_of(8 + 2 * me.column) * L::kRowBytes,
-                                        column + L::key_of(9 + 2 * me.column) * L::kRowBytes};
+        const uint8_t* const keys[4] = {
+            column + L::key_of(2 * me.column) * L::kRowBytes, column + L::key_of(2 * me.column + 1) * L::kRowBytes,
+            column + L::key_of(8 + 2 * me.column) * L::kRowBytes, column + L::key_of(9 + 2 * me.column) * L::kRowBytes};
         const int block = warp / 2;
         bool plain = true;
         if constexpr (L::kScaled) {
@@ -585,7 +456,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     const RowTile rows(params);
 
     if (threadIdx.x == 0) {
-        for (int i = 0; i < Layout<kFormat>::kStages; ++i) {
+        for (int i = 0; i < kStages<kFormat>; ++i) {
             cuda::ptx::mbarrier_init(&shared.landed[i], 1);
             cuda::ptx::mbarrier_init(&shared.freed[i], kConsumerWarps);
         }
@@ -605,7 +476,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         ptx::increase_registers<kConsumerRegisters>();
         const float kv_scale = kFormat == CacheFormat::kFp8Tensor ? __ldg(params.kv_scale) * kLowered<T> : 1.f;
         const float scale_log2 = params.softmax_scale_log2 * kv_scale * (kFp8Queries ? __ldg(params.q_scale) : 1.f);
-        Place<kFormat> place;
+        Place<kStages<kFormat>> place;
         uint32_t phase = 0;
         for_each_segment(params, shared.parts, [&](const Segment& segment) {
             attend<T, kFormat>(params, shared, rows, segment, warp, scale_log2, kv_scale, place, phase);
@@ -614,9 +485,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     ptx::decrease_registers<kProducerRegisters>();
     if (warp == kConsumerWarps) {
-        Place<kFormat> place;
+        Place<kStages<kFormat>> place;
         for_each_segment(params, shared.parts,
-                         [&](const Segment& segment) { load_keys(params, shared, rows, segment, place); });
+                         [&](const Segment& segment) { load_keys<kFormat>(params, shared, rows, segment, place); });
     } else {
         uint32_t phase = 0;
         for_each_segment(params, shared.parts, [&](const Segment& segment) {

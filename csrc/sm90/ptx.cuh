@@ -50,11 +50,11 @@ __device__ __forceinline__ void ldmatrix_x4(uint32_t from, uint32_t (&m)[4]) {
 // d [16, 8] += a [16, 16] b [8, 16]^T, of a warp, in fragments. "mma"
 template <bool kBF16>
 __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-#define FLASHMLA_MMA_M16N8K16(TYPE)                                                            \
-    asm("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE                        \
-                 ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"        \
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                              \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
+#define FLASHMLA_MMA_M16N8K16(TYPE)                                            \
+    asm("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE                 \
+        ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                       \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
     if constexpr (kBF16) {
         FLASHMLA_MMA_M16N8K16("bf16");
     } else {
