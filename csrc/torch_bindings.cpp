@@ -179,7 +179,11 @@ std::tuple<Tensor, Tensor> fwd_kvcache_mla_op(const Tensor q, const Tensor kv_ca
         .split_parts = static_cast<int>(split_parts),
         .softmax_scale_log2 = static_cast<float>(softmax_scale * 1.4426950408889634),
         .causal = causal,
+#if V_RAW
+        .few_rows = rows <= sm90::kFewRows || format != CacheFormat::kPlain,
+#else
         .few_rows = rows <= sm90::kFewRows,
+#endif
         .dtype = dtype_of(out),
         .format = format,
     };

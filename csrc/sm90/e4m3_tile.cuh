@@ -111,6 +111,14 @@ __device__ __forceinline__ void load_keys(const FwdParams& params, SharedStorage
         wait(&shared.freed[place.slot], place.phase ^ 1);
         load_tokens<kFormat>(params, from, page >= 0, min(kTile, segment.length - tile * kTile),
                              shared.ring[place.slot], &shared.landed[place.slot]);
+#if V_AHEAD
+        if (next_page >= 0 && threadIdx.x % 32 == 0 && params.cache_stride_token == Layout<kFormat>::kRowBytes) {
+            const uint8_t* next = static_cast<const uint8_t*>(params.kv_cache) + next_page * params.cache_stride_page +
+                                  pages.token_of(tile + 1) * params.cache_stride_token +
+                                  rows.head * params.cache_stride_head;
+            ptx::prefetch_bulk_l2(next, min(kTile, segment.length - (tile + 1) * kTile) * Layout<kFormat>::kRowBytes);
+        }
+#endif
         page = next_page;
         next_page = page_after;
     }
@@ -124,15 +132,26 @@ struct Factors {
     bool plain = true;
 };
 
-template <typename T>
-__device__ __forceinline__ Factors make_factors(float scale) {
-    Factors result;
-    const bool usual = __all_sync(~0u, fabsf(scale) < kGreatestScale);
-    result.unit = usual ? pack<T>(1.f, 1.f) : pack<T>(kUnit<T>, kUnit<T>);
-    result.split = split_factor<T>(usual ? scale * kUnit<T> : scale);
-    if (!(fabsf(scale) < INFINITY)) result.split &= 0xffff;
-    result.plain = __all_sync(~0u, result.split >> 16 << 1 == 0) && usual;
-    return result;
+// For a lane's keys, one or more: `unit` and `plain` are the warp's.
+template <typename T, int kCount>
+__device__ __forceinline__ void make_factors(const float (&scales)[kCount], Factors (&factors)[kCount]) {
+    bool usual = true, plain = true;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) usual &= fabsf(scales[i]) < kGreatestScale;
+    usual = __all_sync(~0u, usual);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+        uint32_t split = split_factor<T>(usual ? scales[i] * kUnit<T> : scales[i]);
+        if (!(fabsf(scales[i]) < INFINITY)) split &= 0xffff;
+        plain &= split >> 16 << 1 == 0;
+        factors[i].split = split;
+    }
+    plain = __all_sync(~0u, plain) && usual;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+        factors[i].unit = usual ? pack<T>(1.f, 1.f) : pack<T>(kUnit<T>, kUnit<T>);
+        factors[i].plain = plain;
+    }
 }
 
 // A pair of values that spread() made times their scale, in T; with one for all as they are.

@@ -559,7 +559,10 @@ void launch(const FwdParams& params, cudaStream_t stream) {
 }  // namespace
 
 void fwd_kvcache_mla_fp8(const FwdParams& params, cudaStream_t stream) {
-    if (params.few_rows) return fwd_kvcache_mla_fp8_few_rows(params, stream);
+    if (params.rows <= kFewRows) return fwd_kvcache_mla_fp8_few_rows(params, stream);
+#if V_RAW
+    return fwd_kvcache_mla_fp8_raw(params, stream);
+#endif
     if (params.q_scale != nullptr) return launch<__nv_bfloat16, CacheFormat::kFp8Tensor, true>(params, stream);
     params.dtype == DType::kBF16 ? launch<__nv_bfloat16>(params, stream) : launch<__half>(params, stream);
 }

@@ -140,7 +140,10 @@ __device__ __forceinline__ void score(const uint8_t* key, const Lane& me, const 
                                       const Factors& factors, float (&rS)[4]) {
     using L = Layout<kFormat>;
     constexpr int kE4m3Slices = L::kScaled ? kLatents : kSlices;
-    float sums[2][4] = {};  // two, so that a product need not wait for the one before
+#ifndef V_SUMS
+#define V_SUMS 2
+#endif
+    float sums[V_SUMS][4] = {};  // two, so that a product need not wait for the one before
     uint32_t nan = 0, great = 0, small = 0;
 #pragma unroll
     for (int slice = 0; slice < kE4m3Slices; ++slice) {
@@ -156,7 +159,7 @@ __device__ __forceinline__ void score(const uint8_t* key, const Lane& me, const 
             nan |= nans(words[i]);
             const uint32_t b0 = scaled<T, L::kScaled, kPlain>(spread<T>(words[i], 0, 0, 1), factors.unit, great, small);
             const uint32_t b1 = scaled<T, L::kScaled, kPlain>(spread<T>(words[i], 0, 2, 3), factors.unit, great, small);
-            ptx::mma_m16n8k16<kIsBF16<T>>(sums[i % 2], queries.fragments[slice][i], b0, b1);
+            ptx::mma_m16n8k16<kIsBF16<T>>(sums[i % V_SUMS], queries.fragments[slice][i], b0, b1);
         }
     }
     if constexpr (L::kScaled) {
@@ -169,7 +172,7 @@ __device__ __forceinline__ void score(const uint8_t* key, const Lane& me, const 
         }
     }
 #pragma unroll
-    for (int i = 0; i < 4; ++i) rS[i] = sums[0][i] + sums[1][i];
+    for (int i = 0; i < 4; ++i) rS[i] = V_SUMS == 4 ? (sums[0][i] + sums[1][i]) + (sums[V_SUMS - 2][i] + sums[V_SUMS - 1][i]) : sums[0][i] + sums[1][i];
     // the scores of keys that have a NaN
     const uint32_t keys = __ballot_sync(~0u, (nan & kByteSigns) != 0);
     if (keys != 0) {
@@ -353,22 +356,23 @@ __device__ __forceinline__ void attend(const FwdParams& params, SharedStorage<T,
     if (lane == 0) cuda::ptx::mbarrier_arrive(&shared.queries_freed);
 
     float rS[4];
-    Factors factors;
+    Factors factors[1];
     // the scores of a tile, their maxima left for all
     const auto score_tile = [&](int tile, const Place<kStages<kFormat>>& at) {
         wait(&shared.landed[at.slot], at.phase);
         const uint8_t* key = shared.ring[at.slot] + my_key * L::kRowBytes;
         if constexpr (L::kScaled) {
             const float of_block = *reinterpret_cast<const float*>(key + L::kScales + me.column * 4);
-            factors = make_factors<T>(tile * kTile + my_key < segment.length ? of_block : 0.f);
+            const float scales[1] = {tile * kTile + my_key < segment.length ? of_block : 0.f};
+            make_factors<T>(scales, factors);
         }
 #if V_NOS
         rS[0] = rS[1] = rS[2] = rS[3] = key[0];
 #else
-        if (factors.plain) {
-            score<T, kFormat, true>(key, me, queries, factors, rS);
+        if (factors[0].plain) {
+            score<T, kFormat, true>(key, me, queries, factors[0], rS);
         } else if constexpr (L::kScaled) {
-            score<T, kFormat, false>(key, me, queries, factors, rS);
+            score<T, kFormat, false>(key, me, queries, factors[0], rS);
         }
 #endif
         scale_and_mask(params, me, segment, tile, scored, scale_log2, rS);
@@ -385,11 +389,11 @@ __device__ __forceinline__ void attend(const FwdParams& params, SharedStorage<T,
         float factor[2];
         leave_probabilities<T, L::kScaled>(me, warp, rS, shared.high[turn], softmax, factor, shared.sP[turn]);
         if constexpr (L::kScaled) {
-            const uint32_t split = factors.split;
+            const uint32_t split = factors[0].split;
             memcpy(&shared.great[turn][me.column][warp * kWarpTokens + me.row], &split, 2);
             const uint32_t rest = split >> 16;
             memcpy(&shared.small[turn][me.column][warp * kWarpTokens + me.row], &rest, 2);
-            if (lane == 0) shared.units[turn][warp] = factors.plain ? 0 : factors.unit;
+            if (lane == 0) shared.units[turn][warp] = factors[0].plain ? 0 : factors[0].unit;
         }
         const Place<kStages<kFormat>> at = place;
         place.next();
