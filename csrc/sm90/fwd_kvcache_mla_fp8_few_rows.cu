@@ -122,10 +122,24 @@ struct Lane {
     int row, column;  // lane / 4, lane % 4: of operands of 8 rows and 16 bytes a lane
 };
 
-// All queries, as the operands of products: of the rows lane / 4 + {0, 8} the dimensions 16 (lane % 4) + 4 step + {0,
+#ifndef V_HELD
+#define V_HELD 5
+#endif
+constexpr int kHeld = V_HELD;  // slices of queries that stay in registers; with all of them too few would be left
+// Queries, as the operands of products: of the rows lane / 4 + {0, 8} the dimensions 16 (lane % 4) + 4 step + {0,
 // 1} of a slice, then those two further.
 struct alignas(16) Queries {
-    uint32_t fragments[kSlices][4][4];
+    uint32_t held[kHeld][4][4];
+    const uint4* others;  // this lane's in shared memory
+
+    __device__ __forceinline__ void take(int slice, int step, uint32_t (&fragment)[4]) const {
+        const uint4 values = slice < kHeld ? *reinterpret_cast<const uint4*>(held[slice < kHeld ? slice : 0][step])
+                                           : others[(slice * 4 + step) * 32];
+        fragment[0] = values.x;
+        fragment[1] = values.y;
+        fragment[2] = values.z;
+        fragment[3] = values.w;
+    }
 };
 
 // A turn's softmax of a lane's two rows.
@@ -159,7 +173,9 @@ __device__ __forceinline__ void score(const uint8_t* key, const Lane& me, const 
             nan |= nans(words[i]);
             const uint32_t b0 = scaled<T, L::kScaled, kPlain>(spread<T>(words[i], 0, 0, 1), factors.unit, great, small);
             const uint32_t b1 = scaled<T, L::kScaled, kPlain>(spread<T>(words[i], 0, 2, 3), factors.unit, great, small);
-            ptx::mma_m16n8k16<kIsBF16<T>>(sums[i % V_SUMS], queries.fragments[slice][i], b0, b1);
+            uint32_t q[4];
+            queries.take(slice, i, q);
+            ptx::mma_m16n8k16<kIsBF16<T>>(sums[i % V_SUMS], q, b0, b1);
         }
     }
     if constexpr (L::kScaled) {
@@ -167,12 +183,17 @@ __device__ __forceinline__ void score(const uint8_t* key, const Lane& me, const 
         for (int half = 0; half < 2; ++half) {
             const uint4 rope =
                 convert_bf16<T>(*reinterpret_cast<const uint4*>(key + L::kRope + half * 64 + me.column * 16));
-            ptx::mma_m16n8k16<kIsBF16<T>>(sums[0], queries.fragments[kLatents][2 * half], rope.x, rope.y);
-            ptx::mma_m16n8k16<kIsBF16<T>>(sums[1], queries.fragments[kLatents][2 * half + 1], rope.z, rope.w);
+            uint32_t q[2][4];
+            queries.take(kLatents, 2 * half, q[0]);
+            queries.take(kLatents, 2 * half + 1, q[1]);
+            ptx::mma_m16n8k16<kIsBF16<T>>(sums[0], q[0], rope.x, rope.y);
+            ptx::mma_m16n8k16<kIsBF16<T>>(sums[1], q[1], rope.z, rope.w);
         }
     }
 #pragma unroll
-    for (int i = 0; i < 4; ++i) rS[i] = V_SUMS == 4 ? (sums[0][i] + sums[1][i]) + (sums[V_SUMS - 2][i] + sums[V_SUMS - 1][i]) : sums[0][i] + sums[1][i];
+    for (int i = 0; i < 4; ++i)
+        rS[i] = V_SUMS == 4 ? (sums[0][i] + sums[1][i]) + (sums[V_SUMS - 2][i] + sums[V_SUMS - 1][i])
+                            : sums[0][i] + sums[1][i];
     // the scores of keys that have a NaN
     const uint32_t keys = __ballot_sync(~0u, (nan & kByteSigns) != 0);
     if (keys != 0) {
@@ -345,15 +366,14 @@ __device__ __forceinline__ void attend(const FwdParams& params, SharedStorage<T,
     Queries queries;
     wait(&shared.queries_landed, phase);
     phase ^= 1;
+    queries.others = &shared.queries[0][0][lane];
 #pragma unroll
-    for (int slice = 0; slice < kSlices; ++slice) {
+    for (int slice = 0; slice < kHeld; ++slice) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            *reinterpret_cast<uint4*>(queries.fragments[slice][i]) = shared.queries[slice][i][lane];
+            *reinterpret_cast<uint4*>(queries.held[slice][i]) = shared.queries[slice][i][lane];
         }
     }
-    __syncwarp();
-    if (lane == 0) cuda::ptx::mbarrier_arrive(&shared.queries_freed);
 
     float rS[4];
     Factors factors[1];
@@ -377,6 +397,10 @@ __device__ __forceinline__ void attend(const FwdParams& params, SharedStorage<T,
 #endif
         scale_and_mask(params, me, segment, tile, scored, scale_log2, rS);
         leave_maxima(me, warp, rS, shared.high[tile % 2]);
+        if (tile + 1 == segment.end) {
+            __syncwarp();
+            if (lane == 0) cuda::ptx::mbarrier_arrive(&shared.queries_freed);
+        }
     };
 
     float rO[8][4] = {};
