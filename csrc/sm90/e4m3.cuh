@@ -72,6 +72,13 @@ __device__ __forceinline__ uint32_t nans(uint32_t word) { return (word + 0x01010
 template <typename T, bool kScaled>
 __device__ __forceinline__ void convert(const uint4& bytes, uint32_t factors, uint4 (&chunks)[2]) {
     const uint32_t words[4] = {bytes.x, bytes.y, bytes.z, bytes.w};
+    if constexpr (!kScaled && !kIsBF16<T>) {  // as the machine converts, NaN too
+        chunks[0] = {ptx::fp16_of_e4m3<0>(words[0]), ptx::fp16_of_e4m3<1>(words[0]), ptx::fp16_of_e4m3<0>(words[1]),
+                     ptx::fp16_of_e4m3<1>(words[1])};
+        chunks[1] = {ptx::fp16_of_e4m3<0>(words[2]), ptx::fp16_of_e4m3<1>(words[2]), ptx::fp16_of_e4m3<0>(words[3]),
+                     ptx::fp16_of_e4m3<1>(words[3])};
+        return;
+    }
     Pair<T> great = as_pair<T>(ptx::permute(factors, 0, 0x1010));
     const Pair<T> small = as_pair<T>(ptx::permute(factors, 0, 0x3232));
     if ((nans(bytes.x) | nans(bytes.y) | nans(bytes.z) | nans(bytes.w)) & kByteSigns) great = as_pair<T>(0x7fff7fff);

@@ -39,12 +39,15 @@ struct Layout<CacheFormat::kFp8Tensor> {
     }
 };
 
-// With one scale for all, values are left too small by kUnit (e4m3.cuh). Queries and P are made greater meanwhile, so
-// that their products are not the smallest that fp32 has: by exact powers of two, for queries up to 2^67.
-template <typename T>
-constexpr float kLift = kIsBF16<T> ? 0x1p60f : 1.f;
-template <typename T>
-constexpr float kLowered = kUnit<T> / kLift<T>;  // what the products then are too small by
+// With one scale for all, fp16 has the values as they are, and the machine converts to it. In bf16 they are left too
+// small by kUnit (e4m3.cuh), and queries are made greater, so that products are not the smallest that fp32 has: by an
+// exact power of two, for queries up to 2^67.
+template <typename T, CacheFormat kFormat>
+constexpr bool kLeftSmall = !Layout<kFormat>::kScaled && kIsBF16<T>;
+template <typename T, CacheFormat kFormat>
+constexpr float kLift = kLeftSmall<T, kFormat> ? 0x1p60f : 1.f;
+template <typename T, CacheFormat kFormat>
+constexpr float kLowered = kLeftSmall<T, kFormat> ? kUnit<T> / kLift<T, kFormat> : 1.f;  // what scores are too small by
 
 template <typename T>
 __device__ __forceinline__ uint32_t times(uint32_t pair, float factor) {
@@ -69,13 +72,20 @@ __device__ __forceinline__ void copy_bulk(void* to, const void* from, uint32_t b
     cuda::ptx::cp_async_bulk(cuda::ptx::space_cluster, cuda::ptx::space_global, to, from, bytes, landed);
 }
 
-// One warp: a tile's tokens to a place in the ring, as one piece if they lie together; zeros of a page that does not
-// exist.
+// One warp: a tile's tokens to a place in the ring, as one piece if they lie together. What is not there becomes zeros:
+// a page that does not exist, and with one scale for all what lies past the length, where e4m3's NaN would show.
 template <CacheFormat kFormat>
 __device__ __forceinline__ void load_tokens(const FwdParams& params, const uint8_t* from, bool there, int count,
                                             uint8_t* to, uint64_t* landed) {
     constexpr int kRowBytes = Layout<kFormat>::kRowBytes;
     const int lane = threadIdx.x % 32;
+    if (!there || (!Layout<kFormat>::kScaled && count < kTile)) {
+        const int first = there ? count : 0;
+        uint4* zeros = reinterpret_cast<uint4*>(to + first * kRowBytes);
+        for (int i = lane; i < (kTile - first) * kRowBytes / 16; i += 32) zeros[i] = {};
+        cuda::ptx::fence_proxy_async(cuda::ptx::space_shared);  // before copies to this place
+        __syncwarp();
+    }
     if (there) {
         if (lane == 0) {
             cuda::ptx::mbarrier_arrive_expect_tx(cuda::ptx::sem_release, cuda::ptx::scope_cta, cuda::ptx::space_shared,
@@ -89,11 +99,8 @@ __device__ __forceinline__ void load_tokens(const FwdParams& params, const uint8
                 copy_bulk(to + token * kRowBytes, from + token * params.cache_stride_token, kRowBytes, landed);
             }
         }
-    } else {
-        for (int i = lane; i < count * kRowBytes / 16; i += 32) reinterpret_cast<uint4*>(to)[i] = {};
-        cuda::ptx::fence_proxy_async(cuda::ptx::space_shared);  // before copies to this place
-        __syncwarp();
-        if (lane == 0) cuda::ptx::mbarrier_arrive(landed);
+    } else if (lane == 0) {
+        cuda::ptx::mbarrier_arrive(landed);
     }
     __syncwarp();
 }
@@ -111,14 +118,6 @@ __device__ __forceinline__ void load_keys(const FwdParams& params, SharedStorage
         wait(&shared.freed[place.slot], place.phase ^ 1);
         load_tokens<kFormat>(params, from, page >= 0, min(kTile, segment.length - tile * kTile),
                              shared.ring[place.slot], &shared.landed[place.slot]);
-#if V_AHEAD
-        if (next_page >= 0 && threadIdx.x % 32 == 0 && params.cache_stride_token == Layout<kFormat>::kRowBytes) {
-            const uint8_t* next = static_cast<const uint8_t*>(params.kv_cache) + next_page * params.cache_stride_page +
-                                  pages.token_of(tile + 1) * params.cache_stride_token +
-                                  rows.head * params.cache_stride_head;
-            ptx::prefetch_bulk_l2(next, min(kTile, segment.length - (tile + 1) * kTile) * Layout<kFormat>::kRowBytes);
-        }
-#endif
         page = next_page;
         next_page = page_after;
     }

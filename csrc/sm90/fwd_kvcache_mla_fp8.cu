@@ -31,12 +31,6 @@
 namespace flashmla::sm90 {
 namespace {
 
-#ifndef V_PF
-#define V_PF 1
-#endif
-#ifndef V_FENCE
-#define V_FENCE 0
-#endif
 // ------------------------------------------------------------------------------------------------------------ config
 
 constexpr int kRope = kSlices - 1;  // the slice that is no part of V
@@ -312,14 +306,12 @@ __device__ __forceinline__ void convert_keys(const FwdParams& params, SharedStor
         __syncwarp();
         if (lane == 0) cuda::ptx::mbarrier_arrive(&shared.landed[place.stage]);
         if (tile == segment.begin) finish_queries(shared);
-#if V_PF
         if (params.cache_stride_token == Rows<T, kFormat>::kBytes) {
             const TokenRows after(params, rows, pages, tile + 2, pages.checked(next_entry), warp);
             if (lane == 0 && after.count > 0) {
                 ptx::prefetch_bulk_l2(after.first, min(after.count, kTokens) * Rows<T, kFormat>::kBytes);
             }
         }
-#endif
     }
 }
 
@@ -367,9 +359,6 @@ __device__ __forceinline__ void leave_probabilities(SharedStorage<T>& shared, co
     }
     ptx::named_barrier(kWarpgroupOf, kWarpgroup);  // all of the warpgroup has read the rope slice
     store_probabilities(me, rP, shared.sK[stage][kRope]);
-#if V_FENCE
-    cuda::ptx::fence_proxy_async(cuda::ptx::space_shared);
-#endif
     ptx::named_barrier_arrive(kStored + stage, kConsumers);
 }
 
@@ -455,7 +444,7 @@ __device__ __forceinline__ void attend_follower(SharedStorage<T>& shared, const 
 }
 
 // What became of a segment, from a warpgroup's accumulators to memory, by way of its half of the last tile's V.
-template <typename T>
+template <typename Out, typename T>
 __device__ __forceinline__ void store(const FwdParams& params, SharedStorage<T>& shared, const RowTile& rows,
                                       const Consumer& me, const Segment& segment, int warpgroup, float out_scale,
                                       Place& place, Softmax& softmax, float (&rO)[128]) {
@@ -470,7 +459,7 @@ __device__ __forceinline__ void store(const FwdParams& params, SharedStorage<T>&
     if (segment.place >= 0) {
         store_share(params, rows, me, segment.place, warpgroup, lse_log2, rO);
     } else {
-        store_rows<T>(params, rows, me, segment.row, warpgroup, lse_log2, rO, staging);
+        store_rows<Out>(params, rows, me, segment.row, warpgroup, lse_log2, rO, staging);
     }
     release(me, &shared.freed[place.stage]);
     place.next();
@@ -483,7 +472,7 @@ __device__ __forceinline__ Consumer consumer() {
     return {__shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32 % 4, 0), ptx::lane()};
 }
 
-template <typename T, CacheFormat kFormat, bool kFp8Queries>
+template <typename T, typename Out, CacheFormat kFormat, bool kFp8Queries>
 __global__ void __launch_bounds__(kThreads, 1) fwd_kvcache_mla_fp8_kernel(const __grid_constant__ FwdParams params) {
     extern __shared__ __align__(1024) uint8_t shared_bytes[];
     SharedStorage<T>& shared = *reinterpret_cast<SharedStorage<T>*>(shared_bytes);
@@ -511,22 +500,22 @@ __global__ void __launch_bounds__(kThreads, 1) fwd_kvcache_mla_fp8_kernel(const 
         ptx::increase_registers<kScorerRegisters>();
         const float scale_log2 = params.softmax_scale_log2 * kv_scale * (kFp8Queries ? __ldg(params.q_scale) : 1.f);
         for_each_segment(params, shared.parts, [&](const Segment& segment) {
-            if (segment.begin == segment.end) return store_nothing<T, kConsumers>(params, rows, segment);
+            if (segment.begin == segment.end) return store_nothing<Out, kConsumers>(params, rows, segment);
             float rO[128] = {};  // [64, 256] of the warpgroup
             Softmax softmax;
             const Consumer me = consumer();
             attend_scorer(params, shared, rows, me, segment, scale_log2, place, queries_phase, softmax, rO);
-            store(params, shared, rows, me, segment, 0, kv_scale, place, softmax, rO);
+            store<Out>(params, shared, rows, me, segment, 0, kv_scale, place, softmax, rO);
         });
     } else if (warp < kConsumerWarps) {
         ptx::decrease_registers<kFollowerRegisters>();
         for_each_segment(params, shared.parts, [&](const Segment& segment) {
-            if (segment.begin == segment.end) return store_nothing<T, kConsumers>(params, rows, segment);
+            if (segment.begin == segment.end) return store_nothing<Out, kConsumers>(params, rows, segment);
             float rO[128] = {};
             Softmax softmax;
             const Consumer me = consumer();
             attend_follower(shared, me, segment, place, softmax, rO);
-            store(params, shared, rows, me, segment, 1, kv_scale, place, softmax, rO);
+            store<Out>(params, shared, rows, me, segment, 1, kv_scale, place, softmax, rO);
         });
     } else {
         ptx::decrease_registers<kConverterRegisters>();
@@ -540,9 +529,9 @@ __global__ void __launch_bounds__(kThreads, 1) fwd_kvcache_mla_fp8_kernel(const 
 
 // ---------------------------------------------------------------------------------------------------------- launcher
 
-template <typename T, CacheFormat kFormat, bool kFp8Queries>
+template <typename T, typename Out, CacheFormat kFormat, bool kFp8Queries>
 void launch(const FwdParams& params, cudaStream_t stream) {
-    constexpr auto kKernel = fwd_kvcache_mla_fp8_kernel<T, kFormat, kFp8Queries>;
+    constexpr auto kKernel = fwd_kvcache_mla_fp8_kernel<T, Out, kFormat, kFp8Queries>;
     constexpr int kSharedBytes = sizeof(SharedStorage<T>);
     static_assert(kSharedBytes <= 227 * 1024);
     allow_shared_bytes<kKernel>(kSharedBytes, "fwd_kvcache_mla: shared memory");
@@ -552,18 +541,16 @@ void launch(const FwdParams& params, cudaStream_t stream) {
 
 template <typename T>
 void launch(const FwdParams& params, cudaStream_t stream) {
-    params.format == CacheFormat::kFp8Blocks ? launch<T, CacheFormat::kFp8Blocks, false>(params, stream)
-                                             : launch<T, CacheFormat::kFp8Tensor, false>(params, stream);
+    params.format == CacheFormat::kFp8Blocks ? launch<T, T, CacheFormat::kFp8Blocks, false>(params, stream)
+                                             : launch<T, T, CacheFormat::kFp8Tensor, false>(params, stream);
 }
 
 }  // namespace
 
 void fwd_kvcache_mla_fp8(const FwdParams& params, cudaStream_t stream) {
     if (params.rows <= kFewRows) return fwd_kvcache_mla_fp8_few_rows(params, stream);
-#if V_RAW
-    return fwd_kvcache_mla_fp8_raw(params, stream);
-#endif
-    if (params.q_scale != nullptr) return launch<__nv_bfloat16, CacheFormat::kFp8Tensor, true>(params, stream);
+    // e4m3 on both sides: fp16 has all its values, and the machine converts to it
+    if (params.q_scale != nullptr) return launch<__half, __nv_bfloat16, CacheFormat::kFp8Tensor, true>(params, stream);
     params.dtype == DType::kBF16 ? launch<__nv_bfloat16>(params, stream) : launch<__half>(params, stream);
 }
 

@@ -72,7 +72,7 @@ __device__ __forceinline__ void store_query_chunk(SharedStorage<T, kFormat>& sha
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
         auto* to = reinterpret_cast<uint32_t*>(&shared.queries[slice][2 * half + k / 2][row % 8 * 4 + column]);
-        to[k % 2 * 2 + row / 8] = Layout<kFormat>::kScaled ? words[k] : times<T>(words[k], kLift<T>);
+        to[k % 2 * 2 + row / 8] = kLift<T, kFormat> == 1.f ? words[k] : times<T>(words[k], kLift<T, kFormat>);
     }
 }
 
@@ -122,10 +122,7 @@ struct Lane {
     int row, column;  // lane / 4, lane % 4: of operands of 8 rows and 16 bytes a lane
 };
 
-#ifndef V_HELD
-#define V_HELD 5
-#endif
-constexpr int kHeld = V_HELD;  // slices of queries that stay in registers; with all of them too few would be left
+constexpr int kHeld = 5;  // slices of queries that stay in registers; with all of them too few would be left
 // Queries, as the operands of products: of the rows lane / 4 + {0, 8} the dimensions 16 (lane % 4) + 4 step + {0,
 // 1} of a slice, then those two further.
 struct alignas(16) Queries {
@@ -154,10 +151,8 @@ __device__ __forceinline__ void score(const uint8_t* key, const Lane& me, const 
                                       const Factors& factors, float (&rS)[4]) {
     using L = Layout<kFormat>;
     constexpr int kE4m3Slices = L::kScaled ? kLatents : kSlices;
-#ifndef V_SUMS
-#define V_SUMS 2
-#endif
-    float sums[V_SUMS][4] = {};  // two, so that a product need not wait for the one before
+    constexpr bool kDirect = !L::kScaled && !kIsBF16<T>;
+    float sums[2][4] = {};  // two, so that a product need not wait for the one before
     uint32_t nan = 0, great = 0, small = 0;
 #pragma unroll
     for (int slice = 0; slice < kE4m3Slices; ++slice) {
@@ -170,12 +165,19 @@ __device__ __forceinline__ void score(const uint8_t* key, const Lane& me, const 
         const uint32_t words[4] = {chunk.x, chunk.y, chunk.z, chunk.w};
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
+            if constexpr (kDirect) {
+                uint32_t q[4];
+                queries.take(slice, i, q);
+                ptx::mma_m16n8k16<false>(sums[i % 2], q, ptx::fp16_of_e4m3<0>(words[i]),
+                                         ptx::fp16_of_e4m3<1>(words[i]));
+                continue;
+            }
             nan |= nans(words[i]);
             const uint32_t b0 = scaled<T, L::kScaled, kPlain>(spread<T>(words[i], 0, 0, 1), factors.unit, great, small);
             const uint32_t b1 = scaled<T, L::kScaled, kPlain>(spread<T>(words[i], 0, 2, 3), factors.unit, great, small);
             uint32_t q[4];
             queries.take(slice, i, q);
-            ptx::mma_m16n8k16<kIsBF16<T>>(sums[i % V_SUMS], q, b0, b1);
+            ptx::mma_m16n8k16<kIsBF16<T>>(sums[i % 2], q, b0, b1);
         }
     }
     if constexpr (L::kScaled) {
@@ -191,9 +193,8 @@ __device__ __forceinline__ void score(const uint8_t* key, const Lane& me, const 
         }
     }
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
-        rS[i] = V_SUMS == 4 ? (sums[0][i] + sums[1][i]) + (sums[V_SUMS - 2][i] + sums[V_SUMS - 1][i])
-                            : sums[0][i] + sums[1][i];
+    for (int i = 0; i < 4; ++i) rS[i] = sums[0][i] + sums[1][i];
+    if constexpr (kDirect) return;
     // the scores of keys that have a NaN
     const uint32_t keys = __ballot_sync(~0u, (nan & kByteSigns) != 0);
     if (keys != 0) {
@@ -241,10 +242,10 @@ __device__ __forceinline__ float over_warps(const float (&of_warps)[kConsumerWar
 }
 
 // From scores to P, in sP [row, place], which is swizzled as wgmma's slices are.
-template <typename T, bool kScaled>
+template <typename T>
 __device__ __forceinline__ void leave_probabilities(const Lane& me, int warp, const float (&rS)[4],
                                                     const float (&high)[kRows][kConsumerWarps], RowSoftmax& softmax,
-                                                    float (&factor)[2], T* sP) {
+                                                    float (&factor)[2], void* sP) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
         const int row = me.row + 8 * h;
@@ -254,9 +255,8 @@ __device__ __forceinline__ void leave_probabilities(const Lane& me, int warp, co
         softmax.base[h] = base;
         const float p[2] = {ptx::exp2_approx(rS[2 * h] - from), ptx::exp2_approx(rS[2 * h + 1] - from)};
         softmax.sum[h] = softmax.sum[h] * factor[h] + (p[0] + p[1]);
-        const float lift = kScaled ? 1.f : kLift<T>;
-        const uint32_t packed = pack<T>(p[0] * lift, p[1] * lift);
-        memcpy(reinterpret_cast<char*>(sP) + wgmma::swizzled(row, warp) + me.column * 4, &packed, 4);
+        const uint32_t packed = pack<T>(p[0], p[1]);
+        memcpy(static_cast<char*>(sP) + wgmma::swizzled(row, warp) + me.column * 4, &packed, 4);
     }
 }
 
@@ -287,6 +287,17 @@ __device__ __forceinline__ void accumulate(const uint8_t* const (&keys)[4], cons
                 unit[i] = units[2 * step + i];
                 if (unit[i] == 0) unit[i] = pack<T>(1.f, 1.f);
             }
+        }
+        if constexpr (!L::kScaled) {
+#pragma unroll
+            for (int n = 0; n < 8; n += 2) {
+                const auto of = [&](int i) { return n < 4 ? words[i].x : words[i].y; };
+                const int both = (5 + n % 4) << 12 | (1 + n % 4) << 8 | (4 + n % 4) << 4 | n % 4;
+                const uint32_t b0 = ptx::permute(of(0), of(1), both), b1 = ptx::permute(of(2), of(3), both);
+                ptx::mma_m16n8k16<false>(rO[n], p, ptx::fp16_of_e4m3<0>(b0), ptx::fp16_of_e4m3<0>(b1));
+                ptx::mma_m16n8k16<false>(rO[n + 1], p, ptx::fp16_of_e4m3<1>(b0), ptx::fp16_of_e4m3<1>(b1));
+            }
+            continue;
         }
 #pragma unroll
         for (int n = 0; n < 8; ++n) {
@@ -352,12 +363,12 @@ __device__ __forceinline__ void store_share(const FwdParams& params, const RowTi
 }
 
 // One segment, from its queries to its result.
-template <typename T, CacheFormat kFormat>
+template <typename Out, typename T, CacheFormat kFormat>
 __device__ __forceinline__ void attend(const FwdParams& params, SharedStorage<T, kFormat>& shared, const RowTile& rows,
                                        const Segment& segment, int warp, float scale_log2, float out_scale,
                                        Place<kStages<kFormat>>& place, uint32_t& phase) {
     using L = Layout<kFormat>;
-    if (segment.begin == segment.end) return sm90::store_nothing<T, kConsumers>(params, rows, segment);
+    if (segment.begin == segment.end) return sm90::store_nothing<Out, kConsumers>(params, rows, segment);
     const int lane = ptx::lane();
     const Lane me = {lane / 4, lane % 4};
     const auto key_of = [&](int at) { return warp / 2 * 16 + L::key_of(warp % 2 * kWarpTokens + at); };  // of the warp
@@ -386,15 +397,11 @@ __device__ __forceinline__ void attend(const FwdParams& params, SharedStorage<T,
             const float scales[1] = {tile * kTile + my_key < segment.length ? of_block : 0.f};
             make_factors<T>(scales, factors);
         }
-#if V_NOS
-        rS[0] = rS[1] = rS[2] = rS[3] = key[0];
-#else
         if (factors[0].plain) {
             score<T, kFormat, true>(key, me, queries, factors[0], rS);
         } else if constexpr (L::kScaled) {
             score<T, kFormat, false>(key, me, queries, factors[0], rS);
         }
-#endif
         scale_and_mask(params, me, segment, tile, scored, scale_log2, rS);
         leave_maxima(me, warp, rS, shared.high[tile % 2]);
         if (tile + 1 == segment.end) {
@@ -411,7 +418,8 @@ __device__ __forceinline__ void attend(const FwdParams& params, SharedStorage<T,
     for (int tile = segment.begin; tile < segment.end; ++tile) {
         const int turn = tile % 2;
         float factor[2];
-        leave_probabilities<T, L::kScaled>(me, warp, rS, shared.high[turn], softmax, factor, shared.sP[turn]);
+        leave_probabilities<std::conditional_t<L::kScaled, T, __half>>(me, warp, rS, shared.high[turn], softmax, factor,
+                                                                       shared.sP[turn]);
         if constexpr (L::kScaled) {
             const uint32_t split = factors[0].split;
             memcpy(&shared.great[turn][me.column][warp * kWarpTokens + me.row], &split, 2);
@@ -436,9 +444,6 @@ __device__ __forceinline__ void attend(const FwdParams& params, SharedStorage<T,
             const uint4 b = *reinterpret_cast<const uint4*>(shared.units[turn] + 4);
             plain = !__any_sync(~0u, (a.x | a.y | a.z | a.w | b.x | b.y | b.z | b.w) != 0);
         }
-#if V_NOV
-        rO[0][0] += keys[0][0];
-#else
         if (plain) {
             accumulate<T, kFormat, true>(keys, me, shared.sP[turn], shared.great[turn][block],
                                          shared.small[turn][block], shared.units[turn], rO);
@@ -446,7 +451,6 @@ __device__ __forceinline__ void attend(const FwdParams& params, SharedStorage<T,
             accumulate<T, kFormat, false>(keys, me, shared.sP[turn], shared.great[turn][block],
                                           shared.small[turn][block], shared.units[turn], rO);
         }
-#endif
         __syncwarp();
         if (lane == 0) cuda::ptx::mbarrier_arrive(&shared.freed[at.slot]);
     }
@@ -469,13 +473,13 @@ __device__ __forceinline__ void attend(const FwdParams& params, SharedStorage<T,
     if (segment.place >= 0) {
         store_share(params, rows, me, warp, segment.place, lse_log2, rO);
     } else {
-        store_rows<T>(params, rows, me, warp, segment.row, lse_log2, rO);
+        store_rows<Out>(params, rows, me, warp, segment.row, lse_log2, rO);
     }
 }
 
 // ------------------------------------------------------------------------------------------------------------ kernel
 
-template <typename T, CacheFormat kFormat, bool kFp8Queries>
+template <typename T, typename Out, CacheFormat kFormat, bool kFp8Queries>
 __global__ void __launch_bounds__(kThreads, 1)
     fwd_kvcache_mla_fp8_few_rows_kernel(const __grid_constant__ FwdParams params) {
     extern __shared__ __align__(1024) uint8_t shared_bytes[];
@@ -502,12 +506,13 @@ __global__ void __launch_bounds__(kThreads, 1)
 
     if (warp < kConsumerWarps) {
         ptx::increase_registers<kConsumerRegisters>();
-        const float kv_scale = kFormat == CacheFormat::kFp8Tensor ? __ldg(params.kv_scale) * kLowered<T> : 1.f;
-        const float scale_log2 = params.softmax_scale_log2 * kv_scale * (kFp8Queries ? __ldg(params.q_scale) : 1.f);
+        const float kv_scale = kFormat == CacheFormat::kFp8Tensor ? __ldg(params.kv_scale) : 1.f;
+        const float scale_log2 =
+            params.softmax_scale_log2 * kv_scale * kLowered<T, kFormat> * (kFp8Queries ? __ldg(params.q_scale) : 1.f);
         Place<kStages<kFormat>> place;
         uint32_t phase = 0;
         for_each_segment(params, shared.parts, [&](const Segment& segment) {
-            attend<T, kFormat>(params, shared, rows, segment, warp, scale_log2, kv_scale, place, phase);
+            attend<Out>(params, shared, rows, segment, warp, scale_log2, kv_scale, place, phase);
         });
         return;
     }
@@ -527,9 +532,9 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 // ---------------------------------------------------------------------------------------------------------- launcher
 
-template <typename T, CacheFormat kFormat, bool kFp8Queries>
+template <typename T, typename Out, CacheFormat kFormat, bool kFp8Queries>
 void launch(const FwdParams& params, cudaStream_t stream) {
-    constexpr auto kKernel = fwd_kvcache_mla_fp8_few_rows_kernel<T, kFormat, kFp8Queries>;
+    constexpr auto kKernel = fwd_kvcache_mla_fp8_few_rows_kernel<T, Out, kFormat, kFp8Queries>;
     constexpr int kSharedBytes = sizeof(SharedStorage<T, kFormat>);
     static_assert(kSharedBytes <= 227 * 1024);
     allow_shared_bytes<kKernel>(kSharedBytes, "fwd_kvcache_mla: shared memory");
@@ -539,14 +544,15 @@ void launch(const FwdParams& params, cudaStream_t stream) {
 
 template <typename T>
 void launch(const FwdParams& params, cudaStream_t stream) {
-    params.format == CacheFormat::kFp8Blocks ? launch<T, CacheFormat::kFp8Blocks, false>(params, stream)
-                                             : launch<T, CacheFormat::kFp8Tensor, false>(params, stream);
+    params.format == CacheFormat::kFp8Blocks ? launch<T, T, CacheFormat::kFp8Blocks, false>(params, stream)
+                                             : launch<T, T, CacheFormat::kFp8Tensor, false>(params, stream);
 }
 
 }  // namespace
 
 void fwd_kvcache_mla_fp8_few_rows(const FwdParams& params, cudaStream_t stream) {
-    if (params.q_scale != nullptr) return launch<__nv_bfloat16, CacheFormat::kFp8Tensor, true>(params, stream);
+    // e4m3 on both sides: fp16 has all its values
+    if (params.q_scale != nullptr) return launch<__half, __nv_bfloat16, CacheFormat::kFp8Tensor, true>(params, stream);
     params.dtype == DType::kBF16 ? launch<__nv_bfloat16>(params, stream) : launch<__half>(params, stream);
 }
 

@@ -120,6 +120,22 @@ __device__ __forceinline__ uint32_t permute(uint32_t low, uint32_t high, uint32_
     return result;
 }
 
+// The lower or upper two of four e4m3 values in fp16. "cvt"
+template <int kHalf>
+__device__ __forceinline__ uint32_t fp16_of_e4m3(uint32_t word) {
+    uint32_t result;
+    if constexpr (kHalf == 0) {
+        asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %1;\ncvt.rn.f16x2.e4m3x2 %0, low;\n}\n"
+            : "=r"(result)
+            : "r"(word));
+    } else {
+        asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %1;\ncvt.rn.f16x2.e4m3x2 %0, high;\n}\n"
+            : "=r"(result)
+            : "r"(word));
+    }
+    return result;
+}
+
 // 4 bytes from global memory; 16 bytes, or zeros; and 16 bytes to shared memory. Volatile, that is in the order of the
 // program: ptxas gathers other loads where their registers are needed least, far from where they were asked for. "ld",
 // "st"
