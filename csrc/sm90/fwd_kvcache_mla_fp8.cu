@@ -42,9 +42,9 @@ constexpr int kConverterWarps = 4;
 constexpr int kThreads = kConsumers + 32 * kConverterWarps;
 constexpr int kTokens = kTile / kConverterWarps;  // a converter's of a tile
 constexpr int kTogether = 2;              // of them: one alone is a chain of instructions that wait for each other
-constexpr int kScorerRegisters = 208;     // O takes 128, S 32, P 16
+constexpr int kScorerRegisters = 200;     // O takes 128, S 32, P 16
 constexpr int kFollowerRegisters = 160;   // O 128
-constexpr int kConverterRegisters = 136;  // rows 64 to 80
+constexpr int kConverterRegisters = 144;  // rows 64 to 80
 
 template <typename T>
 struct SharedStorage {

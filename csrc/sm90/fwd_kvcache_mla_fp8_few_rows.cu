@@ -152,7 +152,7 @@ __device__ __forceinline__ void score(const uint8_t* key, const Lane& me, const 
     using L = Layout<kFormat>;
     constexpr int kE4m3Slices = L::kScaled ? kLatents : kSlices;
     constexpr bool kDirect = !L::kScaled && !kIsBF16<T>;
-    float sums[2][4] = {};  // two, so that a product need not wait for the one before
+    float sums[4][4] = {};  // four, so that no product waits for the one before
     uint32_t nan = 0, great = 0, small = 0;
 #pragma unroll
     for (int slice = 0; slice < kE4m3Slices; ++slice) {
@@ -168,16 +168,15 @@ __device__ __forceinline__ void score(const uint8_t* key, const Lane& me, const 
             if constexpr (kDirect) {
                 uint32_t q[4];
                 queries.take(slice, i, q);
-                ptx::mma_m16n8k16<false>(sums[i % 2], q, ptx::fp16_of_e4m3<0>(words[i]),
-                                         ptx::fp16_of_e4m3<1>(words[i]));
-                continue;
+                ptx::mma_m16n8k16<false>(sums[i], q, ptx::fp16_of_e4m3<0>(words[i]), ptx::fp16_of_e4m3<1>(words[i]));
+                continue;  // NaN comes by itself
             }
             nan |= nans(words[i]);
             const uint32_t b0 = scaled<T, L::kScaled, kPlain>(spread<T>(words[i], 0, 0, 1), factors.unit, great, small);
             const uint32_t b1 = scaled<T, L::kScaled, kPlain>(spread<T>(words[i], 0, 2, 3), factors.unit, great, small);
             uint32_t q[4];
             queries.take(slice, i, q);
-            ptx::mma_m16n8k16<kIsBF16<T>>(sums[i % 2], q, b0, b1);
+            ptx::mma_m16n8k16<kIsBF16<T>>(sums[i], q, b0, b1);
         }
     }
     if constexpr (L::kScaled) {
@@ -188,12 +187,12 @@ __device__ __forceinline__ void score(const uint8_t* key, const Lane& me, const 
             uint32_t q[2][4];
             queries.take(kLatents, 2 * half, q[0]);
             queries.take(kLatents, 2 * half + 1, q[1]);
-            ptx::mma_m16n8k16<kIsBF16<T>>(sums[0], q[0], rope.x, rope.y);
-            ptx::mma_m16n8k16<kIsBF16<T>>(sums[1], q[1], rope.z, rope.w);
+            ptx::mma_m16n8k16<kIsBF16<T>>(sums[2 * half], q[0], rope.x, rope.y);
+            ptx::mma_m16n8k16<kIsBF16<T>>(sums[2 * half + 1], q[1], rope.z, rope.w);
         }
     }
 #pragma unroll
-    for (int i = 0; i < 4; ++i) rS[i] = sums[0][i] + sums[1][i];
+    for (int i = 0; i < 4; ++i) rS[i] = (sums[0][i] + sums[1][i]) + (sums[2][i] + sums[3][i]);
     if constexpr (kDirect) return;
     // the scores of keys that have a NaN
     const uint32_t keys = __ballot_sync(~0u, (nan & kByteSigns) != 0);
@@ -297,16 +296,16 @@ __device__ __forceinline__ void accumulate(const uint8_t* const (&keys)[4], cons
                 ptx::mma_m16n8k16<false>(rO[n], p, ptx::fp16_of_e4m3<0>(b0), ptx::fp16_of_e4m3<0>(b1));
                 ptx::mma_m16n8k16<false>(rO[n + 1], p, ptx::fp16_of_e4m3<1>(b0), ptx::fp16_of_e4m3<1>(b1));
             }
-            continue;
-        }
+        } else {
 #pragma unroll
-        for (int n = 0; n < 8; ++n) {
-            const auto of = [&](int i) { return n < 4 ? words[i].x : words[i].y; };
-            const uint32_t b0 =
-                scaled<T, L::kScaled, kPlain>(spread<T>(of(0), of(1), n % 4, 4 + n % 4), unit[0], great[0], small[0]);
-            const uint32_t b1 =
-                scaled<T, L::kScaled, kPlain>(spread<T>(of(2), of(3), n % 4, 4 + n % 4), unit[1], great[1], small[1]);
-            ptx::mma_m16n8k16<kIsBF16<T>>(rO[n], p, b0, b1);
+            for (int n = 0; n < 8; ++n) {
+                const auto of = [&](int i) { return n < 4 ? words[i].x : words[i].y; };
+                const uint32_t b0 = scaled<T, L::kScaled, kPlain>(spread<T>(of(0), of(1), n % 4, 4 + n % 4), unit[0],
+                                                                  great[0], small[0]);
+                const uint32_t b1 = scaled<T, L::kScaled, kPlain>(spread<T>(of(2), of(3), n % 4, 4 + n % 4), unit[1],
+                                                                  great[1], small[1]);
+                ptx::mma_m16n8k16<kIsBF16<T>>(rO[n], p, b0, b1);
+            }
         }
     }
 }
