@@ -67,35 +67,39 @@ __device__ __forceinline__ uint32_t factors_of(float scale) {
 constexpr uint32_t kByteSigns = 0x80808080;
 __device__ __forceinline__ uint32_t nans(uint32_t word) { return (word + 0x01010101) ^ word; }
 
-// 16 values of a row times factors_of(scale), or times kUnit: two chunks of 8 in T. NaN makes all of them NaN, as the
-// row's score is.
-template <typename T, bool kScaled>
+// 16 values of a row in T, two chunks of 8. kProducts: 0, the values themselves; 1, times the great one of
+// factors_of(scale), where that is all of it; 2, times both. NaN makes all of them NaN, as the row's score is.
+template <typename T, int kProducts>
 __device__ __forceinline__ void convert(const uint4& bytes, uint32_t factors, uint4 (&chunks)[2]) {
     const uint32_t words[4] = {bytes.x, bytes.y, bytes.z, bytes.w};
-    if constexpr (!kScaled && !kIsBF16<T>) {  // as the machine converts, NaN too
+    if constexpr (kProducts == 0 && !kIsBF16<T>) {  // as the machine converts, NaN too
         chunks[0] = {ptx::fp16_of_e4m3<0>(words[0]), ptx::fp16_of_e4m3<1>(words[0]), ptx::fp16_of_e4m3<0>(words[1]),
                      ptx::fp16_of_e4m3<1>(words[1])};
         chunks[1] = {ptx::fp16_of_e4m3<0>(words[2]), ptx::fp16_of_e4m3<1>(words[2]), ptx::fp16_of_e4m3<0>(words[3]),
                      ptx::fp16_of_e4m3<1>(words[3])};
         return;
     }
-    Pair<T> great = as_pair<T>(ptx::permute(factors, 0, 0x1010));
+    Pair<T> great = as_pair<T>(kProducts == 0 ? pack<T>(kUnit<T>, kUnit<T>) : ptx::permute(factors, 0, 0x1010));
     const Pair<T> small = as_pair<T>(ptx::permute(factors, 0, 0x3232));
     if ((nans(bytes.x) | nans(bytes.y) | nans(bytes.z) | nans(bytes.w)) & kByteSigns) great = as_pair<T>(0x7fff7fff);
     uint32_t packed[8];
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
         const Pair<T> pair = spread<T>(words[i / 2], 0, i % 2 * 2, i % 2 * 2 + 1);
-        packed[i] = as_bits(kScaled ? __hfma2(pair, great, __hmul2(pair, small)) : __hmul2(pair, great));
+        packed[i] = as_bits(kProducts == 2 ? __hfma2(pair, great, __hmul2(pair, small)) : __hmul2(pair, great));
     }
     chunks[0] = {packed[0], packed[1], packed[2], packed[3]};
     chunks[1] = {packed[4], packed[5], packed[6], packed[7]};
+}
+template <typename T>
+__device__ __forceinline__ void convert(const uint4& bytes, uint4 (&chunks)[2]) {
+    convert<T, 0>(bytes, 0, chunks);
 }
 
 // The same by way of fp32, for scales that no T has.
 template <typename T>
 __device__ __forceinline__ void convert_slowly(const uint4& bytes, float scale, uint4 (&chunks)[2]) {
-    convert<T, false>(bytes, factors_of<T>(1.f), chunks);
+    convert<T>(bytes, chunks);
     uint32_t* words = reinterpret_cast<uint32_t*>(chunks);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {

@@ -161,12 +161,12 @@ struct Rows<T, CacheFormat::kFp8Tensor> {
         }
     }
     __device__ bool usual() const { return true; }
-    __device__ void factors(uint32_t (&mine)[kTokens / 8]) const { mine[0] = mine[1] = factors_of<T>(1.f); }
+    __device__ void factors(uint32_t (&)[kTokens / 8]) const {}
     __device__ void store_rope(T* slice, int lane, int first) const {
 #pragma unroll
         for (int i = 0; i < kTokens / 8; ++i) {
             uint4 chunks[2];
-            convert<T, false>(rope[i], factors_of<T>(1.f), chunks);
+            convert<T>(rope[i], chunks);
             const int row = first + 8 * i + lane / 4;
             store_chunk(slice, row, lane % 4 * 2, chunks[0]);
             store_chunk(slice, row, lane % 4 * 2 + 1, chunks[1]);
@@ -205,7 +205,7 @@ __device__ __forceinline__ void start_queries(const FwdParams& params, SharedSto
             const int row = i / kChunks, chunk = i % kChunks;
             uint4 chunks[2];
             const uint8_t* from = query_row<uint8_t>(params, rows, segment.row, row);
-            convert<T, false>(__ldcg(reinterpret_cast<const uint4*>(from) + chunk), factors_of<T>(1.f), chunks);
+            convert<T>(__ldcg(reinterpret_cast<const uint4*>(from) + chunk), chunks);
             store_chunk(shared.sQ[chunk / 4], row, chunk % 4 * 2, chunks[0]);
             store_chunk(shared.sQ[chunk / 4], row, chunk % 4 * 2 + 1, chunks[1]);
         }
@@ -277,24 +277,31 @@ __device__ __forceinline__ void convert_keys(const FwdParams& params, SharedStor
         held.load_scales(from, lane);
         const uint8_t* at = from.first + lane * 16;  // counted up: 16 addresses would not fit in registers
         wait(&shared.freed[place.stage], place.phase ^ 1);
-        const auto factors_of_row = [&](int token) {
-            return Rows<T, kFormat>::kScaled ? __shfl_sync(~0u, factors[token / 8], token % 8 * 4 + lane / 8)
-                                             : factors[0];
+        // the latents, each token's successor asked for as soon as it is converted
+        const auto convert_latents = [&]<int kProducts>() {
+#pragma unroll
+            for (int token = 0; token < kTokens; token += kTogether) {
+                uint4 chunks[kTogether][2];
+#pragma unroll
+                for (int i = 0; i < kTogether; ++i) {
+                    const int t = token + i;
+                    const uint32_t both = kProducts == 0 ? 0 : __shfl_sync(~0u, factors[t / 8], t % 8 * 4 + lane / 8);
+                    convert<T, kProducts>(swap_halves(held.latents[t], swapped(lane)), both, chunks[i]);
+                }
+#pragma unroll
+                for (int i = 0; i < kTogether; ++i) store_latents(latents, token + i, chunks[i]);
+#pragma unroll
+                for (int i = 0; i < kTogether; ++i, at += from.stride) {
+                    held.latents[token + i] = ptx::load_in_order(at, from.has(token + i));
+                }
+            }
         };
-#pragma unroll
-        for (int token = 0; token < kTokens; token += kTogether) {
-            uint4 chunks[kTogether][2];
-#pragma unroll
-            for (int i = 0; i < kTogether; ++i) {
-                convert<T, Rows<T, kFormat>::kScaled>(swap_halves(held.latents[token + i], swapped(lane)),
-                                                      factors_of_row(token + i), chunks[i]);
-            }
-#pragma unroll
-            for (int i = 0; i < kTogether; ++i) store_latents(latents, token + i, chunks[i]);
-#pragma unroll
-            for (int i = 0; i < kTogether; ++i, at += from.stride) {
-                held.latents[token + i] = ptx::load_in_order(at, from.has(token + i));
-            }
+        if constexpr (!Rows<T, kFormat>::kScaled) {
+            convert_latents.template operator()<0>();
+        } else if (__all_sync(~0u, (factors[0] | factors[1]) >> 16 << 1 == 0)) {  // powers of two, mostly
+            convert_latents.template operator()<1>();
+        } else {
+            convert_latents.template operator()<2>();
         }
         if constexpr (Rows<T, kFormat>::kScaled) {
             if (!usual) {

@@ -103,7 +103,7 @@ __device__ __forceinline__ void load_queries(const FwdParams& params, SharedStor
             if (at >= count) continue;
             if constexpr (kFp8Queries) {
                 uint4 converted[2];
-                convert<T, false>(chunks[i], factors_of<T>(1.f), converted);
+                convert<T>(chunks[i], converted);
                 store_query_chunk(shared, row, 2 * chunk, converted[0]);
                 store_query_chunk(shared, row, 2 * chunk + 1, converted[1]);
             } else {
