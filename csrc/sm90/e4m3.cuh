@@ -1,8 +1,10 @@
-// From e4m3 to T: bf16 or fp16. Sign, exponent and mantissa shifted to their places there make a number that is too
-// small by a power of two (2^120 for bf16, 2^8 for fp16), subnormals too; one product with the scale makes it right.
-// The instruction that converts e4m3 would take longer. A scale of many digits has a second, smaller product: what T's
-// first has left out. So values are those of CacheFormat.dequantize, but for the last place now and then where scales
-// are no powers of two.
+// From e4m3 to T: bf16 or fp16.
+//
+// Sign, exponent and mantissa shifted to their places in T make a number that is too small by a power of two (2^120 for
+// bf16, 2^8 for fp16), subnormals too; one product with the scale makes it right. A scale of many digits has a second,
+// smaller product: what T's first has left out. So values are those of CacheFormat.dequantize, but for the last place
+// now and then where scales are no powers of two. Values without a scale are one instruction of the machine in fp16 (as
+// fast as any of the three that shift them); none converts to bf16.
 #pragma once
 
 #include <cuda_bf16.h>

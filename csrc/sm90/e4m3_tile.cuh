@@ -14,9 +14,9 @@ namespace flashmla::sm90 {
 constexpr int kLatents = kDimV / 64;  // slices of 64 latents
 constexpr int kBlocks = 4;            // of 128 latents with a scale each
 
-// How tokens lie, and which of 16 keys is at each place of a product: such that
-// no lanes that read at once do so from the same banks, neither 16 bytes each of two keys that are neighbours there,
-// nor 8 bytes each of four that are neighbours but one. (For one scale the latter meet in twos; nothing avoids that.)
+// How tokens lie, and which of 16 keys is at each place of a product: such that lanes that read at once do so from
+// different banks, be it 16 bytes each of two keys that are neighbours there, or 8 bytes each of four that are
+// neighbours but one. (With one scale for all the latter meet in twos; nothing avoids that.)
 template <CacheFormat kFormat>
 struct Layout;
 template <>

@@ -1,5 +1,6 @@
 // fwd_kvcache_mla over caches in fp8: what fwd_kvcache_mla.cu computes, from the same plan, on the values that the
-// cache's rows stand for (flashmla_ops/kv_cache.py), in T: bf16 or fp16.
+// cache's rows stand for (flashmla_ops/kv_cache.py), in T: bf16 or fp16. Up to 16 query rows a key head are
+// fwd_kvcache_mla_fp8_few_rows.cu's.
 //
 // Keys pass through registers on their way to shared memory, where they become T. So a third of the warps convert, and
 // the tensor cores' part is simpler than there: one warpgroup scores all tiles, and there is time for that, since a
@@ -313,6 +314,7 @@ __device__ __forceinline__ void convert_keys(const FwdParams& params, SharedStor
         __syncwarp();
         if (lane == 0) cuda::ptx::mbarrier_arrive(&shared.landed[place.stage]);
         if (tile == segment.begin) finish_queries(shared);
+        // the rows after the next to L2, so that what a tile waits for does not come from memory
         if (params.cache_stride_token == Rows<T, kFormat>::kBytes) {
             const TokenRows after(params, rows, pages, tile + 2, pages.checked(next_entry), warp);
             if (lane == 0 && after.count > 0) {
@@ -354,7 +356,8 @@ __device__ __forceinline__ void score(SharedStorage<T>& shared, const Place& pla
     wgmma::commit();
 }
 
-// Leaves P of the tile in `stage` for the follower, in the rope slice, with what it is relative to and its sums.
+// Leaves P of the tile in `stage` for the follower, in the rope slice, with what it is relative to and its sums. The
+// follower's fence, after the barrier, is what its wgmma needs to read P.
 template <typename T>
 __device__ __forceinline__ void leave_probabilities(SharedStorage<T>& shared, const Consumer& me, int stage,
                                                     const float (&base)[2], const float (&sum)[2],

@@ -1,20 +1,22 @@
 // fwd_kvcache_mla over caches in fp8 for up to 16 query rows a key head: what fwd_kvcache_mla_fp8.cu computes, from the
-// same plan, to the same results. Here memory is what bounds a call, so bytes come to shared memory as they lie in the
-// cache, and become T (e4m3.cuh) on the way from there to the operands of a warp's products: nothing is written back.
+// same plan. Here memory is what bounds a call, so bytes come to shared memory as they lie in the cache, and are
+// converted on the way from there to the operands of a warp's products (e4m3_tile.cuh), of whose 16 rows none is
+// wasted.
 //
-// A warp's product of 16 rows wastes none. Its order of keys, and of the dimensions that are summed over, is free as
-// long as both operands have the same: so each lane reads what lies together.
+// What is multiplied: T, bf16 or fp16 as the queries; with one scale for all P and V in fp16, which has V's values and
+// P more exactly than bf16; then queries in e4m3, and the keys for them, in fp16 too.
 //
 // Grid: (row tiles, parts at work at once), as there. 1 CTA a multiprocessor.
 //
-// Warp roles. Warps 0-7 each score 8 of a tile's 64 keys, with all queries in registers, and accumulate P V for 64 of
-// the 512 output columns. Between the two is P, in shared memory. Warp 8 loads keys, warps 9-11 queries.
+// Warp roles. Warps 0-7 each score 8 of a tile's 64 keys, and accumulate P V for 64 of the 512 output columns. Between
+// the two is P, in shared memory. Warp 8 loads keys, warps 9-11 queries.
 //
 // A turn of the consumers' loop has one barrier: P of tile i, for which all warps' maxima were there before the last
 // one; scores of tile i + 1; the barrier; P V of tile i.
 //
-// Safety. As in fwd_kvcache_mla.cu. Tokens past a row's length are not read: their P is 0, and what stands in their
-// place is finite, since e4m3's NaN is told from numbers only for the scores, and with a scale of 0.
+// Safety. As in fwd_kvcache_mla.cu. Tokens past a row's length are not read. Their P is 0, and what stands in their
+// place is finite: zeros with one scale for all; else whatever was there, of which e4m3's NaN is told from numbers only
+// for the scores, and a scale of 0.
 
 #include <cuda/ptx>
 
@@ -33,7 +35,7 @@ constexpr int kConsumerWarps = 8;
 constexpr int kConsumers = 32 * kConsumerWarps;
 constexpr int kQueryWarps = 3;
 constexpr int kThreads = kConsumers + 32 * (1 + kQueryWarps);
-constexpr int kConsumerRegisters = 232;  // Q takes 144, O 32
+constexpr int kConsumerRegisters = 232;  // Q takes 16 a slice, O 32
 constexpr int kProducerRegisters = 40;
 constexpr int kWarpTokens = kTile / kConsumerWarps;   // that a warp scores
 constexpr int kWarpColumns = kDimV / kConsumerWarps;  // of the output
@@ -122,7 +124,9 @@ struct Lane {
     int row, column;  // lane / 4, lane % 4: of operands of 8 rows and 16 bytes a lane
 };
 
-constexpr int kHeld = 5;  // slices of queries that stay in registers; with all of them too few would be left
+// Slices of queries that stay in registers. With all of them too few are left to convert values side by side: in
+// machine code a turn's stalls sum up to 2300 to 2600 cycles, with 3 to 6 slices to 1700.
+constexpr int kHeld = 5;
 // Queries, as the operands of products: of the rows lane / 4 + {0, 8} the dimensions 16 (lane % 4) + 4 step + {0,
 // 1} of a slice, then those two further.
 struct alignas(16) Queries {
