@@ -192,23 +192,29 @@ __device__ __forceinline__ void store_latents(uint32_t to, int row, const uint4 
     ptx::store_in_order((to ^ row % 8 * 16 ^ 16) + row * 128, chunks[1]);
 }
 
-// Queries in T are copied asynchronously; finish_queries waits for that. Those in e4m3 are converted: q_scale and
-// kv_scale come into the softmax's scale.
+// Queries are copied asynchronously while the first tile is converted; finish_queries waits for that, and converts
+// those in e4m3: q_scale and kv_scale come into the softmax's scale. Their chunks, of 16 values, first lie where half
+// of these goes: four lanes have those of a row in a slice.
+struct Fp8QueryChunk {
+    static constexpr int kOfRow = kDimQK / 16, kStep = 32 * kConverterWarps;
+    int row, slice, chunk;
+
+    __device__ explicit Fp8QueryChunk(int i) : row(i / kOfRow), slice(i % kOfRow / 4), chunk(i % 4) {}
+};
+
 template <typename T, bool kFp8Queries>
 __device__ __forceinline__ void start_queries(const FwdParams& params, SharedStorage<T>& shared, const RowTile& rows,
                                               const Segment& segment, int warp, uint32_t phase) {
     const int lane = threadIdx.x % 32;
+    using Stored = std::conditional_t<kFp8Queries, uint8_t, T>;
     wait(&shared.queries_freed, phase ^ 1);
     if constexpr (kFp8Queries) {
-        constexpr int kChunks = kDimQK / 16;
 #pragma unroll 1
-        for (int i = warp * 32 + lane; i < rows.count(params) * kChunks; i += 32 * kConverterWarps) {
-            const int row = i / kChunks, chunk = i % kChunks;
-            uint4 chunks[2];
-            const uint8_t* from = query_row<uint8_t>(params, rows, segment.row, row);
-            convert<T>(__ldcg(reinterpret_cast<const uint4*>(from) + chunk), chunks);
-            store_chunk(shared.sQ[chunk / 4], row, chunk % 4 * 2, chunks[0]);
-            store_chunk(shared.sQ[chunk / 4], row, chunk % 4 * 2 + 1, chunks[1]);
+        for (int i = warp * 32 + lane; i < rows.count(params) * Fp8QueryChunk::kOfRow; i += Fp8QueryChunk::kStep) {
+            const Fp8QueryChunk at(i);
+            const uint8_t* from =
+                query_row<uint8_t>(params, rows, segment.row, at.row) + i % Fp8QueryChunk::kOfRow * 16;
+            ptx::cp_async_16(ptx::shared_address(shared.sQ[at.slice]) + wgmma::swizzled(at.row, at.chunk), from);
         }
     } else {
         const int chunk = lane % 8;
@@ -222,13 +228,36 @@ __device__ __forceinline__ void start_queries(const FwdParams& params, SharedSto
             }
         }
     }
+    if (segment.more && warp * 32 + lane < rows.count(params)) {  // the next row's to L2
+        ptx::prefetch_bulk_l2(query_row<Stored>(params, rows, segment.row + 1, warp * 32 + lane),
+                              kDimQK * sizeof(Stored));
+    }
 }
 
-template <typename T>
-__device__ __forceinline__ void finish_queries(SharedStorage<T>& shared) {
+template <typename T, bool kFp8Queries>
+__device__ __forceinline__ void finish_queries(const FwdParams& params, SharedStorage<T>& shared, const RowTile& rows,
+                                               int warp) {
+    const int lane = threadIdx.x % 32;
     ptx::cp_async_wait_all();
+    if constexpr (kFp8Queries) {
+        const int count = rows.count(params) * Fp8QueryChunk::kOfRow;
+#pragma unroll 1
+        for (int first = warp * 32; first < count; first += Fp8QueryChunk::kStep) {
+            const Fp8QueryChunk at(first + lane);
+            const bool there = first + lane < count;
+            const char* slice = reinterpret_cast<const char*>(shared.sQ[at.slice]);
+            uint4 bytes = {}, chunks[2];
+            if (there) bytes = *reinterpret_cast<const uint4*>(slice + wgmma::swizzled(at.row, at.chunk));
+            __syncwarp();  // all four have read
+            convert<T>(bytes, chunks);
+            if (there) {
+                store_chunk(shared.sQ[at.slice], at.row, at.chunk * 2, chunks[0]);
+                store_chunk(shared.sQ[at.slice], at.row, at.chunk * 2 + 1, chunks[1]);
+            }
+        }
+    }
     __syncwarp();
-    if (threadIdx.x % 32 == 0) cuda::ptx::mbarrier_arrive(&shared.queries_landed);
+    if (lane == 0) cuda::ptx::mbarrier_arrive(&shared.queries_landed);
 }
 
 // A tile whose scales are not usual, read again: nothing that has to be fast.
@@ -313,7 +342,7 @@ __device__ __forceinline__ void convert_keys(const FwdParams& params, SharedStor
         held.load_rope(from, lane);
         __syncwarp();
         if (lane == 0) cuda::ptx::mbarrier_arrive(&shared.landed[place.stage]);
-        if (tile == segment.begin) finish_queries(shared);
+        if (tile == segment.begin) finish_queries<T, kFp8Queries>(params, shared, rows, warp);
         // the rows after the next to L2, so that what a tile waits for does not come from memory
         if (params.cache_stride_token == Rows<T, kFormat>::kBytes) {
             const TokenRows after(params, rows, pages, tile + 2, pages.checked(next_entry), warp);

@@ -88,7 +88,7 @@ __device__ __forceinline__ void load_queries(const FwdParams& params, SharedStor
     phase ^= 1;
     using Stored = std::conditional_t<kFp8Queries, uint8_t, T>;
     constexpr int kChunks = kDimQK * sizeof(Stored) / 16;  // of 16 bytes in memory
-    constexpr int kAtOnce = kFp8Queries ? 1 : 4;
+    constexpr int kAtOnce = kFp8Queries ? 3 : 4;
     const int count = rows.count(params) * kChunks;
     for (int first = warp * 32 + lane; first < count; first += kAtOnce * 32 * kQueryWarps) {
         uint4 chunks[kAtOnce];
