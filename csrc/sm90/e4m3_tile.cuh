@@ -131,26 +131,16 @@ struct Factors {
     bool plain = true;
 };
 
-// For a lane's keys, one or more: `unit` and `plain` are the warp's.
-template <typename T, int kCount>
-__device__ __forceinline__ void make_factors(const float (&scales)[kCount], Factors (&factors)[kCount]) {
-    bool usual = true, plain = true;
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) usual &= fabsf(scales[i]) < kGreatestScale;
-    usual = __all_sync(~0u, usual);
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-        uint32_t split = split_factor<T>(usual ? scales[i] * kUnit<T> : scales[i]);
-        if (!(fabsf(scales[i]) < INFINITY)) split &= 0xffff;
-        plain &= split >> 16 << 1 == 0;
-        factors[i].split = split;
-    }
-    plain = __all_sync(~0u, plain) && usual;
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-        factors[i].unit = usual ? pack<T>(1.f, 1.f) : pack<T>(kUnit<T>, kUnit<T>);
-        factors[i].plain = plain;
-    }
+// From the scale of this lane's key and block; `unit` and `plain` are the warp's.
+template <typename T>
+__device__ __forceinline__ Factors make_factors(float scale) {
+    const bool usual = __all_sync(~0u, fabsf(scale) < kGreatestScale);
+    Factors result;
+    result.unit = usual ? pack<T>(1.f, 1.f) : pack<T>(kUnit<T>, kUnit<T>);
+    result.split = split_factor<T>(usual ? scale * kUnit<T> : scale);
+    if (!(fabsf(scale) < INFINITY)) result.split &= 0xffff;  // inf and NaN as they are
+    result.plain = __all_sync(~0u, result.split >> 16 << 1 == 0) && usual;
+    return result;
 }
 
 // A pair of values that spread() made times their scale, in T; with one for all as they are.

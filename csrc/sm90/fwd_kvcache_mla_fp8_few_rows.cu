@@ -390,20 +390,19 @@ __device__ __forceinline__ void attend(const FwdParams& params, SharedStorage<T,
     }
 
     float rS[4];
-    Factors factors[1];
+    Factors factors;
     // the scores of a tile, their maxima left for all
     const auto score_tile = [&](int tile, const Place<kStages<kFormat>>& at) {
         wait(&shared.landed[at.slot], at.phase);
         const uint8_t* key = shared.ring[at.slot] + my_key * L::kRowBytes;
         if constexpr (L::kScaled) {
             const float of_block = *reinterpret_cast<const float*>(key + L::kScales + me.column * 4);
-            const float scales[1] = {tile * kTile + my_key < segment.length ? of_block : 0.f};
-            make_factors<T>(scales, factors);
+            factors = make_factors<T>(tile * kTile + my_key < segment.length ? of_block : 0.f);
         }
-        if (factors[0].plain) {
-            score<T, kFormat, true>(key, me, queries, factors[0], rS);
+        if (factors.plain) {
+            score<T, kFormat, true>(key, me, queries, factors, rS);
         } else if constexpr (L::kScaled) {
-            score<T, kFormat, false>(key, me, queries, factors[0], rS);
+            score<T, kFormat, false>(key, me, queries, factors, rS);
         }
         scale_and_mask(params, me, segment, tile, scored, scale_log2, rS);
         leave_maxima(me, warp, rS, shared.high[tile % 2]);
@@ -424,11 +423,11 @@ __device__ __forceinline__ void attend(const FwdParams& params, SharedStorage<T,
         leave_probabilities<std::conditional_t<L::kScaled, T, __half>>(me, warp, rS, shared.high[turn], softmax, factor,
                                                                        shared.sP[turn]);
         if constexpr (L::kScaled) {
-            const uint32_t split = factors[0].split;
+            const uint32_t split = factors.split;
             memcpy(&shared.great[turn][me.column][warp * kWarpTokens + me.row], &split, 2);
             const uint32_t rest = split >> 16;
             memcpy(&shared.small[turn][me.column][warp * kWarpTokens + me.row], &rest, 2);
-            if (lane == 0) shared.units[turn][warp] = factors[0].plain ? 0 : factors[0].unit;
+            if (lane == 0) shared.units[turn][warp] = factors.plain ? 0 : factors.unit;
         }
         const Place<kStages<kFormat>> at = place;
         place.next();

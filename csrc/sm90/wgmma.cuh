@@ -90,17 +90,6 @@ __device__ __forceinline__ void keep(uint32_t (&a)[kCount]) {
         : FLASHMLA_16(d, 0), FLASHMLA_16(d, 16)                                              \
         : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)))
 
-#define FLASHMLA_WGMMA_M64N64K16_RS(TYPE)                                                    \
-    asm volatile(                                                                            \
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"                                         \
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE                          \
-        " "                                                                                  \
-        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15,"             \
-        " %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, " \
-        "{%32, %33, %34, %35}, %36, p, 1, 1, 0;\n}\n"                                        \
-        : FLASHMLA_16(d, 0), FLASHMLA_16(d, 16)                                              \
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)))
-
 #define FLASHMLA_WGMMA_M64N256K16(TYPE)                                                                      \
     asm volatile(                                                                                            \
         "{\n.reg .pred p;\nsetp.ne.b32 p, %130, 0;\n"                                                        \
@@ -162,16 +151,6 @@ __device__ __forceinline__ void m64n64k16(float (&d)[32], uint64_t a, uint64_t b
     }
 }
 
-// The same with a in registers, in the layout of accumulators packed in pairs: see m64n256k16.
-template <typename T>
-__device__ __forceinline__ void m64n64k16(float (&d)[32], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
-    if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-        FLASHMLA_WGMMA_M64N64K16_RS("bf16");
-    } else {
-        FLASHMLA_WGMMA_M64N64K16_RS("f16");
-    }
-}
-
 // d [64, 256] = a [64, 16] b [16, 256] (+ d): both operands in shared memory, a K-major, b MN-major.
 template <typename T>
 __device__ __forceinline__ void m64n256k16(float (&d)[128], uint64_t a, uint64_t b, bool accumulate) {
@@ -195,7 +174,6 @@ __device__ __forceinline__ void m64n256k16(float (&d)[128], const uint32_t* a, u
 
 #undef FLASHMLA_WGMMA_M64N256K16_RS
 #undef FLASHMLA_WGMMA_M64N256K16
-#undef FLASHMLA_WGMMA_M64N64K16_RS
 #undef FLASHMLA_WGMMA_M64N64K16
 #undef FLASHMLA_WGMMA_M64N16K16
 #undef FLASHMLA_16
