@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import ALL_DIMS, append_calls, decode_calls, seeds
+from strategies import ALL_DIMS, append_calls, decode_calls, examples, seeds
 from torch import Tensor
 
 from flashmla_ops import backends, concat_and_cache_mla, fwd_kvcache_mla, get_mla_metadata
@@ -160,7 +160,7 @@ def random_bytes(layout: CacheFormat, case: AppendCase, strided: bool = False) -
 @pytest.mark.parametrize("name", FP8)
 @pytest.mark.parametrize("cache_dtype", BYTE_DTYPES)
 @given(data=st.data())
-@settings(max_examples=40)
+@settings(max_examples=examples(40))
 def test_append_writes_the_reference_s_bytes(target, name, cache_dtype, data):
     """In the named slots, and nothing anywhere else; for every shape and dtype, on every backend."""
     layout = FP8[name]
@@ -241,7 +241,7 @@ def quantized(case: DecodeCase, layout: CacheFormat, cache_dtype: torch.dtype) -
 
 @pytest.mark.parametrize("name", FP8)
 @given(data=st.data())
-@settings(max_examples=250 if torch.cuda.is_available() else 100)
+@settings(max_examples=examples(250 if torch.cuda.is_available() else 100))
 def test_decoding_is_that_of_the_dequantised_cache(target, name, data):
     """Half of the calls peaked, what must not be read NaN; with a plan and without. Within the error that is allowed
     to decoding of that cache; on the CPU, which does just that, equal."""

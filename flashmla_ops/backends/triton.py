@@ -51,8 +51,6 @@ def refusal(op: str, tensor: Tensor, **facts) -> str | None:
             return reason
     if op == "fwd_kvcache_mla":
         return _no_call(tensor, **facts)
-    if op == "concat_and_cache_mla" and tensor.dtype in BYTE_DTYPES:
-        return "it does not write fp8 caches: the sm90 and the cpu backend do"
     return None
 
 
@@ -86,8 +84,6 @@ def _no_device(device: int) -> str | None:
 
 def _no_call(q: Tensor, kv_cache: Tensor, head_dim_v: int) -> str | None:
     """Why fwd_kvcache_mla does not take tensors of this kind."""
-    if kv_cache.dtype in BYTE_DTYPES:
-        return "it does not read fp8 caches: the sm90 and the cpu backend do"
     if q.is_cpu and q.dtype is torch.bfloat16:
         return f"Triton's interpreter multiplies torch.float16 and torch.float32, got {q.dtype}"
     if q.is_cuda and q.dtype is torch.float32:
@@ -121,6 +117,11 @@ def _on(device: torch.device) -> contextlib.AbstractContextManager:
 def _units(t: Tensor, *dims: int) -> list[int]:
     """Strides of these dimensions in units of 16 bytes."""
     return [t.stride(dim) * t.itemsize // 16 for dim in dims]
+
+
+def _bytes(t: Tensor) -> Tensor:
+    """e4m3 as plain bytes: the kernels convert it by integer arithmetic, which every GPU has."""
+    return t.view(torch.uint8) if t.dtype in BYTE_DTYPES else t
 
 
 # ------------------------------------------------------------------------------------------------- get_mla_metadata
@@ -215,6 +216,14 @@ def _shared_kb(device: torch.device) -> int:
     return SHARED_KB[0] if properties.major == 10 else properties.shared_memory_per_block_optin // 1024
 
 
+def _format(kv_cache: Tensor, kv_scale: Tensor | None):
+    """The cache's format, as the kernel names it."""
+    kernels = _kernels()
+    if kv_cache.dtype not in BYTE_DTYPES:
+        return kernels.PLAIN
+    return kernels.FP8_BLOCKS if kv_scale is None else kernels.FP8_TENSOR
+
+
 def fwd_kvcache_mla(
     q: Tensor,
     kv_cache: Tensor,
@@ -224,17 +233,18 @@ def fwd_kvcache_mla(
     softmax_scale: float,
     causal: bool,
     plan: tuple[Tensor, Tensor] | None,
-    q_scale: Tensor | None,  # None, as refusal says
+    q_scale: Tensor | None,
     kv_scale: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # out [b, s_q, h_q, d_v], lse [b, h_q, s_q]
     if values.DEBUG or q.is_cpu:
         values.check_lengths_and_pages(kv_cache, block_table, cache_seqlens)
     b, s_q, h_q, d_qk = q.shape
     num_pages, page_size, h_k, _ = kv_cache.shape
-    out = q.new_empty(b, s_q, h_q, head_dim_v)
+    out = q.new_empty(b, s_q, h_q, head_dim_v, dtype=torch.bfloat16 if q.dtype in BYTE_DTYPES else q.dtype)
     lse = q.new_empty(b, h_q, s_q, dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
+    q, kv_cache, cache_format = _bytes(q), _bytes(kv_cache), _format(kv_cache, kv_scale)
     group = h_q // h_k
     rows = s_q * group
     config = config_of(_shared_kb(q.device), d_qk, head_dim_v, rows)
@@ -253,22 +263,21 @@ def fwd_kvcache_mla(
             metadata = plan[0]
         split_parts = _split_parts(parts if plan is None else MAX_PARTS, b, max_len, row_tiles(rows, h_k))
         places = 2 * split_parts * row_blocks * config.block_m
-        shares = q.new_empty(places, head_dim_v, dtype=torch.float32)
-        shares_lse = q.new_empty(places, dtype=torch.float32)
+        shares, shares_lse = lse.new_empty(places, head_dim_v), lse.new_empty(places)
         dims = {"D_V": head_dim_v, "BLOCK_V": block_v, "BLOCK_M": config.block_m}
         kernels.fwd_kvcache_mla_kernel[(row_blocks, parts)](
-            *(q, kv_cache, block_table, cache_seqlens, metadata, out, lse, shares, shares_lse),
+            *(q, kv_cache, q_scale, kv_scale, block_table, cache_seqlens, metadata, out, lse, shares, shares_lse),
             softmax_scale / math.log(2),
             *_units(q, 0, 1, 2),
             *_units(kv_cache, 0, 1, 2),
             block_table.stride(0),
-            *(b, s_q, group, blocks_per_head, num_pages, page_size, max_len, split_parts),
-            CAUSAL=causal,
+            *(b, s_q, group, blocks_per_head, num_pages, page_size, max_len, split_parts, int(causal)),
             D_R=d_qk - head_dim_v,
             BLOCK_R=block_r,
             BLOCK_N=config.block_n,
             ONE_PAGE=page_size % config.block_n == 0,
             STAGES=config.stages,
+            FORMAT=cache_format,
             num_warps=config.warps,
             **dims,
         )
@@ -316,18 +325,15 @@ def concat_and_cache_mla(
         return
     block_v = _power_of_two(d_v)
     tokens = _rows_of(block_v)
+    grid = (-(-n // tokens),)
+    sizes = (n, num_slots, page_size, *_units(kv_cache, 0, 1), *_units(kv_c, 0), *_units(k_pe, 0))
+    dims = {"D_V": d_v, "D_R": d_rope, "BLOCK_V": block_v, "BLOCK_R": _power_of_two(d_rope), "BLOCK_T": tokens}
     with _on(kv_cache.device):
-        _kernels().concat_and_cache_mla_kernel[(-(-n // tokens),)](
-            *(kv_cache, kv_c, k_pe, slot_mapping, n, num_slots, page_size),
-            *_units(kv_cache, 0, 1),
-            *_units(kv_c, 0),
-            *_units(k_pe, 0),
-            D_V=d_v,
-            D_R=d_rope,
-            BLOCK_V=block_v,
-            BLOCK_R=_power_of_two(d_rope),
-            BLOCK_T=tokens,
-        )
+        if kv_cache.dtype in BYTE_DTYPES:
+            tensors = (_bytes(kv_cache), kv_c, k_pe, slot_mapping, kv_scale)
+            _kernels().concat_and_cache_mla_fp8_kernel[grid](*tensors, *sizes, **dims, ROUND_SCALE=round_scale)
+        else:
+            _kernels().concat_and_cache_mla_kernel[grid](kv_cache, kv_c, k_pe, slot_mapping, *sizes, **dims)
 
 
 # ------------------------------------------------------------------------------------------------ merge_attn_states
