@@ -8,7 +8,7 @@ import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import TARGETS, decode_calls, examples, lengths_of_rows, seeds
+from strategies import ALL_DIMS, TARGETS, decode_calls, examples, lengths_of_rows, seeds
 
 from flashmla_ops import fwd_kvcache_mla, get_mla_metadata, merge_attn_states
 from flashmla_ops.plan import COLUMNS, MAX_PARTS, make_plan
@@ -45,6 +45,18 @@ def test_the_oracle_is_right(data):
     case = make_decode_case(**data.draw(decode_calls(TARGETS["cpu"], **call)))
     for fast, plain in zip(attention(case), reference.decode_by_loops(case), strict=True):
         torch.testing.assert_close(fast, plain, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("page_size", [16, 32, 64, 128])
+@pytest.mark.parametrize("dims", ALL_DIMS[:6])
+def test_dims_and_page_sizes(target, dims, page_size):
+    if dims not in target.dims or page_size not in target.page_sizes:
+        pytest.skip(f"{target.name} does not serve d_qk, d_v = {dims} with pages of {page_size}")
+    d_qk, d_v = dims
+    shape = {"d_qk": d_qk, "d_v": d_v, "page_size": page_size, "device": target.device}
+    for dtype in target.dtypes:
+        case = make_decode_case([129, 0, 16, 70], h_q=12, s_q=2, causal=True, peaked="middle", dtype=dtype, **shape)
+        check_decode(case, *run(case, "own"), target.factor)
 
 
 # -------------------------------------------------------------------------------------------------------- properties

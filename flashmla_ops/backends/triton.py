@@ -277,6 +277,7 @@ def fwd_kvcache_mla(
             BLOCK_N=config.block_n,
             ONE_PAGE=page_size % config.block_n == 0,
             STAGES=config.stages,
+            SHARED_ROWS=16 * config.warps > config.block_m,
             FORMAT=cache_format,
             num_warps=config.warps,
             **dims,

@@ -30,7 +30,6 @@ SMALLEST_SCALE = tl.constexpr(_kv_cache.SMALLEST_SCALE)
 E4M3_MAX = tl.constexpr(_kv_cache.E4M3_MAX)
 LN2 = tl.constexpr(0.6931471805599453)
 INF = tl.constexpr(float("inf"))
-NAN = tl.constexpr(float("nan"))
 INF_BITS = tl.constexpr(0x7F800000)  # of fp32; those of finite magnitudes are less and order like the values
 
 
@@ -191,8 +190,8 @@ def _from_e4m3(byte):
     """Bytes of e4m3 as fp16, which has all its values: e4m3's bits in fp16's places are 2^-8 of the value. By integers,
     so that any GPU can, and so can the interpreter."""
     magnitude = byte.to(tl.uint16) & 0x7F
-    bits = (byte.to(tl.uint16) & 0x80) << 8 | magnitude << 7
-    return tl.where(magnitude == 0x7F, NAN, bits.to(tl.float16, bitcast=True) * 256)
+    bits = (byte.to(tl.uint16) & 0x80) << 8 | tl.where(magnitude == 0x7F, 0x7E00, magnitude << 7)  # NaN stays NaN
+    return bits.to(tl.uint16).to(tl.float16, bitcast=True) * 256
 
 
 @triton.jit
@@ -267,6 +266,7 @@ def _segment(
     BLOCK_N: tl.constexpr,
     ONE_PAGE: tl.constexpr,
     STAGES: tl.constexpr,
+    SHARED_ROWS: tl.constexpr,
     FORMAT: tl.constexpr,
 ):
     """Attends keys begin .. end - 1: (accumulated, greatest score, sum), all relative to that score, in base 2."""
@@ -275,9 +275,12 @@ def _segment(
     if D_R > 0:
         q_r = _queries(q, q_at + D_V, real, D_R, BLOCK_R)
     m = tl.full([BLOCK_M], -INF, tl.float32)
-    l = tl.zeros([BLOCK_M], tl.float32)  # noqa: E741
+    if SHARED_ROWS:  # summed over keys after the loop: else warps would have to wait for each other in every step
+        l = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)  # noqa: E741
+    else:
+        l = tl.zeros([BLOCK_M], tl.float32)  # noqa: E741
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
-    for start in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
+    for start in tl.range(begin, end, BLOCK_N, num_stages=STAGES, disable_licm=True):
         key = start + tl.arange(0, BLOCK_N)
         if ONE_PAGE:  # page sizes are multiples of BLOCK_N
             page = tl.load(pages + start // page_size)
@@ -290,23 +293,45 @@ def _segment(
             base = kv_cache
             at = page.to(tl.int64) * page_stride + key % page_size * token_stride
         k_v = _latent(base, at, known, D_V, BLOCK_V, FORMAT, DTYPE)
-        s = tl.dot(q_v, tl.trans(k_v), input_precision="ieee")
         if D_R > 0:
             k_r = _further(base, at, known, 0, D_V, D_R, BLOCK_R, FORMAT, DTYPE)
-            s = tl.dot(q_r, tl.trans(k_r), acc=s, input_precision="ieee")
-            for r in tl.static_range(BLOCK_R, D_R, BLOCK_R):  # of unusual dims: their queries are read every time
+        if SHARED_ROWS and BLOCK_M >= 64:
+            # Of products that feed another one Triton gives all warps all columns: here half of them would compute
+            # what the other half does. It does not see that through a branch, which has to be one that it cannot
+            # resolve, with products on both sides, none of which feeds another.
+            if start < end:  # always
+                s = tl.dot(q_v, tl.trans(k_v), input_precision="ieee") * scale_log2
+                if D_R > 0:
+                    s += tl.dot(q_r, tl.trans(k_r), input_precision="ieee") * scale_log2
+                for r in tl.static_range(BLOCK_R, D_R, BLOCK_R):  # of unusual dims: their queries are read every time
+                    q_more = _queries(q, q_at + D_V + r, real, D_R - r, BLOCK_R)
+                    k_more = _further(base, at, known, r, D_V, D_R, BLOCK_R, FORMAT, DTYPE)
+                    s += tl.dot(q_more, tl.trans(k_more), input_precision="ieee") * scale_log2
+            else:
+                s = tl.dot(q_v, tl.trans(k_v), input_precision="ieee")
+        else:
+            s = tl.dot(q_v, tl.trans(k_v), input_precision="ieee")
+            if D_R > 0:
+                s = tl.dot(q_r, tl.trans(k_r), acc=s, input_precision="ieee")
+            for r in tl.static_range(BLOCK_R, D_R, BLOCK_R):
                 q_more = _queries(q, q_at + D_V + r, real, D_R - r, BLOCK_R)
                 k_more = _further(base, at, known, r, D_V, D_R, BLOCK_R, FORMAT, DTYPE)
                 s = tl.dot(q_more, tl.trans(k_more), acc=s, input_precision="ieee")
+            s *= scale_log2
         hidden = key[None, :] >= tl.minimum(visible, end)[:, None]
-        s = tl.where(hidden, -INF, s * scale_log2)
+        s = tl.where(hidden, -INF, s)
         m_new = tl.maximum(m, tl.max(s, 1))
         base_2 = tl.where(m_new == -INF, 0.0, m_new)  # no key seen so far: exp2(-inf - 0) = 0, not NaN
         p = tl.exp2(s - base_2[:, None])
         rescale = tl.exp2(m - base_2)
-        l = l * rescale + tl.sum(p, 1)  # noqa: E741
+        if SHARED_ROWS:
+            l = l * rescale[:, None] + p  # noqa: E741
+        else:
+            l = l * rescale + tl.sum(p, 1)  # noqa: E741
         acc = tl.dot(p.to(DTYPE), k_v, acc=acc * rescale[:, None], input_precision="ieee")
         m = m_new
+    if SHARED_ROWS:
+        l = tl.sum(l, 1)  # noqa: E741
     return acc, m, l
 
 
@@ -354,6 +379,7 @@ def fwd_kvcache_mla_kernel(
     BLOCK_N: tl.constexpr,
     ONE_PAGE: tl.constexpr,
     STAGES: tl.constexpr,
+    SHARED_ROWS: tl.constexpr,  # whether scores of a query row lie in several warps
     FORMAT: tl.constexpr,  # of the cache
 ):
     """Grid: (row blocks, parts at work at once)."""
@@ -419,6 +445,7 @@ def fwd_kvcache_mla_kernel(
                     BLOCK_N,
                     ONE_PAGE,
                     STAGES,
+                    SHARED_ROWS,
                     FORMAT,
                 )
                 nothing = l == 0
@@ -574,8 +601,10 @@ def concat_and_cache_mla_kernel(
 def _bits(x):
     """The bits of fp32, or of a 16-bit type, as a signed integer of as many."""
     if x.dtype.primitive_bitwidth == 32:
-        return x.to(tl.int32, bitcast=True)
-    return x.to(tl.int16, bitcast=True)
+        bits = x.to(tl.int32, bitcast=True)
+    else:
+        bits = x.to(tl.int16, bitcast=True)
+    return bits
 
 
 @triton.jit
@@ -595,11 +624,13 @@ def _to_e4m3(x, negative):
 @triton.jit
 def _bf16_bits(values):
     """To bf16, to the nearest, ties to even, as int16. By integers too: the interpreter's own conversion truncates."""
-    if values.dtype.primitive_bitwidth == 16 and values.dtype != tl.float16:
-        return _bits(values)
-    bits = _bits(values.to(tl.float32))
-    nan = (bits & 0x7FFFFFFF) > INF_BITS
-    return tl.where(nan, 0x7FC0, (bits + 0x7FFF + (bits >> 16 & 1)) >> 16).to(tl.int16)
+    if values.dtype == tl.bfloat16:
+        rounded = _bits(values)
+    else:
+        bits = _bits(values.to(tl.float32))
+        nan = (bits & 0x7FFFFFFF) > INF_BITS
+        rounded = tl.where(nan, 0x7FC0, (bits + 0x7FFF + (bits >> 16 & 1)) >> 16).to(tl.int16)
+    return rounded
 
 
 @triton.jit
