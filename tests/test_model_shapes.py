@@ -1,4 +1,4 @@
-"""One layer of models with other dimensions than DeepSeek-V3's: decoding, compiled, on every backend, against the CPU."""
+"""A layer of models with other dimensions than DeepSeek-V3's: decoding, compiled, on every backend, against the CPU."""
 
 import pytest
 import torch

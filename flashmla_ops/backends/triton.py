@@ -166,6 +166,12 @@ class Config(NamedTuple):
     # memory are 1 of 2 stages, 2 of 5, 3 of 7, 4 of 9.
     stages: int
 
+    def shared_rows(self, hopper: bool) -> bool:
+        """Whether the kernel is to let several warps have scores of a query row. A product's tile has 16 rows, so there
+        can be more warps than such tiles; but with 64 rows Ampere's products then take more registers than there are.
+        """
+        return 16 * self.warps > self.block_m and (hopper or self.block_m < 64)
+
 
 # By columns of a key (padded), query rows of a key head, and KB of shared memory that a program may have: 99 (sm_86,
 # 89, 120), 163 (sm_80, 87), 227 (sm_90). The first row that is large enough serves. What chose the numbers:
@@ -175,18 +181,28 @@ class Config(NamedTuple):
 #     queries of 576 columns and keys leave room for 32 rows and 32 keys.
 #   - 8 warps: 512 columns of accumulators, and on Ampere the queries, are otherwise more than the registers hold.
 # tests/test_triton.py compiles each for the devices above, and holds it to their shared memory and to no spills among
-# the products. None of it has been timed: python -m flashmla_ops.benchmark is where to begin.
+# the products. The last column has been timed, on an H100 with Triton 3.6 (us, 128 rows of about 8192 keys unless said
+# otherwise; `python -m flashmla_ops.benchmark --tune` repeats that on any device):
+#   (192, 16)  (16, 64, 4, 7) 168, (16, 64, 4, 9) 173, (16, 64, 8, 9) 184, (64, 64, 4, 7) 201
+#   (192, 64)  128 heads: (64, 64, 4, 9) 393, (64, 64, 4, 5) 395, (64, 64, 8, 9) 486, (64, 128, 4, 5) 514
+#   (320, 16)  (16, 64, 4, 7) 262, (16, 64, 8, 9) 269, (16, 64, 4, 9) 271, (64, 64, 4, 7) 346
+#   (320, 32)  (32, 64, 8, 5) 301, (32, 64, 8, 7) 307, (32, 64, 4, 5) 333, (64, 64, 4, 5) 342, (64, 32, 4, 9) 370
+#   (320, 64)  128 heads: (64, 64, 4, 5) 608, (64, 64, 4, 7) 618, (64, 64, 8, 7) 707
+#   (576, 16)  2048 keys: (16, 64, 8, 5) 138, (16, 64, 4, 5) 152, (16, 32, 8, 7) 171, (16, 32, 4, 9) 157
+#   (576, 32)  (32, 64, 8, 5) 535, (64, 64, 8, 3) 722, (32, 32, 8, 9) 843
+#   (576, 64)  128 heads: (64, 64, 8, 3) 1023, (64, 32, 8, 7) 1152. (64, 64, 8, 3) took 1276 with scores that are computed
+#              twice (see _segment), a sum over warps at every step and 64-bit addresses within a block of keys
 SHARED_KB = (99, 163, 227)
 CONFIGS: dict[tuple[int, int], tuple[Config, Config, Config]] = {
-    (192, 16): (Config(16, 64, 4, 7), Config(16, 64, 4, 7), Config(16, 64, 4, 9)),
+    (192, 16): (Config(16, 64, 4, 7), Config(16, 64, 4, 7), Config(16, 64, 4, 7)),
     (192, 32): (Config(32, 64, 4, 5), Config(32, 64, 4, 5), Config(32, 64, 4, 5)),
     (192, 64): (Config(64, 64, 4, 5), Config(64, 64, 4, 5), Config(64, 64, 4, 5)),
-    (320, 16): (Config(16, 64, 8, 5), Config(16, 64, 8, 7), Config(16, 64, 8, 9)),
+    (320, 16): (Config(16, 64, 8, 5), Config(16, 64, 8, 7), Config(16, 64, 4, 7)),
     (320, 32): (Config(32, 64, 8, 2), Config(32, 64, 8, 5), Config(32, 64, 8, 5)),
-    (320, 64): (Config(64, 64, 8, 2), Config(64, 64, 8, 5), Config(64, 64, 8, 5)),
+    (320, 64): (Config(64, 64, 8, 2), Config(64, 64, 8, 5), Config(64, 64, 4, 5)),
     (576, 16): (Config(16, 32, 8, 5), Config(16, 32, 8, 7), Config(16, 64, 8, 5)),
     (576, 32): (Config(32, 32, 8, 2), Config(32, 64, 8, 2), Config(32, 64, 8, 5)),
-    (576, 64): (Config(32, 32, 8, 2), Config(64, 64, 8, 2), Config(64, 64, 8, 2)),
+    (576, 64): (Config(32, 32, 8, 2), Config(64, 64, 8, 2), Config(64, 64, 8, 3)),
     (832, 64): (Config(16, 32, 8, 2), Config(16, 32, 8, 5), Config(16, 32, 8, 5)),  # 256 < d_v, 64 < d_qk - d_v
 }
 
@@ -199,12 +215,21 @@ def blocks_of(d_qk: int, d_v: int) -> tuple[int, int]:
     return _power_of_two(d_v), min(_power_of_two(d_qk - d_v), BLOCK_R)
 
 
-def config_of(shared_kb: int, d_qk: int, d_v: int, rows: int) -> Config:
-    """The table's row for `rows` query rows of a key head on a device whose programs may have so much shared memory."""
+def config_of(shared_kb: int, d_qk: int, d_v: int, rows: int, fp8: bool = False) -> Config:
+    """The table's row for `rows` query rows of a key head on a device whose programs may have so much shared memory.
+
+    fp8 keys have a second place in shared memory, as values of the queries' dtype, and registers on the way between. So
+    fewer are loaded ahead; where memory is small none are, and blocks are smaller.
+    """
     block_v, block_r = blocks_of(d_qk, d_v)
     columns = block_v + -(-(d_qk - d_v) // block_r) * block_r
     key = next(key for key in CONFIGS if columns <= key[0] and min(rows, 64) <= key[1])
-    return CONFIGS[key][max(i for i, kb in enumerate(SHARED_KB) if kb <= shared_kb)]
+    config = CONFIGS[key][max(i for i, kb in enumerate(SHARED_KB) if kb <= shared_kb)]
+    if not fp8:
+        return config
+    if shared_kb >= SHARED_KB[-1]:
+        return config._replace(stages=2)
+    return config._replace(block_n=min(config.block_n, 32), stages=1)
 
 
 @functools.cache
@@ -222,6 +247,11 @@ def _format(kv_cache: Tensor, kv_scale: Tensor | None):
     if kv_cache.dtype not in BYTE_DTYPES:
         return kernels.PLAIN
     return kernels.FP8_BLOCKS if kv_scale is None else kernels.FP8_TENSOR
+
+
+@functools.cache
+def _is_hopper(device: torch.device) -> bool:
+    return device.type == "cpu" or torch.cuda.get_device_capability(device)[0] == 9
 
 
 def fwd_kvcache_mla(
@@ -247,12 +277,13 @@ def fwd_kvcache_mla(
     q, kv_cache, cache_format = _bytes(q), _bytes(kv_cache), _format(kv_cache, kv_scale)
     group = h_q // h_k
     rows = s_q * group
-    config = config_of(_shared_kb(q.device), d_qk, head_dim_v, rows)
+    config = config_of(_shared_kb(q.device), d_qk, head_dim_v, rows, cache_format != _kernels().PLAIN)
     block_v, block_r = blocks_of(d_qk, head_dim_v)
     blocks_per_head = -(-rows // config.block_m)
     row_blocks = h_k * blocks_per_head
     max_len = min(block_table.shape[1] * page_size, INT32_KEYS) if num_pages else 0
 
+    shared_rows = config.shared_rows(_is_hopper(q.device))
     kernels, parts = _kernels(), _parts(q.device, rows, h_k)
     with _on(q.device):
         if plan is None:
@@ -277,7 +308,8 @@ def fwd_kvcache_mla(
             BLOCK_N=config.block_n,
             ONE_PAGE=page_size % config.block_n == 0,
             STAGES=config.stages,
-            SHARED_ROWS=16 * config.warps > config.block_m,
+            SHARED_ROWS=shared_rows,
+            NARROW=shared_rows and config.block_m > 16 and config.block_n * kv_cache.stride(1) < 2**31,
             FORMAT=cache_format,
             num_warps=config.warps,
             **dims,

@@ -267,6 +267,7 @@ def _segment(
     ONE_PAGE: tl.constexpr,
     STAGES: tl.constexpr,
     SHARED_ROWS: tl.constexpr,
+    NARROW: tl.constexpr,
     FORMAT: tl.constexpr,
 ):
     """Attends keys begin .. end - 1: (accumulated, greatest score, sum), all relative to that score, in base 2."""
@@ -275,18 +276,22 @@ def _segment(
     if D_R > 0:
         q_r = _queries(q, q_at + D_V, real, D_R, BLOCK_R)
     m = tl.full([BLOCK_M], -INF, tl.float32)
-    if SHARED_ROWS:  # summed over keys after the loop: else warps would have to wait for each other in every step
-        l = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)  # noqa: E741
-    else:
-        l = tl.zeros([BLOCK_M], tl.float32)  # noqa: E741
+    # of shared rows summed over keys after the loop: else warps would have to wait for each other in every step
+    l = tl.zeros([BLOCK_M, BLOCK_N] if SHARED_ROWS else [BLOCK_M], tl.float32)  # noqa: E741
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
-    for start in tl.range(begin, end, BLOCK_N, num_stages=STAGES, disable_licm=True):
+    # 64 rows leave no registers for what could be computed before the loop
+    CROWDED: tl.constexpr = SHARED_ROWS and BLOCK_M >= 64
+    for start in tl.range(begin, end, BLOCK_N, num_stages=STAGES, disable_licm=CROWDED):
         key = start + tl.arange(0, BLOCK_N)
         if ONE_PAGE:  # page sizes are multiples of BLOCK_N
             page = tl.load(pages + start // page_size)
             known = (key < end) & (page >= 0) & (page < num_pages)
             base = kv_cache + page.to(tl.int64) * page_stride
-            at = (key - start // page_size * page_size) * token_stride
+            if NARROW:
+                base += start % page_size * token_stride
+                at = tl.arange(0, BLOCK_N) * token_stride.to(tl.int32)
+            else:
+                at = (key - start // page_size * page_size) * token_stride
         else:
             page = tl.load(pages + key // page_size, mask=key < end, other=-1)
             known = (page >= 0) & (page < num_pages)
@@ -295,7 +300,7 @@ def _segment(
         k_v = _latent(base, at, known, D_V, BLOCK_V, FORMAT, DTYPE)
         if D_R > 0:
             k_r = _further(base, at, known, 0, D_V, D_R, BLOCK_R, FORMAT, DTYPE)
-        if SHARED_ROWS and BLOCK_M >= 64:
+        if CROWDED:
             # Of products that feed another one Triton gives all warps all columns: here half of them would compute
             # what the other half does. It does not see that through a branch, which has to be one that it cannot
             # resolve, with products on both sides, none of which feeds another.
@@ -324,10 +329,7 @@ def _segment(
         base_2 = tl.where(m_new == -INF, 0.0, m_new)  # no key seen so far: exp2(-inf - 0) = 0, not NaN
         p = tl.exp2(s - base_2[:, None])
         rescale = tl.exp2(m - base_2)
-        if SHARED_ROWS:
-            l = l * rescale[:, None] + p  # noqa: E741
-        else:
-            l = l * rescale + tl.sum(p, 1)  # noqa: E741
+        l = l * rescale[:, None] + p if SHARED_ROWS else l * rescale + tl.sum(p, 1)  # noqa: E741
         acc = tl.dot(p.to(DTYPE), k_v, acc=acc * rescale[:, None], input_precision="ieee")
         m = m_new
     if SHARED_ROWS:
@@ -380,6 +382,7 @@ def fwd_kvcache_mla_kernel(
     ONE_PAGE: tl.constexpr,
     STAGES: tl.constexpr,
     SHARED_ROWS: tl.constexpr,  # whether scores of a query row lie in several warps
+    NARROW: tl.constexpr,  # whether offsets within a block of keys have 32 bits
     FORMAT: tl.constexpr,  # of the cache
 ):
     """Grid: (row blocks, parts at work at once)."""
@@ -446,6 +449,7 @@ def fwd_kvcache_mla_kernel(
                     ONE_PAGE,
                     STAGES,
                     SHARED_ROWS,
+                    NARROW,
                     FORMAT,
                 )
                 nothing = l == 0
@@ -600,11 +604,7 @@ def concat_and_cache_mla_kernel(
 @triton.jit
 def _bits(x):
     """The bits of fp32, or of a 16-bit type, as a signed integer of as many."""
-    if x.dtype.primitive_bitwidth == 32:
-        bits = x.to(tl.int32, bitcast=True)
-    else:
-        bits = x.to(tl.int16, bitcast=True)
-    return bits
+    return x.to(tl.int32 if x.dtype.primitive_bitwidth == 32 else tl.int16, bitcast=True)
 
 
 @triton.jit
