@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..kv_cache import format_of
-from ..plan import CPU_PARTS, FIRST_ROW, FIRST_TILE, LAST_ROW, LAST_TILE, MAX_PARTS, TILE, make_plan
+from ..plan import CPU_PARTS, FIRST_ROW, FIRST_TILE, LAST_ROW, LAST_TILE, MAX_PARTS, TILE, make_plan, row_cost
 from .values import check_lengths, check_lengths_and_pages, check_slots
 
 BLOCK_BYTES = 128 << 20  # working set of one block of rows and queries
@@ -39,7 +39,7 @@ def get_mla_metadata(
     num_heads_k: int,
 ) -> None:
     check_lengths(cache_seqlens)
-    plan, splits = make_plan(cache_seqlens, CPU_PARTS)
+    plan, splits = make_plan(cache_seqlens, CPU_PARTS, row_cost(num_heads_per_head_k))
     tile_scheduler_metadata.copy_(plan)
     num_splits.copy_(splits)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..kv_cache import BYTE_DTYPES
-from ..plan import COLUMNS, CPU_PARTS, MAX_PARTS, TILE, even_parts, max_parts, row_tiles
+from ..plan import COLUMNS, CPU_PARTS, MAX_PARTS, TILE, max_parts, row_cost, row_tiles
 from . import values
 
 OLDEST_CAPABILITY = (8, 0)
@@ -140,16 +140,15 @@ def get_mla_metadata(
         values.check_lengths(cache_seqlens)
     parts = _parts(cache_seqlens.device, num_heads_per_head_k, num_heads_k)
     with _on(cache_seqlens.device):
-        _plan(tile_scheduler_metadata, num_splits, cache_seqlens, parts)
+        _plan(tile_scheduler_metadata, num_splits, cache_seqlens, parts, row_cost(num_heads_per_head_k))
 
 
-def _plan(metadata: Tensor, num_splits: Tensor, cache_seqlens: Tensor, parts: int) -> None:
+def _plan(metadata: Tensor, num_splits: Tensor, cache_seqlens: Tensor, parts: int, cost: int) -> None:
     b = cache_seqlens.shape[0]
-    parts = even_parts(parts, b)
     row_end = cache_seqlens.new_empty(b, dtype=torch.int64)
     half = 1 << (b.bit_length() - 1) if b else 0
     _kernels().get_mla_metadata_kernel[(1,)](
-        metadata, num_splits, row_end, cache_seqlens, b, parts, half, BLOCK=METADATA_BLOCK, num_warps=8
+        metadata, num_splits, row_end, cache_seqlens, b, parts, cost, half, BLOCK=METADATA_BLOCK, num_warps=8
     )
 
 
@@ -190,8 +189,8 @@ class Config(NamedTuple):
 #   (320, 64)  128 heads: (64, 64, 4, 5) 608, (64, 64, 4, 7) 618, (64, 64, 8, 7) 707
 #   (576, 16)  2048 keys: (16, 64, 8, 5) 138, (16, 64, 4, 5) 152, (16, 32, 8, 7) 171, (16, 32, 4, 9) 157
 #   (576, 32)  (32, 64, 8, 5) 535, (64, 64, 8, 3) 722, (32, 32, 8, 9) 843
-#   (576, 64)  128 heads: (64, 64, 8, 3) 1023, (64, 32, 8, 7) 1152. (64, 64, 8, 3) took 1276 with scores that are computed
-#              twice (see _segment), a sum over warps at every step and 64-bit addresses within a block of keys
+#   (576, 64)  128 heads: (64, 64, 8, 3) 1023, (64, 32, 8, 7) 1152. (64, 64, 8, 3) took 1276 with scores that were
+#              computed twice (see _segment), a sum over warps at every step and 64-bit addresses in a block of keys
 SHARED_KB = (99, 163, 227)
 CONFIGS: dict[tuple[int, int], tuple[Config, Config, Config]] = {
     (192, 16): (Config(16, 64, 4, 7), Config(16, 64, 4, 7), Config(16, 64, 4, 7)),
@@ -289,7 +288,7 @@ def fwd_kvcache_mla(
         if plan is None:
             metadata = cache_seqlens.new_empty(MAX_PARTS, COLUMNS)
             num_splits = cache_seqlens.new_empty(b + 1)
-            _plan(metadata, num_splits, cache_seqlens, parts)
+            _plan(metadata, num_splits, cache_seqlens, parts, row_cost(rows))
         else:
             metadata = plan[0]
         split_parts = _split_parts(parts if plan is None else MAX_PARTS, b, max_len, row_tiles(rows, h_k))
