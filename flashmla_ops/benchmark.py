@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from . import __version__, backends, benchmark_cuda, benchmark_sweep
+from . import __version__, backends, benchmark_cuda, benchmark_sweep, benchmark_tune
 from .functional import concat_and_cache_mla, fwd_kvcache_mla, get_mla_metadata, merge_attn_states
 from .modules import MLAConfig, MoE
 from .testing import make_append_case, make_decode_case, make_merge_case
@@ -289,9 +289,16 @@ def _parser() -> argparse.ArgumentParser:
     gpu = parser.add_argument_group("on a GPU")
     gpu.add_argument("--peer", metavar="sgl=PATH", type=_peer_library, help="time FlashMLA too: its _C_legacy.abi3.so")
     gpu.add_argument("--sweep", action="store_true", help="instead: the decode op over lengths, batches and heads")
+    gpu.add_argument(
+        "--tune",
+        action="store_true",
+        help="instead: time the configurations that the Triton backend could have here, and print the best rows of its "
+        "table; words name keys, such as '576, 16'",
+    )
     gpu.add_argument("--plot", metavar="FILE", help="draw a roofline and each row's time over its floor, or the sweeps")
     gpu.add_argument("--from", metavar="FILE", dest="measured", help="with --plot: draw what --json wrote, run nothing")
     gpu.add_argument("--row", action="append", help=argparse.SUPPRESS)  # what a row's own process is asked for
+    gpu.add_argument("--tune-work", help=argparse.SUPPRESS)  # and one of --tune
     return parser
 
 
@@ -301,6 +308,11 @@ def main() -> int:
     if args.row:
         benchmark_cuda.run_rows(args.row, args.peer)
         return 0
+    if args.tune_work:
+        benchmark_tune.work(args.tune_work)
+        return 0
+    if args.tune:
+        return _tune(parser, args)
     if args.measured:
         if not args.plot:
             parser.error("--from needs --plot")
@@ -333,6 +345,18 @@ def main() -> int:
             parser.error("--peer and --plot need cases that run on a GPU (--plot also takes --from FILE)")
         return run(names, write)
     return _finish(*benchmark_cuda.run(names, args.peer, write), args.plot)
+
+
+def _tune(parser: argparse.ArgumentParser, args: argparse.Namespace) -> int:
+    if args.peer or args.sweep or args.plot or args.json:
+        parser.error("--tune goes with words and --list only")
+    keys = benchmark_tune.named(args.filter)
+    if args.list or not keys:
+        print(*keys or [f"no key matches {' '.join(args.filter)}"], sep="\n")
+        return 0 if keys else 1
+    if (status := backends.ALL["triton"].status()) != "ready" or not torch.cuda.is_available():
+        parser.error(f"--tune needs a GPU that the Triton backend serves: {status}")
+    return benchmark_tune.run(keys, benchmark_tune.shared_kb_here())
 
 
 def _finish(document: dict, status: int, plot_path: str | None) -> int:

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import __version__
+from . import __version__, backends
 from .backends import cpu, sm90
 from .benchmark_layer import LAYER, LAYER_SECONDS, complete_parts, layer_line, layer_row, within_limit
 from .benchmark_timing import (
@@ -62,6 +62,7 @@ OP_NODES, OP_BYTES = 32, 2 << 30
 PROCESS_SECONDS, OP_SECONDS = 90, 15  # a row takes a few seconds; for each further one of a process
 CEILINGS = "ceilings"
 FP8 = "fp8"  # the group of decode rows over fp8 caches
+TRITON = "triton"  # the group of decode rows that the Triton backend runs, forced
 PEER_FP8_TOLERANCE = 0.1  # FlashMLA's, which rounds P to e4m3: steps of 2^-4 to 2^-3
 CHECKOUT = Path(__file__).resolve().parent.parent
 # Paged streaming of 128 and 16384 pages and the matrix rate of sound cards: floors of a slower run do not count.
@@ -83,18 +84,28 @@ class DecodeShape:
     kv_format: str | None = None  # of an fp8 cache
     of_bf16: tuple[float, float] | None = None  # the most of our time over bf16's, on an H100 and on an H200
     over_peer: float | None = None  # the least of FlashMLA's time over ours
+    d_qk: int = 576
+    d_v: int = 512
+    of_stream: float | None = None  # the least of paged streaming's time over ours
 
     @property
     def name(self) -> str:
         kind = self.kv_format or str(self.dtype).removeprefix("torch.")
-        return f"fwd_kvcache_mla b{self.b} h{self.h_q} s{self.s_q} k{self.s_k} {kind}"
+        dims = f" d{self.d_v}+{self.d_qk - self.d_v}" if (self.d_qk, self.d_v) != (576, 512) else ""
+        backend = f" {TRITON}" if self.group == TRITON else ""
+        return f"fwd_kvcache_mla b{self.b} h{self.h_q} s{self.s_q} k{self.s_k}{dims} {kind}{backend}"
 
     def limits(self, gpu: str) -> dict[str, float | None]:
-        return {"limit": self.of_bf16 and self.of_bf16["H200" in gpu], "peer_limit": self.over_peer}
+        return {
+            "limit": self.of_bf16 and self.of_bf16["H200" in gpu],
+            "peer_limit": self.over_peer,
+            "stream_limit": self.of_stream,
+        }
 
     def make(self, seed: int) -> DecodeCase:
         lengths = varied_lengths(self.b, self.s_k, self.s_q) if self.varied else [self.s_k] * self.b
-        shape = {"s_q": self.s_q, "h_q": self.h_q, "dtype": self.dtype, "causal": self.s_q > 1}
+        shape = {"s_q": self.s_q, "h_q": self.h_q, "d_qk": self.d_qk, "d_v": self.d_v, "dtype": self.dtype}
+        shape["causal"] = self.s_q > 1
         case = make_decode_case(lengths, **shape, device="cuda", seed=seed, poison=False)
         return quantized(case, self.kv_format) if self.kv_format else case
 
@@ -128,6 +139,14 @@ def _shapes() -> Iterator[DecodeShape]:
     for b, h_q, s_k in ((128, 16, 8192), (128, 128, 8192), (16, 16, 4096), (1, 128, 8192)):
         over_peer = 1.05 if h_q == 16 else 1.0
         yield DecodeShape(FP8, b, h_q, 1, s_k, varied=b == 128, kv_format="fp8_tensor", over_peer=over_peer)
+    for b, h_q, s_k, over_peer in (
+        (128, 16, 2048, 0.75),
+        (128, 16, 8192, 0.75),
+        (128, 128, 8192, 0.4),
+        (1, 16, 8192, 1.0),
+    ):
+        yield DecodeShape(TRITON, b, h_q, 1, s_k, varied=b == 128, over_peer=over_peer)
+    yield DecodeShape(TRITON, 128, 32, 1, 8192, varied=True, d_qk=320, d_v=256, of_stream=0.7)
 
 
 @dataclass
@@ -282,8 +301,12 @@ def _ours(case: DecodeCase) -> Callable:
 
 
 def decode_row(shape: DecodeShape, flush: ColdL2, peer: bool) -> dict:
+    """The figures of a shape, with a process of its own: a backend that is forced stays so."""
+    if shape.group == TRITON:
+        backends.use_backend(TRITON)
     first = shape.make(0)
     nodes = nodes_for(DECODE_NODES, DECODE_BYTES, first.bytes_moved())
+    peer = peer and (shape.d_qk, shape.d_v) == (576, 512)
     call_peer, check_peer = PEERS.get(shape.kv_format, (None, None)) if peer else (None, None)
     if peer_wrong := call_peer and _refusal(call_peer, first):
         call_peer = None
@@ -327,9 +350,10 @@ def decode_row(shape: DecodeShape, flush: ColdL2, peer: bool) -> dict:
         "host_us": host_us(kept[-1]["ours"].calls[0]),
         "matmul_tflops": matrix_tflops(flush),
     }
+    row |= shape.limits(torch.cuda.get_device_name())
     if not shape.kv_format:
         return row
-    row |= {"bf16_us": statistics.median(medians["bf16"]), **shape.limits(torch.cuda.get_device_name())}
+    row |= {"bf16_us": statistics.median(medians["bf16"])}
     return row | {"peer_error": max(errors.get("peer", ()), default=None)}
 
 
@@ -490,6 +514,25 @@ def fp8_line(row: dict) -> str:
     return text
 
 
+def triton_verdicts(row: dict) -> dict[str, tuple[float, float, bool]]:
+    """By what a row of the Triton backend is held against: the ratio, the least it should be, whether it is."""
+    held = {
+        "peer": (row.get("peer_over_ours"), row["peer_limit"]),
+        "paged streaming": (row["stream_us"] / row["us"], row["stream_limit"]),
+    }
+    return {name: (ratio, limit, ratio >= limit) for name, (ratio, limit) in held.items() if ratio and limit}
+
+
+def triton_line(row: dict) -> str:
+    """Below the row's own line: its limits."""
+    verdicts = triton_verdicts(row).items()
+    shown = [
+        f"{name} over ours {ratio:.2f} (limit {limit:g}: {'kept' if kept else 'MISSED'})"
+        for name, (ratio, limit, kept) in verdicts
+    ]
+    return "    " + ("; ".join(shown) or "no peer")
+
+
 def header(peer: bool) -> str:
     line = f"{'case':46} {'us':>8} {'TFLOP/s':>8} {'GB/s':>6} {'floor us':>9} {'% of floor':>10}"
     return line + (f" {'peer us':>8} {'peer/ours':>9}" if peer else "") + f" {'error':>8} {'host us':>8}"
@@ -505,7 +548,9 @@ def line(row: dict, peer: bool) -> str:
         ratio = f"{_over_ours(row):.2f}" if _over_ours(row) else "wrong" if row.get("peer_wrong") else ""
         text += f" {peer_us:>8} {ratio:>9}"
     text += f" {row['error']:8.1e} {row['host_us']:8.1f}"
-    text += f"\n{layer_line(row)}" if "parts" in row else f"\n{fp8_line(row)}" if "bf16_us" in row else ""
+    below = layer_line if "parts" in row else fp8_line if "bf16_us" in row else None
+    below = triton_line if row["group"] == TRITON else below
+    text += f"\n{below(row)}" if below else ""
     return f"{text}\n    peer: {row['peer_wrong']}" if row.get("peer_wrong") else text
 
 
@@ -514,7 +559,7 @@ def _over_ours(row: dict) -> float | None:
 
 
 def summary(rows: list[dict], ceilings: dict, gpu: str) -> Iterator[str]:
-    compared = [row for row in rows if "peer_over_ours" in row]
+    compared = [row for row in rows if "peer_over_ours" in row and row["group"] != TRITON]
     for group in dict.fromkeys([*(row["group"] for row in compared), "all"] if compared else []):
         ratios = [row["peer_over_ours"] for row in compared if group in (row["group"], "all")]
         yield f"peer/ours, {group:15} geometric mean {statistics.geometric_mean(ratios):.3f} of {len(ratios)} rows"
@@ -523,9 +568,15 @@ def summary(rows: list[dict], ceilings: dict, gpu: str) -> Iterator[str]:
         yield f"peer/ours, {FP8:15} geometric mean {statistics.geometric_mean(ratios):.3f} of {len(ratios)} rows"
     if verdicts := [kept for row in fp8 for kept in fp8_verdicts(row).values()]:
         yield f"limits of fp8 rows kept: {sum(verdicts)} of {len(verdicts)}"
+    if verdicts := [kept for row in rows if row.get("group") == TRITON for *_, kept in triton_verdicts(row).values()]:
+        yield f"limits of triton rows kept: {sum(verdicts)} of {len(verdicts)}"
     figure = "peer_over_ours" if compared else "of_floor"
     layers = [row for row in rows if "parts" in row]
-    if worst := min((r for r in rows if figure in r and r not in layers), key=lambda row: row[figure], default=None):
+    if worst := min(
+        (r for r in rows if figure in r and r not in layers and r["group"] != TRITON),
+        key=lambda row: row[figure],
+        default=None,
+    ):
         yield f"worst row: {worst['case']}, {figure.replace('_', ' ')} {worst[figure]:.2f}"
     if layers:
         yield f"layer steps within their limits: {sum(map(within_limit, layers))} of {len(layers)}"

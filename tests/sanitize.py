@@ -2,6 +2,7 @@
 
     python tests/sanitize.py --tool memcheck --tool racecheck --json report.json
     python tests/sanitize.py --cases quick --device cpu      the cases alone, without a tool; here on the CPU backend
+    python tests/sanitize.py --tool memcheck --backend triton
 
 First come planted faults (faults.cu): each tool must find its own, and nothing in the same program without them. Then
 each tool watches this script's cases: small calls of every op in every dtype, shape and way of splitting that its
@@ -32,6 +33,7 @@ import torch
 from torch import Tensor
 
 from flashmla_ops import (
+    backends,
     concat_and_cache_mla,
     fwd_kvcache_mla,
     get_mla_metadata,
@@ -86,6 +88,20 @@ def moved(t: Tensor, device: str) -> Tensor:
 
 def moved_kwargs(case, device: str) -> dict:
     return {name: moved(v, device) if isinstance(v, Tensor) else v for name, v in case.kwargs().items()}
+
+
+def cases_of(backend: str, which: str, device: str) -> list[Case]:
+    """Of triton the quick ones, since it compiles for every kind of call, and dimensions that it alone serves."""
+    if backend == "triton":
+        return [case for case in all_cases(device) if case.quick and case.run is not run_paged_stream] + triton_cases()
+    return [case for case in all_cases(device) if which == "all" or case.quick]
+
+
+def triton_cases() -> list[Case]:
+    calls = ((320, 256, 16), (288, 256, 64), (160, 128, 48), (64, 48, 32), (576, 288, 16))
+    shape = {"lengths": LENGTHS, "h_q": 20, "s_q": 2, "causal": True, "strided": True}
+    cases = [shape | {"d_qk": d_qk, "d_v": d_v, "page_size": page_size} for d_qk, d_v, page_size in calls]
+    return [decode_case(case, plan, True) for case in cases for plan in ("none", 7)]
 
 
 def all_cases(device: str) -> Iterator[Case]:
@@ -307,8 +323,10 @@ def run_paged_stream(device: str) -> None:
     torch.cuda.synchronize()
 
 
-def run_cases(which: str, device: str) -> int:
-    cases = [case for case in all_cases(device) if which == "all" or case.quick]
+def run_cases(which: str, device: str, backend: str) -> int:
+    cases = cases_of(backend, which, device)
+    if device == "cuda":
+        backends.in_use = (backends.ALL[backend], backends.cpu)  # results are compared with the CPU's
     for case in cases:
         try:
             case.run(device)
@@ -417,9 +435,9 @@ def watch(
     sanitizer = shutil.which("compute-sanitizer", path=PATH)
     limit = "10000" if tool == "racecheck" else "20"  # a report that is not printed cannot be accepted
     options = ["--tool", tool, "--error-exitcode", "1", "--print-limit", limit, "--target-processes", "all"]
-    if program == "cases" and tool != "initcheck":  # initcheck has to see what torch's kernels write
+    if program == "cases sm90" and tool != "initcheck":  # initcheck has to see what torch's kernels write
         options += [kernel_filter(sanitizer), "kns=flashmla"]
-    if program == "cases" and tool == "memcheck":
+    if program.startswith("cases") and tool == "memcheck":
         # torch asks the driver for what it may not have; our own calls' errors are exceptions. The padding keeps a
         # write past a tensor from landing in the next one, where it would be allowed
         options += ["--report-api-errors", "no", "--padding", "1024"]
@@ -488,12 +506,12 @@ def is_right(errors: int | None, status: int, cases: int) -> str:
     return "" if (errors, status) == (0, 0) and cases else f"FAILED, exit status {status}"
 
 
-def watch_cases(tool: str, before: Iterable[Row] = ()) -> Row:
-    """The tool on the cases; `before` are its rows of planted faults, without which no report is accepted."""
+def watch_cases(tool: str, before: Iterable[Row] = (), backend: str = "sm90") -> Row:
+    """The tool on a backend's cases; `before` are its rows of planted faults, without which no report is accepted."""
     reported = any(row.ok and row.accepted for row in before if (row.tool, row.program) == (tool, "handover"))
     which = "quick" if tool in QUICK else "all"
-    command = [sys.executable, str(Path(__file__).resolve()), "--cases", which]
-    return watch(tool, "cases", command, is_right, (DECODE, DECODE_FP8) if reported else ())
+    command = [sys.executable, str(Path(__file__).resolve()), "--cases", which, "--backend", backend]
+    return watch(tool, f"cases {backend}", command, is_right, (DECODE, DECODE_FP8) if reported else ())
 
 
 def main(arguments: list[str]) -> int:
@@ -502,16 +520,18 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--json", metavar="FILE", help="write the report, with what the tools printed, to a file")
     parser.add_argument("--cases", nargs="?", const="all", choices=["all", "quick"], help="only run the cases, here")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="of --cases")
+    parser.add_argument("--backend", default="sm90", choices=["sm90", "triton"], help="whose kernels the tools watch")
     options = parser.parse_args(arguments)
     if options.cases:
-        return run_cases(options.cases, options.device)
+        return run_cases(options.cases, options.device, options.backend)
     if reason := why_not():
         print(f"sanitize: {reason}", file=sys.stderr)
         return 2
 
     tools = options.tool or list(FAULTS)
     rows = []
-    for row in itertools.chain(plant_faults(tools), (watch_cases(tool, rows) for tool in tools)):
+    watched = (watch_cases(tool, rows, options.backend) for tool in tools)
+    for row in itertools.chain(plant_faults(tools), watched):
         rows.append(row)
         print(row.line(), flush=True)
         if not row.ok:

@@ -54,7 +54,6 @@ TARGETS = {
         ALL_DIMS,
         page_sizes=(16, 32, 48, 64, 128),
         factor=2,
-        fp8=False,
         most_keys=300 if INTERPRETED else 1500,
         most_queries=40 if INTERPRETED else 512,
     ),

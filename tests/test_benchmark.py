@@ -10,7 +10,7 @@ from collections import Counter
 import pytest
 import torch
 
-from flashmla_ops import benchmark, benchmark_cuda, benchmark_layer, benchmark_sweep, fwd_kvcache_mla
+from flashmla_ops import benchmark, benchmark_cuda, benchmark_layer, benchmark_sweep, benchmark_tune, fwd_kvcache_mla
 from flashmla_ops.modules import MLAConfig
 from flashmla_ops.testing import make_decode_case, quantized
 
@@ -56,8 +56,18 @@ def test_names_are_unique():
 
 def test_groups():
     sizes = Counter(shape.group for shape in benchmark_cuda.DECODE.values())
-    assert sizes == {"b128 h128 s1": 4, "h128 s>1": 4, "h16/32/64": 7, "small batch": 12, "other": 5, "fp8": 8}
+    assert sizes == {
+        "b128 h128 s1": 4,
+        "h128 s>1": 4,
+        "h16/32/64": 7,
+        "small batch": 12,
+        "other": 5,
+        "fp8": 8,
+        "triton": 5,
+    }
     for shape in benchmark_cuda.DECODE.values():
+        if shape.group == "triton":
+            continue
         if shape.kv_format:
             assert shape.group == "fp8" and shape.dtype is torch.bfloat16 and shape.varied == (shape.b == 128)
             continue
@@ -81,7 +91,7 @@ def test_fp8_limits():
             blocks[shape.b, shape.h_q, shape.s_k] = h100["limit"], h200["limit"], h100["peer_limit"]
         elif shape.kv_format:
             one_scale[shape.b, shape.h_q, shape.s_k] = h100["limit"], h200["limit"], h100["peer_limit"]
-        else:
+        elif shape.group != "triton":
             assert set(h100.values()) == {None}
     assert blocks == {
         (128, 16, 8192): (0.66, 0.66, None),
@@ -94,6 +104,19 @@ def test_fp8_limits():
         (128, 128, 8192): (None, None, 1.0),
         (16, 16, 4096): (None, None, 1.05),
         (1, 128, 8192): (None, None, 1.0),
+    }
+
+
+def test_triton_limits():
+    """Issue E, Shows 3."""
+    shapes = [shape for shape in benchmark_cuda.DECODE.values() if shape.group == "triton"]
+    limits = {(s.b, s.h_q, s.s_k, s.d_qk): (s.over_peer, s.of_stream) for s in shapes}
+    assert limits == {
+        (128, 16, 2048, 576): (0.75, None),
+        (128, 16, 8192, 576): (0.75, None),
+        (128, 128, 8192, 576): (0.4, None),
+        (1, 16, 8192, 576): (1.0, None),
+        (128, 32, 8192, 320): (None, 0.7),
     }
 
 
@@ -387,6 +410,28 @@ def test_a_decode_row_from_end_to_end(kv_format, monkeypatch, on_cpu):
         assert row["peer_error"] < benchmark_cuda.PEER_FP8_TOLERANCE
 
 
+def test_a_row_of_the_triton_backend(monkeypatch, on_cpu):
+    """Forces it, and is held against its limits."""
+    forced = []
+    monkeypatch.setattr(benchmark_cuda.backends, "use_backend", forced.append)
+    monkeypatch.setattr(benchmark_cuda, "_peer", lambda case: lambda: fwd_kvcache_mla(**case.kwargs()))
+    monkeypatch.setitem(benchmark_cuda.PEERS, None, (benchmark_cuda._peer, benchmark_cuda.check_decode))
+    shape = TinyDecodeShape("triton", 2, 4, 1, 100, False, over_peer=0.75, of_stream=1.5)
+    assert shape.name == "fwd_kvcache_mla b2 h4 s1 k100 bfloat16 triton"
+    row = {"case": shape.name, **benchmark_cuda.decode_row(shape, None, True)}
+    benchmark_cuda.complete(row, dict(CEILINGS))
+    assert forced == ["triton"]
+    below = "peer over ours 1.00 (limit 0.75: kept); paged streaming over ours 1.00 (limit 1.5: MISSED)"
+    assert benchmark_cuda.line(row, True).splitlines()[1].strip() == below
+    text = "\n".join(benchmark_cuda.summary([row, decode_row(of_floor=0.5)], dict(CEILINGS), "NVIDIA H100"))
+    assert "limits of triton rows kept: 1 of 2" in text and "geometric mean" not in text
+
+
+def test_dims_are_named_where_they_are_not_deepseek_s():
+    shape = benchmark_cuda.DecodeShape("triton", 128, 32, 1, 8192, True, d_qk=320, d_v=256)
+    assert shape.name == "fwd_kvcache_mla b128 h32 s1 k8192 d256+64 bfloat16 triton"
+
+
 def test_an_fp8_peer_that_is_missing_or_wrong(monkeypatch, on_cpu):
     """The row says so, and has our time."""
     shape = TinyDecodeShape("fp8", 1, 4, 1, 100, False, kv_format="fp8_tensor", over_peer=1.05)
@@ -579,3 +624,60 @@ def test_sweep_needs_a_gpu():
     command = [sys.executable, "-m", "flashmla_ops.benchmark", "--sweep"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and "--sweep needs a GPU" in done.stderr
+
+
+# ------------------------------------------------------------------------------------------------------------- --tune
+
+
+def benchmark_main(monkeypatch, *arguments: str) -> int:
+    monkeypatch.setattr(benchmark.sys, "argv", ["benchmark", *arguments])
+    return benchmark.main()
+
+
+def test_tune_names_its_keys(monkeypatch, capsys):
+    assert benchmark_main(monkeypatch, "--tune", "--list") == 0
+    assert capsys.readouterr().out.splitlines() == list(map(str, benchmark_tune.CONFIGS))
+    assert benchmark_main(monkeypatch, "--tune", "--list", "576, 16") == 0
+    assert capsys.readouterr().out == "(576, 16)\n"
+    assert benchmark_main(monkeypatch, "--tune", "--list", "x") == 1
+
+
+def test_tune_says_what_it_needs(monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        benchmark_main(monkeypatch, "--tune", "--plot", "x.png")
+    assert "--tune goes with words and --list only" in capsys.readouterr().err
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        benchmark_main(monkeypatch, "--tune")
+    assert "--tune needs a GPU" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("key", benchmark_tune.CONFIGS)
+def test_tune_tries_what_the_table_has(key):
+    for kb, config in zip(benchmark_tune.SHARED_KB, benchmark_tune.CONFIGS[key], strict=True):
+        assert config in benchmark_tune.candidates(key, kb)
+
+
+def test_tune_prints_the_best_row(capsys):
+    """Of a process that times every candidate, the second as the fastest; the third fails."""
+    asked = []
+
+    def process(key, configs, compiles):
+        asked.append((key, compiles))
+        if compiles:
+            return []
+        lines = [{"config": list(config), "us": 100.0 + i} for i, config in enumerate(configs)]
+        lines[1]["us"], lines[2] = 50.0, {"config": list(configs[2]), "failed": "OutOfResources: shared memory"}
+        return lines
+
+    key = (576, 16)
+    tried = benchmark_tune.candidates(key, 227)
+    assert benchmark_tune.run([key], 227, process) == 0
+    assert asked.count((key, True)) == len(tried) and asked[-1] == (key, False)
+    *_, last = lines = capsys.readouterr().out.splitlines()
+    assert lines[2].split() == ["50.0", "us", *f"Config{tuple(tried[1])}".split()]
+    assert any("failed" in line and "OutOfResources" in line for line in lines)
+    small, middle, _ = benchmark_tune.CONFIGS[key]
+    shown = [f"Config{tuple(config)}" for config in (small, middle, tried[1])]
+    assert last.strip() == f"{key}: ({', '.join(shown)}),"
+    assert benchmark_tune.run([key], 227, lambda *request: []) == 1  # nothing could be timed

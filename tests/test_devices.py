@@ -15,10 +15,14 @@ OPS = ("get_mla_metadata", "get_mla_metadata_", "fwd_kvcache_mla", "concat_and_c
 SLEEP_CYCLES = 400_000_000  # 0.2 s: queueing the calls below takes less
 
 
-@pytest.fixture(autouse=True)
-def needs_sm90():
-    if (status := backends.ALL["sm90"].status()) != "ready":
-        pytest.skip(f"sm90: {status}")
+@pytest.fixture(autouse=True, params=["sm90", "triton"])
+def backend(request):
+    """Each backend of this machine's GPUs in turn, forced."""
+    if (status := backends.ALL[request.param].status()) != "ready":
+        pytest.skip(f"{request.param}: {status}")
+    backends.use_backend(request.param)
+    yield
+    backends.use_backend(None)
 
 
 @pytest.fixture

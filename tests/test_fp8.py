@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import ALL_DIMS, append_calls, decode_calls, seeds
+from strategies import ALL_DIMS, TARGETS, Target, append_calls, decode_calls, examples, seeds
 from torch import Tensor
 
 from flashmla_ops import backends, concat_and_cache_mla, fwd_kvcache_mla, get_mla_metadata
@@ -160,7 +160,7 @@ def random_bytes(layout: CacheFormat, case: AppendCase, strided: bool = False) -
 @pytest.mark.parametrize("name", FP8)
 @pytest.mark.parametrize("cache_dtype", BYTE_DTYPES)
 @given(data=st.data())
-@settings(max_examples=40)
+@settings(max_examples=examples(40))
 def test_append_writes_the_reference_s_bytes(target, name, cache_dtype, data):
     """In the named slots, and nothing anywhere else; for every shape and dtype, on every backend."""
     layout = FP8[name]
@@ -226,15 +226,15 @@ def test_append_with_odd_scales(target, kv_scale):
 
 
 def quantized(
-    case: DecodeCase, layout: CacheFormat, cache_dtype: torch.dtype, round_scale: bool = True
+    case: DecodeCase, layout: CacheFormat, cache_dtype: torch.dtype, target: Target, round_scale: bool = True
 ) -> tuple[dict, DecodeCase]:
     """A call over the case's cache in fp8, and the case over what that stands for: in q's dtype, but with one scale for
-    all on a GPU, where it is the softmax and the results that are scaled."""
+    all on other backends than the CPU's, where it is the softmax and the results that are scaled."""
     d_v, d_rope, device = case.head_dim_v, case.q.shape[-1] - case.head_dim_v, case.q.device
     kv_scale = scale_of(layout)
     tokens = case.kv_cache.cpu().reshape(-1, d_v + d_rope).split([d_v, d_rope], 1)
     cache = layout.quantize(*tokens, kv_scale, round_scale).view(*case.kv_cache.shape[:-1], -1)
-    dtype = torch.float32 if layout.scaled and case.q.is_cuda else case.q.dtype
+    dtype = torch.float32 if layout.scaled and target.name != "cpu" else case.q.dtype
     plain = layout.dequantize(cache, d_v, d_rope, kv_scale, dtype).to(device)
     kv_scale = None if kv_scale is None else kv_scale.to(device)
     fp8 = case.kwargs() | {"kv_cache": cache.view(cache_dtype).to(device), "kv_scale": kv_scale}
@@ -243,13 +243,13 @@ def quantized(
 
 @pytest.mark.parametrize("name", FP8)
 @given(data=st.data())
-@settings(max_examples=250 if torch.cuda.is_available() else 100)
+@settings(max_examples=examples(250 if torch.cuda.is_available() else 100))
 def test_decoding_is_that_of_the_dequantised_cache(target, name, data):
     """Half of the calls peaked, what must not be read NaN; with a plan and without. Within the error that is allowed
     to decoding of that cache; on the CPU, which does just that, equal."""
     case = make_decode_case(**data.draw(decode_calls(target)))
     round_scale = data.draw(st.booleans(), label="round_scale")
-    fp8, plain = quantized(case, FP8[name], data.draw(st.sampled_from(BYTE_DTYPES)), round_scale)
+    fp8, plain = quantized(case, FP8[name], data.draw(st.sampled_from(BYTE_DTYPES)), target, round_scale)
     plan = {}
     if data.draw(st.booleans(), label="with plan"):
         made = get_mla_metadata(*case.plan_args)
@@ -266,7 +266,7 @@ def test_decoding_is_that_of_the_dequantised_cache(target, name, data):
 def test_queries_in_fp8(target, causal):
     """Attention of q * q_scale over the cache * kv_scale, nothing rounded in between but P; out in bf16."""
     case = make_decode_case([70, 0, 300], s_q=2, h_q=4, causal=causal, dtype=torch.float32, poison=False)
-    fp8, plain = quantized(case, ONE_SCALE, torch.float8_e4m3fn)
+    fp8, plain = quantized(case, ONE_SCALE, torch.float8_e4m3fn, target)
     q_scale = torch.tensor(0.02)
     q = (case.q / q_scale).clamp(-448, 448).to(torch.float8_e4m3fn)
     call = fp8 | {"q": q, "q_scale": q_scale}
@@ -281,10 +281,11 @@ def test_queries_in_fp8(target, causal):
 
 def test_error_against_the_unquantised_cache(target):
     """What fp8 costs: the latents' e4m3 rounding, averaged over the keys that a query attends to."""
-    case = make_decode_case([1000] * 4, poison=False, device=target.device)
+    dtype = target.dtypes[0]
+    case = make_decode_case([1000] * 4, h_q=4, dtype=dtype, poison=False, device=target.device)
     exact = fwd_kvcache_mla(**case.kwargs())[0].float()
     for name, limit in (("fp8", 0.04), ("fp8_tensor", 0.05)):
-        out = fwd_kvcache_mla(**quantized(case, FP8[name], torch.uint8)[0])[0].float()
+        out = fwd_kvcache_mla(**quantized(case, FP8[name], torch.uint8, target)[0])[0].float()
         assert ((out - exact).norm() / exact.norm()).item() < limit, name
 
 
@@ -296,8 +297,9 @@ HEADS = (16, 64)  # few rows have a kernel of their own
 def test_a_token_s_scales_may_be_any_numbers(target, h_q, scale):
     """Negative, of many digits, great, zero or subnormal: `dequantize` says what they mean. Values are small, and few
     where scales are great, so that results are finite and do not hang on a score's last digits."""
-    case = make_decode_case([200, 130], h_q=h_q, poison=False)
-    fp8, _ = quantized(case, BLOCKS, torch.uint8, round_scale=False)
+    dtype = torch.bfloat16 if torch.bfloat16 in target.dtypes else torch.float32  # fp16 ends at 65504
+    case = make_decode_case([200, 130], h_q=h_q, dtype=dtype, poison=False)
+    fp8, _ = quantized(case, BLOCKS, torch.uint8, target, round_scale=False)
     tokens = [(0, 0, 7), (0, 3, 7), (1, 1, 0), (1, 2, 1)]  # row, page of it, token
     for row, page, token in tokens:
         bytes_ = fp8["kv_cache"][int(case.block_table[row, page]), token, 0]
@@ -319,8 +321,8 @@ def test_a_token_s_scales_may_be_any_numbers(target, h_q, scale):
 @pytest.mark.parametrize("h_q", HEADS)
 @pytest.mark.parametrize("scale", [NAN, INF, -INF])
 def test_a_token_s_scale_that_is_no_number_makes_its_row_nan(target, h_q, scale):
-    case = make_decode_case([200, 130], h_q=h_q, poison=False, device=target.device)
-    fp8, _ = quantized(case, BLOCKS, torch.uint8)
+    case = make_decode_case([200, 130], h_q=h_q, dtype=target.dtypes[0], poison=False, device=target.device)
+    fp8, _ = quantized(case, BLOCKS, torch.uint8, target)
     row = fp8["kv_cache"][int(case.block_table[1, 1]), 5, 0]
     row[516:520] = torch.tensor([scale], device=row.device).view(torch.uint8)
     out, lse = fwd_kvcache_mla(**fp8)
@@ -332,8 +334,8 @@ def test_a_token_s_scale_that_is_no_number_makes_its_row_nan(target, h_q, scale)
 @pytest.mark.parametrize("kv_scale", [NAN, INF, -INF])
 def test_one_scale_that_is_no_number_makes_all_nan(target, h_q, kv_scale):
     """Scores are infinite or NaN, the greatest of them not -inf: and so are lse and results."""
-    case = make_decode_case([200, 130], h_q=h_q, poison=False, device=target.device)
-    fp8, _ = quantized(case, ONE_SCALE, torch.uint8)
+    case = make_decode_case([200, 130], h_q=h_q, dtype=target.dtypes[0], poison=False, device=target.device)
+    fp8, _ = quantized(case, ONE_SCALE, torch.uint8, target)
     out, lse = fwd_kvcache_mla(**fp8 | {"kv_scale": torch.tensor(kv_scale, device=target.device)})
     assert out.isnan().all() and lse.isnan().all()
 
@@ -342,8 +344,8 @@ def test_one_scale_that_is_no_number_makes_all_nan(target, h_q, kv_scale):
 @pytest.mark.parametrize("h_q", HEADS)
 def test_nan_in_a_key_shows_in_its_row_only(target, name, h_q):
     """Of causal calls in all queries of the row: those that do not see the key may be NaN too."""
-    case = make_decode_case([200, 130], h_q=h_q, poison=False, device=target.device)
-    fp8, _ = quantized(case, FP8[name], torch.uint8)
+    case = make_decode_case([200, 130], h_q=h_q, dtype=target.dtypes[0], poison=False, device=target.device)
+    fp8, _ = quantized(case, FP8[name], torch.uint8, target)
     page, token = int(case.block_table[1, 1]), 5
     fp8["kv_cache"][page, token, 0, 77] = 0x7F
     out, _ = fwd_kvcache_mla(**fp8)
@@ -355,7 +357,7 @@ def test_nan_in_a_key_shows_in_its_row_only(target, name, h_q):
 
 def good_call(name: str) -> dict:
     case = make_decode_case([5, 20], h_q=4, poison=False)
-    return quantized(case, FP8[name], torch.uint8)[0]
+    return quantized(case, FP8[name], torch.uint8, TARGETS["cpu"])[0]
 
 
 ERRORS = [

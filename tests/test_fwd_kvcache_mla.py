@@ -1,16 +1,21 @@
 """Decoding against float64, and the properties that hold whatever the numbers are."""
 
 import ctypes
+import functools
+import os
 import time
+from concurrent.futures import ProcessPoolExecutor
+from itertools import product
+from multiprocessing import get_context
 
 import pytest
 import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import TARGETS, decode_calls, examples, lengths_of_rows, seeds
+from strategies import ALL_DIMS, TARGETS, decode_calls, examples, lengths_of_rows, seeds
 
-from flashmla_ops import fwd_kvcache_mla, get_mla_metadata, merge_attn_states
+from flashmla_ops import backends, fwd_kvcache_mla, get_mla_metadata, merge_attn_states
 from flashmla_ops.plan import COLUMNS, MAX_PARTS, make_plan
 from flashmla_ops.testing import BAD_PAGE, DecodeCase, attention, check_decode, make_decode_case, varied_lengths
 
@@ -24,10 +29,28 @@ def make(plan: str | int, case: DecodeCase) -> tuple:
     return get_mla_metadata(*case.plan_args) if plan == "own" else make_plan(case.cache_seqlens, plan)
 
 
+def compile_one(dims: tuple[int, int], h_q: int, page_size: int, dtype: torch.dtype) -> None:
+    backends.use_backend("triton")
+    shape = {"d_qk": dims[0], "d_v": dims[1], "h_q": h_q, "page_size": page_size, "dtype": dtype}
+    run(make_decode_case([70], device="cuda", **shape), "own")
+
+
+@functools.cache
+def compile_ahead() -> None:
+    """All kernels of the test below, in many processes: one after the other they would take minutes. Each dimension and
+    dtype with few, some and many query rows, on pages that are and are not multiples of a block of keys."""
+    target = TARGETS["triton"]
+    kinds = zip(*product(target.dims, (16, 32, 64), (48, 64), target.dtypes), strict=True)
+    with ProcessPoolExecutor(min(os.cpu_count() or 1, 16), get_context("spawn")) as processes:
+        list(processes.map(compile_one, *kinds))
+
+
 @given(data=st.data())
 @settings(max_examples=examples(EXAMPLES))
 def test_as_near_to_float64_as_pytorch(target, data):
     """Any dims, dtype, page size, heads, queries, strides, lengths from 0, causal or not, flat or peaked, any plan."""
+    if (target.name, target.device) == ("triton", "cuda"):
+        compile_ahead()
     case = make_decode_case(**data.draw(decode_calls(target)))
     plan = make(data.draw(plans), case)
     check_decode(case, *fwd_kvcache_mla(**case.kwargs(), **plan_kwargs(plan)), target.factor)
@@ -45,6 +68,18 @@ def test_the_oracle_is_right(data):
     case = make_decode_case(**data.draw(decode_calls(TARGETS["cpu"], **call)))
     for fast, plain in zip(attention(case), reference.decode_by_loops(case), strict=True):
         torch.testing.assert_close(fast, plain, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("page_size", [16, 32, 64, 128])
+@pytest.mark.parametrize("dims", ALL_DIMS[:6])
+def test_dims_and_page_sizes(target, dims, page_size):
+    if dims not in target.dims or page_size not in target.page_sizes:
+        pytest.skip(f"{target.name} does not serve d_qk, d_v = {dims} with pages of {page_size}")
+    d_qk, d_v = dims
+    shape = {"d_qk": d_qk, "d_v": d_v, "page_size": page_size, "device": target.device}
+    for dtype in target.dtypes:
+        case = make_decode_case([129, 0, 16, 70], h_q=12, s_q=2, causal=True, peaked="middle", dtype=dtype, **shape)
+        check_decode(case, *run(case, "own"), target.factor)
 
 
 # -------------------------------------------------------------------------------------------------------- properties

@@ -6,6 +6,8 @@ import pytest
 import sanitize
 from sanitize import DECODE, HANDOVERS, PLANTED, Access
 
+from flashmla_ops import backends
+
 
 @pytest.mark.gpu
 def test_planted_faults_are_found_and_memcheck_finds_nothing():
@@ -17,10 +19,23 @@ def test_planted_faults_are_found_and_memcheck_finds_nothing():
     assert all(row.ok for row in rows), "\n".join(f"{row.line()}\n{row.output}" for row in rows if not row.ok)
 
 
+@pytest.mark.gpu
+def test_memcheck_finds_nothing_in_triton_s_kernels():
+    if reason := sanitize.why_not():
+        pytest.skip(reason)
+    if (status := backends.ALL["triton"].status()) != "ready":
+        pytest.skip(f"triton: {status}")
+    row = sanitize.watch_cases("memcheck", backend="triton")
+    if "Device not supported" in row.output:
+        pytest.skip("compute-sanitizer does not support this machine's GPU or its driver")
+    assert row.ok, f"{row.line()}\n{row.output}"
+
+
 def test_the_cases_are_right_on_the_cpu(capsys):
     """So that what a tool finds in them is the kernels'."""
-    assert sanitize.main(["--cases", "all", "--device", "cpu"]) == 0
-    assert sanitize.RIGHT.search(capsys.readouterr().out)
+    for backend in ("sm90", "triton"):
+        assert sanitize.main(["--cases", "all", "--device", "cpu", "--backend", backend]) == 0
+        assert sanitize.RIGHT.search(capsys.readouterr().out)
 
 
 # -------------------------------------------------------------------------------------------------- racecheck's reports

@@ -13,7 +13,7 @@ import torch
 from flashmla_ops.backends import triton as backend
 
 TESTS = Path(__file__).parent
-INTERPRETED = ("fwd_kvcache_mla", "get_mla_metadata", "concat_and_cache_mla", "merge_attn_states", "opcheck")
+INTERPRETED = ("fwd_kvcache_mla", "get_mla_metadata", "concat_and_cache_mla", "merge_attn_states", "fp8", "opcheck")
 SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 120: 99}  # of a program, by compute capability: CUDA's programming guide
 DIMS = {192: (160, 128), 320: (320, 256), 576: (576, 512), 832: (576, 272)}  # d_qk, d_v of each width in the table
 
@@ -57,7 +57,6 @@ def test_reasons():
     """Why a call is refused, of those that no backend but this could serve."""
     q, cache = torch.ones(1, 1, 1, 592, dtype=torch.float16), torch.ones(1, 16, 1, 592, dtype=torch.float16)
     assert "d_qk up to 576 and d_v up to 512, got 592 and 528" in backend._no_call(q, cache, 528)
-    assert "fp8 caches" in backend._no_call(q, cache.to(torch.uint8), 512)
     assert "interpreter multiplies" in backend._no_call(q.bfloat16(), cache.bfloat16(), 512)
     assert "TRITON_INTERPRET=1" in backend.refusal("get_mla_metadata", q)
 
@@ -70,14 +69,17 @@ def test_every_dim_has_a_configuration():
         block_v, block_r = backend.blocks_of(d_qk, d_v)
         assert d_v <= block_v and all(block & (block - 1) == 0 for block in (block_v, block_r))
         for kb in (99, 100, 163, 227):
-            assert all(backend.config_of(kb, d_qk, d_v, rows) in configs for rows in (1, 16, 17, 64, 128, 10**6))
+            for rows in (1, 16, 17, 64, 128, 10**6):
+                assert backend.config_of(kb, d_qk, d_v, rows) in configs
+                assert backend.config_of(kb, d_qk, d_v, rows, fp8=True).stages <= 2
 
 
 # --------------------------------------------------------------------------------------------------- ahead of time
 
 
-def compiled(kernel, capability: int, constants: dict, warps: int = 4, dtype: str = "bf16"):
-    """The kernel as a call compiles it: pointers aligned as the contract has them, sizes and strides of any value."""
+def compiled(kernel, capability: int, constants: dict, warps: int = 4, dtype: str = "bf16", cache: str | None = None):
+    """The kernel as a call compiles it: pointers aligned as the contract has them, sizes and strides of any value. The
+    cache's dtype if it is another."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -85,7 +87,7 @@ def compiled(kernel, capability: int, constants: dict, warps: int = 4, dtype: st
     pointers = dict.fromkeys(("q", "kv_cache", "out", "out_a", "out_b", "kv_c", "k_pe"), dtype)
     pointers |= dict.fromkeys(("lse", "lse_a", "lse_b", "shares", "shares_lse"), "fp32")
     pointers |= dict.fromkeys(("plan", "num_splits", "block_table", "cache_seqlens"), "i32")
-    pointers |= {"slot_mapping": "i64", "row_end": "i64"}
+    pointers |= {"slot_mapping": "i64", "row_end": "i64", "kv_scale": "fp32", "kv_cache": cache or dtype}
     signature, attributes = {}, {}
     for i, parameter in enumerate(kernel.params):
         name = parameter.name
@@ -128,30 +130,44 @@ def spills_in_key_loops(assembly: str) -> int:
 MOST_SPILLS = 8  # of the 700 instructions and more of such a loop
 
 
+def compiled_decode(capability: int, columns: int, rows: int, one_page: bool, cache_format: str = "PLAIN"):
+    """The decode kernel over a cache of this format, and its configuration."""
+    kernels, (d_qk, d_v), fp8 = backend._kernels(), DIMS[columns], cache_format != "PLAIN"
+    config = backend.config_of(SHARED_KB[capability], d_qk, d_v, rows, fp8)
+    block_v, block_r = backend.blocks_of(d_qk, d_v)
+    constants = {"D_V": d_v, "D_R": d_qk - d_v, "BLOCK_V": block_v, "BLOCK_R": block_r, "ONE_PAGE": one_page}
+    constants |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "STAGES": config.stages}
+    shared_rows = config.shared_rows(capability == 90)
+    constants |= {"SHARED_ROWS": shared_rows, "NARROW": shared_rows and config.block_m > 16}
+    constants |= {"FORMAT": getattr(kernels, cache_format), "q_scale": None}
+    constants |= {} if cache_format == "FP8_TENSOR" else {"kv_scale": None}
+    kernel, cache = kernels.fwd_kvcache_mla_kernel, "u8" if fp8 else None
+    return compiled(kernel, capability, constants, config.warps, cache=cache), config
+
+
 @pytest.mark.parametrize("capability", SHARED_KB)
 @pytest.mark.parametrize("columns, rows", backend.CONFIGS)
 def test_configurations_fit(capability, columns, rows, tmp_path):
     """Compiled without a GPU, over pages that are and are not multiples of a block of keys."""
-    kernel = backend._kernels().fwd_kvcache_mla_kernel
-    d_qk, d_v = DIMS[columns]
-    config = backend.config_of(SHARED_KB[capability], d_qk, d_v, rows)
-    block_v, block_r = backend.blocks_of(d_qk, d_v)
-    dims = {"D_V": d_v, "D_R": d_qk - d_v, "BLOCK_V": block_v, "BLOCK_R": block_r}
-    blocks = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "STAGES": config.stages}
-    for one_page in (True, False) if config.block_n > 32 and columns == 576 else (True,):
-        constants = {"CAUSAL": True, "ONE_PAGE": one_page, **dims, **blocks}
-        result = compiled(kernel, capability, constants, config.warps)
+    for one_page in (True, False) if columns == 576 else (True,):
+        result, config = compiled_decode(capability, columns, rows, one_page)
         cubin = result.asm["cubin"]
         used = inspect(cubin, tmp_path, "cuobjdump", "--dump-resource-usage")
         registers, stack = (re.search(rf"{name}:(\d+)", used).group(1) for name in ("REG", "STACK"))
         spills = spills_in_key_loops(inspect(cubin, tmp_path, "nvdisasm", "-c"))
-        print(
-            f"sm_{capability} d_qk {d_qk} d_v {d_v} {config} one_page={one_page}: {result.metadata.shared} bytes shared"
-        )
-        print(f"    {registers} registers, {stack} bytes of stack, {spills} accesses of it among products")
+        print(f"sm_{capability} d_qk, d_v {DIMS[columns]} {config} one_page={one_page}:")
+        print(f"    {result.metadata.shared} bytes shared, {registers} registers")
+        print(f"    {stack} bytes of stack, {spills} accesses of it among products")
         assert result.metadata.shared <= SHARED_KB[capability] * 1024
         assert spills <= MOST_SPILLS
         assert capability != 90 or config.block_m < 64 or "wgmma" in result.asm["ptx"]
+
+
+@pytest.mark.parametrize("capability", [80, 89, 90])
+@pytest.mark.parametrize("columns, rows, cache_format", [(576, 64, "FP8_BLOCKS"), (320, 32, "FP8_TENSOR")])
+def test_configurations_of_fp8_fit(capability, columns, rows, cache_format):
+    result, _ = compiled_decode(capability, columns, rows, True, cache_format)
+    assert result.metadata.shared <= SHARED_KB[capability] * 1024
 
 
 @pytest.mark.parametrize("capability", SHARED_KB)
@@ -166,3 +182,9 @@ def test_the_other_kernels_compile(capability):
     }
     for (kernel, constants), dtype in product(calls.items(), ("bf16", "fp16")):
         assert compiled(kernel, capability, constants, dtype=dtype).metadata.shared <= 48 << 10
+    dims |= {"D_R": 64, "BLOCK_R": 64, "BLOCK_T": 8, "ROUND_SCALE": True}
+    for scale, dtype in (({"kv_scale": None}, "bf16"), ({"kv_scale": None}, "fp32"), ({}, "fp16")):
+        kernel = kernels.concat_and_cache_mla_fp8_kernel
+        result = compiled(kernel, capability, dims | scale, dtype=dtype, cache="u8")
+        assert result.metadata.shared <= 48 << 10
+        assert "div.rn.f32" in result.asm["ptx"]  # the reference's rounding

@@ -51,8 +51,6 @@ def refusal(op: str, tensor: Tensor, **facts) -> str | None:
             return reason
     if op == "fwd_kvcache_mla":
         return _no_call(tensor, **facts)
-    if op == "concat_and_cache_mla" and tensor.dtype in BYTE_DTYPES:
-        return "it does not write fp8 caches: the sm90 and the cpu backend do"
     return None
 
 
@@ -86,8 +84,6 @@ def _no_device(device: int) -> str | None:
 
 def _no_call(q: Tensor, kv_cache: Tensor, head_dim_v: int) -> str | None:
     """Why fwd_kvcache_mla does not take tensors of this kind."""
-    if kv_cache.dtype in BYTE_DTYPES:
-        return "it does not read fp8 caches: the sm90 and the cpu backend do"
     if q.is_cpu and q.dtype is torch.bfloat16:
         return f"Triton's interpreter multiplies torch.float16 and torch.float32, got {q.dtype}"
     if q.is_cuda and q.dtype is torch.float32:
@@ -121,6 +117,11 @@ def _on(device: torch.device) -> contextlib.AbstractContextManager:
 def _units(t: Tensor, *dims: int) -> list[int]:
     """Strides of these dimensions in units of 16 bytes."""
     return [t.stride(dim) * t.itemsize // 16 for dim in dims]
+
+
+def _bytes(t: Tensor) -> Tensor:
+    """e4m3 as plain bytes: the kernels convert it by integer arithmetic, which every GPU has."""
+    return t.view(torch.uint8) if t.dtype in BYTE_DTYPES else t
 
 
 # ------------------------------------------------------------------------------------------------- get_mla_metadata
@@ -164,6 +165,12 @@ class Config(NamedTuple):
     # memory are 1 of 2 stages, 2 of 5, 3 of 7, 4 of 9.
     stages: int
 
+    def shared_rows(self, hopper: bool) -> bool:
+        """Whether the kernel is to let several warps have scores of a query row. A product's tile has 16 rows, so there
+        can be more warps than such tiles; but with 64 rows Ampere's products then take more registers than there are.
+        """
+        return 16 * self.warps > self.block_m and (hopper or self.block_m < 64)
+
 
 # By columns of a key (padded), query rows of a key head, and KB of shared memory that a program may have: 99 (sm_86,
 # 89, 120), 163 (sm_80, 87), 227 (sm_90). The first row that is large enough serves. What chose the numbers:
@@ -173,18 +180,28 @@ class Config(NamedTuple):
 #     queries of 576 columns and keys leave room for 32 rows and 32 keys.
 #   - 8 warps: 512 columns of accumulators, and on Ampere the queries, are otherwise more than the registers hold.
 # tests/test_triton.py compiles each for the devices above, and holds it to their shared memory and to no spills among
-# the products. None of it has been timed: python -m flashmla_ops.benchmark is where to begin.
+# the products. The last column has been timed, on an H100 with Triton 3.6 (us, 128 rows of about 8192 keys unless said
+# otherwise; `python -m flashmla_ops.benchmark --tune` repeats that on any device):
+#   (192, 16)  (16, 64, 4, 7) 168, (16, 64, 4, 9) 173, (16, 64, 8, 9) 184, (64, 64, 4, 7) 201
+#   (192, 64)  128 heads: (64, 64, 4, 9) 393, (64, 64, 4, 5) 395, (64, 64, 8, 9) 486, (64, 128, 4, 5) 514
+#   (320, 16)  (16, 64, 4, 7) 262, (16, 64, 8, 9) 269, (16, 64, 4, 9) 271, (64, 64, 4, 7) 346
+#   (320, 32)  (32, 64, 8, 5) 301, (32, 64, 8, 7) 307, (32, 64, 4, 5) 333, (64, 64, 4, 5) 342, (64, 32, 4, 9) 370
+#   (320, 64)  128 heads: (64, 64, 4, 5) 608, (64, 64, 4, 7) 618, (64, 64, 8, 7) 707
+#   (576, 16)  2048 keys: (16, 64, 8, 5) 138, (16, 64, 4, 5) 152, (16, 32, 8, 7) 171, (16, 32, 4, 9) 157
+#   (576, 32)  (32, 64, 8, 5) 535, (64, 64, 8, 3) 722, (32, 32, 8, 9) 843
+#   (576, 64)  128 heads: (64, 64, 8, 3) 1023, (64, 32, 8, 7) 1152. (64, 64, 8, 3) took 1276 with scores that were
+#              computed twice (see _segment), a sum over warps at every step and 64-bit addresses in a block of keys
 SHARED_KB = (99, 163, 227)
 CONFIGS: dict[tuple[int, int], tuple[Config, Config, Config]] = {
-    (192, 16): (Config(16, 64, 4, 7), Config(16, 64, 4, 7), Config(16, 64, 4, 9)),
+    (192, 16): (Config(16, 64, 4, 7), Config(16, 64, 4, 7), Config(16, 64, 4, 7)),
     (192, 32): (Config(32, 64, 4, 5), Config(32, 64, 4, 5), Config(32, 64, 4, 5)),
     (192, 64): (Config(64, 64, 4, 5), Config(64, 64, 4, 5), Config(64, 64, 4, 5)),
-    (320, 16): (Config(16, 64, 8, 5), Config(16, 64, 8, 7), Config(16, 64, 8, 9)),
+    (320, 16): (Config(16, 64, 8, 5), Config(16, 64, 8, 7), Config(16, 64, 4, 7)),
     (320, 32): (Config(32, 64, 8, 2), Config(32, 64, 8, 5), Config(32, 64, 8, 5)),
-    (320, 64): (Config(64, 64, 8, 2), Config(64, 64, 8, 5), Config(64, 64, 8, 5)),
+    (320, 64): (Config(64, 64, 8, 2), Config(64, 64, 8, 5), Config(64, 64, 4, 5)),
     (576, 16): (Config(16, 32, 8, 5), Config(16, 32, 8, 7), Config(16, 64, 8, 5)),
     (576, 32): (Config(32, 32, 8, 2), Config(32, 64, 8, 2), Config(32, 64, 8, 5)),
-    (576, 64): (Config(32, 32, 8, 2), Config(64, 64, 8, 2), Config(64, 64, 8, 2)),
+    (576, 64): (Config(32, 32, 8, 2), Config(64, 64, 8, 2), Config(64, 64, 8, 3)),
     (832, 64): (Config(16, 32, 8, 2), Config(16, 32, 8, 5), Config(16, 32, 8, 5)),  # 256 < d_v, 64 < d_qk - d_v
 }
 
@@ -197,12 +214,21 @@ def blocks_of(d_qk: int, d_v: int) -> tuple[int, int]:
     return _power_of_two(d_v), min(_power_of_two(d_qk - d_v), BLOCK_R)
 
 
-def config_of(shared_kb: int, d_qk: int, d_v: int, rows: int) -> Config:
-    """The table's row for `rows` query rows of a key head on a device whose programs may have so much shared memory."""
+def config_of(shared_kb: int, d_qk: int, d_v: int, rows: int, fp8: bool = False) -> Config:
+    """The table's row for `rows` query rows of a key head on a device whose programs may have so much shared memory.
+
+    fp8 keys have a second place in shared memory, as values of the queries' dtype, and registers on the way between. So
+    fewer are loaded ahead; where memory is small none are, and blocks are smaller.
+    """
     block_v, block_r = blocks_of(d_qk, d_v)
     columns = block_v + -(-(d_qk - d_v) // block_r) * block_r
     key = next(key for key in CONFIGS if columns <= key[0] and min(rows, 64) <= key[1])
-    return CONFIGS[key][max(i for i, kb in enumerate(SHARED_KB) if kb <= shared_kb)]
+    config = CONFIGS[key][max(i for i, kb in enumerate(SHARED_KB) if kb <= shared_kb)]
+    if not fp8:
+        return config
+    if shared_kb >= SHARED_KB[-1]:
+        return config._replace(stages=2)
+    return config._replace(block_n=min(config.block_n, 32), stages=1)
 
 
 @functools.cache
@@ -214,6 +240,19 @@ def _shared_kb(device: torch.device) -> int:
     return SHARED_KB[0] if properties.major == 10 else properties.shared_memory_per_block_optin // 1024
 
 
+def _format(kv_cache: Tensor, kv_scale: Tensor | None):
+    """The cache's format, as the kernel names it."""
+    kernels = _kernels()
+    if kv_cache.dtype not in BYTE_DTYPES:
+        return kernels.PLAIN
+    return kernels.FP8_BLOCKS if kv_scale is None else kernels.FP8_TENSOR
+
+
+@functools.cache
+def _is_hopper(device: torch.device) -> bool:
+    return device.type == "cpu" or torch.cuda.get_device_capability(device)[0] == 9
+
+
 def fwd_kvcache_mla(
     q: Tensor,
     kv_cache: Tensor,
@@ -223,25 +262,27 @@ def fwd_kvcache_mla(
     softmax_scale: float,
     causal: bool,
     plan: tuple[Tensor, Tensor] | None,
-    q_scale: Tensor | None,  # None, as refusal says
+    q_scale: Tensor | None,
     kv_scale: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # out [b, s_q, h_q, d_v], lse [b, h_q, s_q]
     if values.DEBUG or q.is_cpu:
         values.check_lengths_and_pages(kv_cache, block_table, cache_seqlens)
     b, s_q, h_q, d_qk = q.shape
     num_pages, page_size, h_k, _ = kv_cache.shape
-    out = q.new_empty(b, s_q, h_q, head_dim_v)
+    out = q.new_empty(b, s_q, h_q, head_dim_v, dtype=torch.bfloat16 if q.dtype in BYTE_DTYPES else q.dtype)
     lse = q.new_empty(b, h_q, s_q, dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
+    q, kv_cache, cache_format = _bytes(q), _bytes(kv_cache), _format(kv_cache, kv_scale)
     group = h_q // h_k
     rows = s_q * group
-    config = config_of(_shared_kb(q.device), d_qk, head_dim_v, rows)
+    config = config_of(_shared_kb(q.device), d_qk, head_dim_v, rows, cache_format != _kernels().PLAIN)
     block_v, block_r = blocks_of(d_qk, head_dim_v)
     blocks_per_head = -(-rows // config.block_m)
     row_blocks = h_k * blocks_per_head
     max_len = min(block_table.shape[1] * page_size, INT32_KEYS) if num_pages else 0
 
+    shared_rows = config.shared_rows(_is_hopper(q.device))
     kernels, parts = _kernels(), _parts(q.device, rows, h_k)
     with _on(q.device):
         if plan is None:
@@ -252,22 +293,23 @@ def fwd_kvcache_mla(
             metadata = plan[0]
         split_parts = _split_parts(parts if plan is None else MAX_PARTS, b, max_len, row_tiles(rows, h_k))
         places = 2 * split_parts * row_blocks * config.block_m
-        shares = q.new_empty(places, head_dim_v, dtype=torch.float32)
-        shares_lse = q.new_empty(places, dtype=torch.float32)
+        shares, shares_lse = lse.new_empty(places, head_dim_v), lse.new_empty(places)
         dims = {"D_V": head_dim_v, "BLOCK_V": block_v, "BLOCK_M": config.block_m}
         kernels.fwd_kvcache_mla_kernel[(row_blocks, parts)](
-            *(q, kv_cache, block_table, cache_seqlens, metadata, out, lse, shares, shares_lse),
+            *(q, kv_cache, q_scale, kv_scale, block_table, cache_seqlens, metadata, out, lse, shares, shares_lse),
             softmax_scale / math.log(2),
             *_units(q, 0, 1, 2),
             *_units(kv_cache, 0, 1, 2),
             block_table.stride(0),
-            *(b, s_q, group, blocks_per_head, num_pages, page_size, max_len, split_parts),
-            CAUSAL=causal,
+            *(b, s_q, group, blocks_per_head, num_pages, page_size, max_len, split_parts, int(causal)),
             D_R=d_qk - head_dim_v,
             BLOCK_R=block_r,
             BLOCK_N=config.block_n,
             ONE_PAGE=page_size % config.block_n == 0,
             STAGES=config.stages,
+            SHARED_ROWS=shared_rows,
+            NARROW=shared_rows and config.block_m > 16 and config.block_n * kv_cache.stride(1) < 2**31,
+            FORMAT=cache_format,
             num_warps=config.warps,
             **dims,
         )
@@ -315,18 +357,15 @@ def concat_and_cache_mla(
         return
     block_v = _power_of_two(d_v)
     tokens = _rows_of(block_v)
+    grid = (-(-n // tokens),)
+    sizes = (n, num_slots, page_size, *_units(kv_cache, 0, 1), *_units(kv_c, 0), *_units(k_pe, 0))
+    dims = {"D_V": d_v, "D_R": d_rope, "BLOCK_V": block_v, "BLOCK_R": _power_of_two(d_rope), "BLOCK_T": tokens}
     with _on(kv_cache.device):
-        _kernels().concat_and_cache_mla_kernel[(-(-n // tokens),)](
-            *(kv_cache, kv_c, k_pe, slot_mapping, n, num_slots, page_size),
-            *_units(kv_cache, 0, 1),
-            *_units(kv_c, 0),
-            *_units(k_pe, 0),
-            D_V=d_v,
-            D_R=d_rope,
-            BLOCK_V=block_v,
-            BLOCK_R=_power_of_two(d_rope),
-            BLOCK_T=tokens,
-        )
+        if kv_cache.dtype in BYTE_DTYPES:
+            tensors = (_bytes(kv_cache), kv_c, k_pe, slot_mapping, kv_scale)
+            _kernels().concat_and_cache_mla_fp8_kernel[grid](*tensors, *sizes, **dims, ROUND_SCALE=round_scale)
+        else:
+            _kernels().concat_and_cache_mla_kernel[grid](kv_cache, kv_c, k_pe, slot_mapping, *sizes, **dims)
 
 
 # ------------------------------------------------------------------------------------------------ merge_attn_states

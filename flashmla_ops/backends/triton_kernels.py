@@ -8,7 +8,9 @@ reason no size is specialised upon. What depends on a page, a row or a token tim
 import triton
 import triton.language as tl
 
+from .. import kv_cache as _kv_cache
 from .. import plan as _plan
+from ..kv_cache import Fp8Blocks
 
 INTERPRETED = triton.knobs.runtime.interpret  # by TRITON_INTERPRET=1: kernels then run on CPU tensors, in numpy
 
@@ -22,8 +24,13 @@ LAST_TILE = tl.constexpr(_plan.LAST_TILE)
 FIRST_SPLIT = tl.constexpr(_plan.FIRST_SPLIT)
 MIN_TILES = tl.constexpr(_plan.MIN_TILES)
 SHARES_PER_TILE = tl.constexpr(_plan.SHARES_PER_TILE)
+PLAIN, FP8_BLOCKS, FP8_TENSOR = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # a cache's format: kv_cache.py's
+SCALE_BLOCK = tl.constexpr(Fp8Blocks.block)
+SMALLEST_SCALE = tl.constexpr(_kv_cache.SMALLEST_SCALE)
+E4M3_MAX = tl.constexpr(_kv_cache.E4M3_MAX)
 LN2 = tl.constexpr(0.6931471805599453)
 INF = tl.constexpr(float("inf"))
+INF_BITS = tl.constexpr(0x7F800000)  # of fp32; those of finite magnitudes are less and order like the values
 
 
 # ------------------------------------------------------------------------------------------------- get_mla_metadata
@@ -197,6 +204,64 @@ def _values(base, at, mask, D: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _from_e4m3(byte):
+    """Bytes of e4m3 as fp16, which has all its values: e4m3's bits in fp16's places are 2^-8 of the value. By integers,
+    so that any GPU can, and so can the interpreter."""
+    magnitude = byte.to(tl.uint16) & 0x7F
+    bits = (byte.to(tl.uint16) & 0x80) << 8 | tl.where(magnitude == 0x7F, 0x7E00, magnitude << 7)  # NaN stays NaN
+    return bits.to(tl.uint16).to(tl.float16, bitcast=True) * 256
+
+
+@triton.jit
+def _queries(q, at, real, D: tl.constexpr, BLOCK: tl.constexpr):
+    queries = _values(q, at, real, D, BLOCK)
+    if q.dtype.element_ty.primitive_bitwidth == 8:
+        queries = _from_e4m3(queries)
+    return queries
+
+
+@triton.jit
+def _latent(base, at, known, D_V: tl.constexpr, BLOCK_V: tl.constexpr, FORMAT: tl.constexpr, DTYPE: tl.constexpr):
+    """The latent values of keys at base + at. With one scale for all they are left unscaled: exact in any dtype."""
+    values = _values(base, at, known, D_V, BLOCK_V)
+    if FORMAT != PLAIN:
+        values = _from_e4m3(values)
+    if FORMAT == FP8_BLOCKS:
+        WIDTH: tl.constexpr = min(SCALE_BLOCK, BLOCK_V)
+        SCALES: tl.constexpr = (D_V + WIDTH - 1) // WIDTH
+        scales = (base + D_V).to(tl.pointer_type(tl.float32), bitcast=True)
+        scale = _values(scales, at // 4, known, SCALES, BLOCK_V // WIDTH)
+        blocks = values.to(tl.float32).reshape(at.shape[0], BLOCK_V // WIDTH, WIDTH) * scale[:, :, None]
+        values = blocks.reshape(at.shape[0], BLOCK_V)
+    return values.to(DTYPE)
+
+
+@triton.jit
+def _further(
+    base,
+    at,
+    known,
+    BEGIN: tl.constexpr,
+    D_V: tl.constexpr,
+    D_R: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    FORMAT: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """The values D_V + BEGIN .. of keys at base + at: BLOCK_R of them, or those that are left."""
+    if FORMAT == FP8_BLOCKS:
+        SCALES: tl.constexpr = (D_V + SCALE_BLOCK - 1) // SCALE_BLOCK
+        rope = (base + D_V + 4 * SCALES).to(tl.pointer_type(tl.int16), bitcast=True)
+        bits = _values(rope, at // 2 + BEGIN, known, D_R - BEGIN, BLOCK_R)
+        values = (bits.to(tl.int32) << 16).to(tl.float32, bitcast=True)  # of bf16
+    else:
+        values = _values(base, at + D_V + BEGIN, known, D_R - BEGIN, BLOCK_R)
+    if FORMAT == FP8_TENSOR:
+        values = _from_e4m3(values)
+    return values.to(DTYPE)
+
+
+@triton.jit
 def _segment(
     q,  # this batch row's
     q_at,  # [BLOCK_M] offsets of the query rows
@@ -219,56 +284,89 @@ def _segment(
     BLOCK_N: tl.constexpr,
     ONE_PAGE: tl.constexpr,
     STAGES: tl.constexpr,
+    SHARED_ROWS: tl.constexpr,
+    NARROW: tl.constexpr,
+    FORMAT: tl.constexpr,
 ):
     """Attends keys begin .. end - 1: (accumulated, greatest score, sum), all relative to that score, in base 2."""
-    q_v = _values(q, q_at, real, D_V, BLOCK_V)
+    q_v = _queries(q, q_at, real, D_V, BLOCK_V)
+    DTYPE: tl.constexpr = q_v.dtype
     if D_R > 0:
-        q_r = _values(q, q_at + D_V, real, D_R, BLOCK_R)
+        q_r = _queries(q, q_at + D_V, real, D_R, BLOCK_R)
     m = tl.full([BLOCK_M], -INF, tl.float32)
-    l = tl.zeros([BLOCK_M], tl.float32)  # noqa: E741
+    # of shared rows summed over keys after the loop: else warps would have to wait for each other in every step
+    l = tl.zeros([BLOCK_M, BLOCK_N] if SHARED_ROWS else [BLOCK_M], tl.float32)  # noqa: E741
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
-    for start in tl.range(begin, end, BLOCK_N, num_stages=STAGES):
+    # 64 rows leave no registers for what could be computed before the loop
+    CROWDED: tl.constexpr = SHARED_ROWS and BLOCK_M >= 64
+    for start in tl.range(begin, end, BLOCK_N, num_stages=STAGES, disable_licm=CROWDED):
         key = start + tl.arange(0, BLOCK_N)
         if ONE_PAGE:  # page sizes are multiples of BLOCK_N
             page = tl.load(pages + start // page_size)
             known = (key < end) & (page >= 0) & (page < num_pages)
             base = kv_cache + page.to(tl.int64) * page_stride
-            at = (key - start // page_size * page_size) * token_stride
+            if NARROW:
+                base += start % page_size * token_stride
+                at = tl.arange(0, BLOCK_N) * token_stride.to(tl.int32)
+            else:
+                at = (key - start // page_size * page_size) * token_stride
         else:
             page = tl.load(pages + key // page_size, mask=key < end, other=-1)
             known = (page >= 0) & (page < num_pages)
             base = kv_cache
             at = page.to(tl.int64) * page_stride + key % page_size * token_stride
-        k_v = _values(base, at, known, D_V, BLOCK_V)
-        s = tl.dot(q_v, tl.trans(k_v), input_precision="ieee")
+        k_v = _latent(base, at, known, D_V, BLOCK_V, FORMAT, DTYPE)
         if D_R > 0:
-            s = tl.dot(q_r, tl.trans(_values(base, at + D_V, known, D_R, BLOCK_R)), acc=s, input_precision="ieee")
-            for r in tl.static_range(BLOCK_R, D_R, BLOCK_R):  # of unusual dims: their queries are read every time
-                q_more = _values(q, q_at + D_V + r, real, D_R - r, BLOCK_R)
-                k_more = _values(base, at + D_V + r, known, D_R - r, BLOCK_R)
+            k_r = _further(base, at, known, 0, D_V, D_R, BLOCK_R, FORMAT, DTYPE)
+        if CROWDED:
+            # Of products that feed another one Triton gives all warps all columns: here half of them would compute
+            # what the other half does. It does not see that through a branch, which has to be one that it cannot
+            # resolve, with products on both sides, none of which feeds another.
+            if start < end:  # always
+                s = tl.dot(q_v, tl.trans(k_v), input_precision="ieee") * scale_log2
+                if D_R > 0:
+                    s += tl.dot(q_r, tl.trans(k_r), input_precision="ieee") * scale_log2
+                for r in tl.static_range(BLOCK_R, D_R, BLOCK_R):  # of unusual dims: their queries are read every time
+                    q_more = _queries(q, q_at + D_V + r, real, D_R - r, BLOCK_R)
+                    k_more = _further(base, at, known, r, D_V, D_R, BLOCK_R, FORMAT, DTYPE)
+                    s += tl.dot(q_more, tl.trans(k_more), input_precision="ieee") * scale_log2
+            else:
+                s = tl.dot(q_v, tl.trans(k_v), input_precision="ieee")
+        else:
+            s = tl.dot(q_v, tl.trans(k_v), input_precision="ieee")
+            if D_R > 0:
+                s = tl.dot(q_r, tl.trans(k_r), acc=s, input_precision="ieee")
+            for r in tl.static_range(BLOCK_R, D_R, BLOCK_R):
+                q_more = _queries(q, q_at + D_V + r, real, D_R - r, BLOCK_R)
+                k_more = _further(base, at, known, r, D_V, D_R, BLOCK_R, FORMAT, DTYPE)
                 s = tl.dot(q_more, tl.trans(k_more), acc=s, input_precision="ieee")
+            s *= scale_log2
         hidden = key[None, :] >= tl.minimum(visible, end)[:, None]
-        s = tl.where(hidden, -INF, s * scale_log2)
+        s = tl.where(hidden, -INF, s)
         m_new = tl.maximum(m, tl.max(s, 1))
         base_2 = tl.where(m_new == -INF, 0.0, m_new)  # no key seen so far: exp2(-inf - 0) = 0, not NaN
         p = tl.exp2(s - base_2[:, None])
         rescale = tl.exp2(m - base_2)
-        l = l * rescale + tl.sum(p, 1)  # noqa: E741
-        acc = tl.dot(p.to(k_v.dtype), k_v, acc=acc * rescale[:, None], input_precision="ieee")
+        l = l * rescale[:, None] + p if SHARED_ROWS else l * rescale + tl.sum(p, 1)  # noqa: E741
+        acc = tl.dot(p.to(DTYPE), k_v, acc=acc * rescale[:, None], input_precision="ieee")
         m = m_new
+    if SHARED_ROWS:
+        l = tl.sum(l, 1)  # noqa: E741
     return acc, m, l
 
 
 @triton.jit(
     do_not_specialize=[
         *("q_stride_b", "q_stride_s", "q_stride_h", "page_stride", "token_stride", "head_stride", "table_stride"),
-        *("b", "s_q", "group", "blocks_per_head", "num_pages", "page_size", "max_len", "split_parts"),
+        *("b", "s_q", "group", "blocks_per_head", "num_pages", "page_size", "max_len", "split_parts", "causal"),
     ],
-    do_not_specialize_on_alignment=["block_table", "cache_seqlens"],
+    do_not_specialize_on_alignment=["block_table", "cache_seqlens", "q_scale", "kv_scale"],
 )
 def fwd_kvcache_mla_kernel(
     q,  # [b, s_q, h_k * group, D_V + D_R]
-    kv_cache,  # [num_pages, page_size, h_k, D_V + D_R]
+    kv_cache,  # [num_pages, page_size, h_k, D_V + D_R], or as many bytes as its format takes
+    q_scale,  # one value each, or None
+    kv_scale,
     block_table,  # [b, max_len / page_size]
     cache_seqlens,  # [b]
     plan,  # [MAX_PARTS, COLUMNS]
@@ -292,7 +390,7 @@ def fwd_kvcache_mla_kernel(
     page_size,
     max_len,  # keys that a row of the block table reaches
     split_parts,
-    CAUSAL: tl.constexpr,
+    causal,  # 0 or 1
     D_V: tl.constexpr,
     D_R: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -301,9 +399,13 @@ def fwd_kvcache_mla_kernel(
     BLOCK_N: tl.constexpr,
     ONE_PAGE: tl.constexpr,
     STAGES: tl.constexpr,
+    SHARED_ROWS: tl.constexpr,  # whether scores of a query row lie in several warps
+    NARROW: tl.constexpr,  # whether offsets within a block of keys have 32 bits
+    FORMAT: tl.constexpr,  # of the cache
 ):
     """Grid: (row blocks, parts at work at once)."""
     UNIT: tl.constexpr = 128 // q.dtype.element_ty.primitive_bitwidth  # values in 16 bytes
+    CACHE_UNIT: tl.constexpr = 128 // kv_cache.dtype.element_ty.primitive_bitwidth
     row_block, num_row_blocks = tl.program_id(0), tl.num_programs(0)
     head_k = row_block // blocks_per_head
     h_q = num_row_blocks // blocks_per_head * group
@@ -312,9 +414,15 @@ def fwd_kvcache_mla_kernel(
     i = query_row // group
     h = head_k * group + query_row % group
     q_at = i.to(tl.int64) * q_stride_s * UNIT + h.to(tl.int64) * q_stride_h * UNIT
-    kv_cache += head_k.to(tl.int64) * head_stride * UNIT
-    page_stride = tl.cast(page_stride, tl.int64) * UNIT
-    token_stride = tl.cast(token_stride, tl.int64) * UNIT
+    kv_cache += head_k.to(tl.int64) * head_stride * CACHE_UNIT
+    page_stride = tl.cast(page_stride, tl.int64) * CACHE_UNIT
+    token_stride = tl.cast(token_stride, tl.int64) * CACHE_UNIT
+    if q_scale is not None:
+        scale_log2 *= tl.load(q_scale)
+    value_scale = 1.0
+    if kv_scale is not None:
+        value_scale = tl.load(kv_scale)
+        scale_log2 *= value_scale
     column = tl.arange(0, BLOCK_V)
     stored = real[:, None] & (column < D_V)[None, :]
     # outputs lie at a 64-bit base and 32-bit offsets (of 64 queries at most), which take half the registers
@@ -334,9 +442,7 @@ def fwd_kvcache_mla_kernel(
             begin = tl.where(row == first_row, first_tile, 0)
             end = tl.where(split & (row == last_row), tl.minimum(last_tile, tiles), tiles)
             if split | (begin == 0):
-                visible = tl.where(real, length, 0)
-                if CAUSAL:
-                    visible = tl.where(real, length - s_q + 1 + i, 0)
+                visible = tl.where(real, length - causal * (s_q - 1 - i), 0)
                 row_64 = tl.cast(row, tl.int64)
                 acc, m, l = _segment(  # noqa: E741
                     q + row_64 * q_stride_b * UNIT,
@@ -360,9 +466,12 @@ def fwd_kvcache_mla_kernel(
                     BLOCK_N,
                     ONE_PAGE,
                     STAGES,
+                    SHARED_ROWS,
+                    NARROW,
+                    FORMAT,
                 )
                 nothing = l == 0
-                acc = acc / tl.where(nothing, 1.0, l)[:, None]
+                acc *= (value_scale / tl.where(nothing, 1.0, l))[:, None]
                 lse_log2 = m + tl.log2(tl.where(nothing, 1.0, l))  # -inf of nothing
                 if (begin == 0) & (end == tiles):
                     to = out + (row_64 * s_q + first_i) * h_q * D_V
@@ -469,6 +578,17 @@ def _copy_columns(to, to_at, source, source_at, mask, D: tl.constexpr, BLOCK: tl
     tl.store(to + to_at[:, None] + column[None, :], values, mask=both)
 
 
+@triton.jit
+def _tokens(
+    slot_mapping, n, num_slots, page_size, page_stride, token_stride, UNIT: tl.constexpr, BLOCK_T: tl.constexpr
+):
+    """A program's tokens: their numbers, whether their slots are in the cache, and where those lie."""
+    token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    slot = tl.load(slot_mapping + token, mask=token < n, other=-1)
+    named = (slot >= 0) & (slot < num_slots)
+    return token, named, slot // page_size * page_stride * UNIT + slot % page_size * token_stride * UNIT
+
+
 @triton.jit(
     do_not_specialize=["n", "num_slots", "page_size", "page_stride", "token_stride", "kv_c_stride", "k_pe_stride"],
     do_not_specialize_on_alignment=["slot_mapping"],
@@ -493,13 +613,118 @@ def concat_and_cache_mla_kernel(
 ):
     """Copies tokens to their slots. Grid: blocks of BLOCK_T tokens."""
     UNIT: tl.constexpr = 128 // kv_c.dtype.element_ty.primitive_bitwidth
-    token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
-    slot = tl.load(slot_mapping + token, mask=token < n, other=-1)
-    named = (slot >= 0) & (slot < num_slots)
-    to = slot // page_size * page_stride * UNIT + slot % page_size * token_stride * UNIT
+    token, named, to = _tokens(slot_mapping, n, num_slots, page_size, page_stride, token_stride, UNIT, BLOCK_T)
     _copy_columns(kv_cache, to, kv_c, token * kv_c_stride * UNIT, named, D_V, BLOCK_V)
     if D_R > 0:
         _copy_columns(kv_cache, to + D_V, k_pe, token * k_pe_stride * UNIT, named, D_R, BLOCK_R)
+
+
+@triton.jit
+def _bits(x):
+    """The bits of fp32, or of a 16-bit type, as a signed integer of as many."""
+    return x.to(tl.int32 if x.dtype.primitive_bitwidth == 32 else tl.int16, bitcast=True)
+
+
+@triton.jit
+def _to_e4m3(x, negative):
+    """|x| of fp32 with this sign as bytes of e4m3: the nearest, ties to even; 448 beyond that, NaN stays NaN. By
+    integers, like _from_e4m3."""
+    magnitude = _bits(x) & 0x7FFFFFFF
+    nan = magnitude > INF_BITS
+    magnitude = tl.minimum(magnitude, 0x43E00000)  # 448
+    normal = ((magnitude + 0x7FFFF + (magnitude >> 20 & 1)) >> 20) - (120 << 3)  # 3 bits kept, exponent bias 127 to 7
+    # below 2^-6 steps are 2^-9, which is the last place of 2^14
+    subnormal = _bits(magnitude.to(tl.float32, bitcast=True) + 16384.0) - 0x46800000
+    code = tl.where(magnitude < 0x3C800000, subnormal, normal)
+    return (tl.where(nan, 0x7F, code) | tl.where(negative, 0x80, 0)).to(tl.uint8)
+
+
+@triton.jit
+def _bf16_bits(values):
+    """To bf16, to the nearest, ties to even, as int16. By integers too: the interpreter's own conversion truncates."""
+    if values.dtype == tl.bfloat16:
+        rounded = _bits(values)
+    else:
+        bits = _bits(values.to(tl.float32))
+        nan = (bits & 0x7FFFFFFF) > INF_BITS
+        rounded = tl.where(nan, 0x7FC0, (bits + 0x7FFF + (bits >> 16 & 1)) >> 16).to(tl.int16)
+    return rounded
+
+
+@triton.jit
+def _store_e4m3_of_one_scale(to, to_at, source, source_at, scale, mask, D: tl.constexpr, BLOCK: tl.constexpr):
+    """The sign of NaN is that of a division on x86: the first operand's that is NaN; if none is, set."""
+    column = tl.arange(0, BLOCK)
+    both = mask[:, None] & (column < D)[None, :]
+    values = tl.load(source + source_at[:, None] + column[None, :], mask=both, other=0.0)
+    x = values.to(tl.float32)
+    quotient = tl.div_rn(x, tl.zeros_like(x) + scale)
+    minus, minus_scale = _bits(values) < 0, _bits(scale) < 0
+    minus_nan = tl.where(x != x, minus, (scale == scale) | minus_scale)
+    negative = tl.where(quotient == quotient, minus != minus_scale, minus_nan)
+    tl.store(to + to_at[:, None] + column[None, :], _to_e4m3(quotient, negative), mask=both)
+
+
+@triton.jit(
+    do_not_specialize=["n", "num_slots", "page_size", "page_stride", "token_stride", "kv_c_stride", "k_pe_stride"],
+    do_not_specialize_on_alignment=["slot_mapping", "kv_scale"],
+)
+def concat_and_cache_mla_fp8_kernel(
+    kv_cache,  # [num_slots / page_size, page_size, 1, ...] bytes
+    kv_c,  # [n, D_V]
+    k_pe,  # [n, D_R]
+    slot_mapping,  # [n]
+    kv_scale,  # one value, or None: a scale for every SCALE_BLOCK latent values
+    n,
+    num_slots,
+    page_size,
+    page_stride,
+    token_stride,
+    kv_c_stride,
+    k_pe_stride,
+    D_V: tl.constexpr,
+    D_R: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    ROUND_SCALE: tl.constexpr,
+):
+    """Writes the bytes of kv_cache.py's `quantize`. Grid: blocks of BLOCK_T tokens."""
+    UNIT: tl.constexpr = 128 // kv_c.dtype.element_ty.primitive_bitwidth
+    token, named, to = _tokens(slot_mapping, n, num_slots, page_size, page_stride, token_stride, 16, BLOCK_T)
+    kv_c_at, k_pe_at = token * kv_c_stride * UNIT, token * k_pe_stride * UNIT
+    if kv_scale is not None:
+        scale = tl.load(kv_scale)
+        _store_e4m3_of_one_scale(kv_cache, to, kv_c, kv_c_at, scale, named, D_V, BLOCK_V)
+        if D_R > 0:
+            _store_e4m3_of_one_scale(kv_cache, to + D_V, k_pe, k_pe_at, scale, named, D_R, BLOCK_R)
+    else:
+        WIDTH: tl.constexpr = min(SCALE_BLOCK, BLOCK_V)
+        BLOCKS: tl.constexpr = BLOCK_V // WIDTH
+        SCALES: tl.constexpr = (D_V + WIDTH - 1) // WIDTH
+        values = _values(kv_c, kv_c_at, named, D_V, BLOCK_V).reshape(BLOCK_T, BLOCKS, WIDTH)
+        x = values.to(tl.float32)
+        magnitude = _bits(x) & 0x7FFFFFFF
+        largest = tl.max(tl.where(magnitude < INF_BITS, magnitude, 0), 2)
+        scale = tl.div_rn(largest.to(tl.float32, bitcast=True), tl.full([BLOCK_T, BLOCKS], E4M3_MAX, tl.float32))
+        scale = tl.maximum(scale, SMALLEST_SCALE)
+        if ROUND_SCALE:  # up to a power of two
+            scale = (_bits(scale) + 0x7FFFFF & INF_BITS).to(tl.float32, bitcast=True)
+        scale = tl.where(largest == 0, 1.0, scale)
+        quotient = tl.div_rn(x, tl.zeros_like(x) + scale[:, :, None])
+        bytes_ = _to_e4m3(quotient, _bits(values) < 0).reshape(BLOCK_T, BLOCK_V)
+        column, block, pad = tl.arange(0, BLOCK_V), tl.arange(0, BLOCKS), tl.arange(0, 16)
+        tl.store(kv_cache + to[:, None] + column[None, :], bytes_, mask=named[:, None] & (column < D_V)[None, :])
+        scales = (kv_cache + D_V).to(tl.pointer_type(tl.float32), bitcast=True)
+        tl.store(scales + to[:, None] // 4 + block[None, :], scale, mask=named[:, None] & (block < SCALES)[None, :])
+        if D_R > 0:
+            rope = (kv_cache + D_V + 4 * SCALES).to(tl.pointer_type(tl.int16), bitcast=True)
+            rope += to[:, None] // 2 + tl.arange(0, BLOCK_R)[None, :]
+            present = named[:, None] & (tl.arange(0, BLOCK_R) < D_R)[None, :]
+            tl.store(rope, _bf16_bits(_values(k_pe, k_pe_at, named, D_R, BLOCK_R)), mask=present)
+        USED: tl.constexpr = D_V + 4 * SCALES + 2 * D_R
+        padding = named[:, None] & (pad < -USED % 16)[None, :]
+        tl.store(kv_cache + USED + to[:, None] + pad[None, :], tl.zeros([BLOCK_T, 16], tl.uint8), mask=padding)
 
 
 # ------------------------------------------------------------------------------------------------ merge_attn_states
