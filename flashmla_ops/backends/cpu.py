@@ -1,7 +1,7 @@
 """The CPU backend: vectorised torch, one function per op. It serves CPU tensors of every shape in the contract.
 
 It always checks values, which other backends cannot do without waiting for the device (values.py): lengths beyond the
-table, pages outside the cache and bad slots raise here, before anything is written.
+table, pages outside the cache, bad slots and plans for other rows raise here, before anything is written.
 """
 
 from typing import NamedTuple
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..kv_cache import format_of
 from ..plan import CPU_PARTS, FIRST_ROW, FIRST_TILE, LAST_ROW, LAST_TILE, MAX_PARTS, TILE, make_plan
-from .values import check_lengths, check_lengths_and_pages, check_slots
+from .values import check_concat_and_cache_mla, check_fwd_kvcache_mla, check_lengths
 
 BLOCK_BYTES = 128 << 20  # working set of one block of rows and queries
 STEP_KEYS = 4096  # keys gathered in one step, over all rows: 9 MB of 576 fp32, which stays in a last-level cache
@@ -84,7 +84,7 @@ def fwd_kvcache_mla(
     kv_scale: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # out [b, s_q, h_q, d_v], lse [b, h_q, s_q]
     """Blocks of rows x queries, as many as fit in BLOCK_BYTES, each an online softmax over its rows' chunks."""
-    check_lengths_and_pages(kv_cache, block_table, cache_seqlens)
+    check_fwd_kvcache_mla(q, kv_cache, block_table, cache_seqlens, d_v, plan, q_scale, kv_scale)
     b, s_q, h_q, d_qk = q.shape
     out_dtype = q.dtype
     if q_scale is not None:  # q in e4m3: neither it nor the keys are rounded any further
@@ -231,7 +231,7 @@ def concat_and_cache_mla(
     kv_cache: Tensor, kv_c: Tensor, k_pe: Tensor, slot_mapping: Tensor, kv_scale: Tensor | None, round_scale: bool
 ) -> None:
     num_pages, page_size = kv_cache.shape[:2]
-    check_slots(slot_mapping, num_pages * page_size)
+    check_concat_and_cache_mla(slot_mapping, num_pages * page_size, kv_scale)
     token = (slot_mapping >= 0).nonzero()[:, 0]
     slot = slot_mapping[token]
     page, offset = slot // page_size, slot % page_size

@@ -132,11 +132,13 @@ def fwd_kvcache_mla(
     q_scale: Tensor | None,
     kv_scale: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # out [b, s_q, h_q, d_v], lse [b, h_q, s_q]
-    if values.DEBUG:
-        values.check_lengths_and_pages(kv_cache, block_table, cache_seqlens)
     _, s_q, h_q, _ = q.shape
     h_k = kv_cache.shape[2]
     parts = _parts(q.device, max(s_q * h_q // h_k, 1), h_k)
+    if values.DEBUG:
+        values.check_fwd_kvcache_mla(
+            q, kv_cache, block_table, cache_seqlens, head_dim_v, plan, q_scale, kv_scale, parts
+        )
     metadata = None if plan is None else plan[0]
     # a plan that is given may come from elsewhere, and use more parts than this machine would
     plan_parts = parts if plan is None else MAX_PARTS
@@ -149,7 +151,7 @@ def concat_and_cache_mla(
     kv_cache: Tensor, kv_c: Tensor, k_pe: Tensor, slot_mapping: Tensor, kv_scale: Tensor | None, round_scale: bool
 ) -> None:
     if values.DEBUG:
-        values.check_slots(slot_mapping, kv_cache.shape[0] * kv_cache.shape[1])
+        values.check_concat_and_cache_mla(slot_mapping, kv_cache.shape[0] * kv_cache.shape[1], kv_scale)
     torch.ops.flashmla_sm90.concat_and_cache_mla.default(kv_cache, kv_c, k_pe, slot_mapping, kv_scale, round_scale)
 
 

@@ -227,23 +227,26 @@ def fwd_kvcache_mla(
     q_scale: Tensor | None,  # None, as refusal says
     kv_scale: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # out [b, s_q, h_q, d_v], lse [b, h_q, s_q]
-    if values.DEBUG or q.is_cpu:
-        values.check_lengths_and_pages(kv_cache, block_table, cache_seqlens)
     b, s_q, h_q, d_qk = q.shape
     num_pages, page_size, h_k, _ = kv_cache.shape
+    group = h_q // h_k
+    rows = s_q * group
+    parts = _parts(q.device, max(rows, 1), h_k)
+    if values.DEBUG or q.is_cpu:
+        values.check_fwd_kvcache_mla(
+            q, kv_cache, block_table, cache_seqlens, head_dim_v, plan, q_scale, kv_scale, parts
+        )
     out = q.new_empty(b, s_q, h_q, head_dim_v)
     lse = q.new_empty(b, h_q, s_q, dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
-    group = h_q // h_k
-    rows = s_q * group
     config = config_of(_shared_kb(q.device), d_qk, head_dim_v, rows)
     block_v, block_r = blocks_of(d_qk, head_dim_v)
     blocks_per_head = -(-rows // config.block_m)
     row_blocks = h_k * blocks_per_head
     max_len = min(block_table.shape[1] * page_size, INT32_KEYS) if num_pages else 0
 
-    kernels, parts = _kernels(), _parts(q.device, rows, h_k)
+    kernels = _kernels()
     with _on(q.device):
         if plan is None:
             metadata = cache_seqlens.new_empty(MAX_PARTS, COLUMNS)
@@ -309,7 +312,7 @@ def concat_and_cache_mla(
     num_pages, page_size = kv_cache.shape[:2]
     num_slots = num_pages * page_size
     if values.DEBUG or kv_cache.is_cpu:
-        values.check_slots(slot_mapping, num_slots)
+        values.check_concat_and_cache_mla(slot_mapping, num_slots, kv_scale)
     n, d_v = kv_c.shape
     d_rope = k_pe.shape[1]
     if n == 0:
