@@ -321,8 +321,8 @@ class World:
         table = torch.arange(self.rows, dtype=torch.int32)[:, None]
         seqlens = torch.tensor(lengths, dtype=torch.int32)
         case = DecodeCase(q.cpu(), keys, table, seqlens, self.d_v, self.scale_of(step), step["causal"])
-        factor = self.target.factor
-        check_decode(case.to(self.device), out, lse, factor)
+        score_std = step["peaked"] * self.d_qk**0.5 * self.scale_of(step)
+        check_decode(case.to(self.device), out, lse, self.target.factor, score_std=score_std)
 
     def plan(self, s_q: int) -> tuple[Tensor, Tensor]:
         return get_mla_metadata(self.cache.cache_seqlens, s_q * self.settings["h_q"], 1)
@@ -624,17 +624,19 @@ def worker() -> None:
 class Worker:
     """A process that plays sequences, and is replaced when it dies or hangs."""
 
+    command = (sys.executable, __file__, "--worker")
+    start_seconds = 60  # it imports torch first
+
     def __init__(self, target: str, seed: int, timeout: float, jobs: int):
         self.target, self.seed, self.timeout, self.process = target, seed, timeout, None
         self.threads = max(1, (os.cpu_count() or 1) // jobs)
 
     def play(self, number: int) -> dict:
         if self.process is None:
-            command = [sys.executable, __file__, "--worker"]
             threads = {"OMP_NUM_THREADS": str(self.threads)}  # more than cores would wait for each other
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-            self.process = subprocess.Popen(command, **pipes, env=os.environ | threads)
-            self.timeout_now = self.timeout + 60  # it imports torch first
+            self.process = subprocess.Popen(self.command, **pipes, env=os.environ | threads)
+            self.timeout_now = self.timeout + self.start_seconds
         hung = threading.Event()
         timer = threading.Timer(self.timeout_now, lambda: (hung.set(), self.process.kill()))
         timer.start()
