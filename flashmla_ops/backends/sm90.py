@@ -5,6 +5,7 @@ is first asked for, and what went wrong then is kept as the reason that users ar
 """
 
 import functools
+import struct
 from pathlib import Path
 
 import torch
@@ -53,9 +54,13 @@ def _no_library() -> str | None:
         reason = BUILD_REPORT.read_text().strip() if BUILD_REPORT.exists() else "the package was never built with nvcc"
         return f"the compiled library is missing ({reason}): reinstall with `pip install --no-build-isolation .`"
     try:
+        if truncated := _truncated(LIBRARY):
+            raise OSError(truncated)
         torch.ops.load_library(LIBRARY)
-    except OSError as error:
-        return f"the compiled library does not load ({error}): reinstall with `pip install --no-build-isolation .`"
+        torch.ops.flashmla_sm90.cuda_versions  # noqa: B018  what a library of something else lacks
+    except (OSError, AttributeError) as error:
+        why = error.__cause__ or error  # the loader's own message, where torch puts another one before it
+        return f"the compiled library does not load ({why}): reinstall with `pip install --no-build-isolation .`"
     if not torch.cuda.is_available():
         return "torch finds no usable NVIDIA GPU and driver on this machine: see torch.cuda.is_available()"
     driver, runtime = torch.ops.flashmla_sm90.cuda_versions()
@@ -65,6 +70,18 @@ def _no_library() -> str | None:
             f"{_version(runtime)}: update the driver, or reinstall where nvcc is {driver // 1000}.x"
         )
     return None
+
+
+def _truncated(library: Path) -> str | None:
+    """The loader maps what an ELF file's headers promise: of one that ends before, a read would end the process."""
+    size = library.stat().st_size
+    with library.open("rb") as file:
+        header = file.read(64)
+    if len(header) < 64 or header[:4] != b"\x7fELF":
+        return f"{library.name}, {size} bytes, is no ELF file"
+    (sections,), (entry, count) = struct.unpack_from("<Q", header, 40), struct.unpack_from("<HH", header, 58)
+    needed = sections + entry * count  # the table of sections stands last
+    return f"{library.name} is truncated: {size} of {needed} bytes" if size < needed else None
 
 
 def _version(number: int) -> str:

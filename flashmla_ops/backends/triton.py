@@ -9,6 +9,7 @@ Nothing is tuned at run time: how fwd_kvcache_mla is cut up is read from the tab
 import contextlib
 import functools
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -113,9 +114,17 @@ def _parts(device: torch.device, num_heads_per_head_k: int, num_heads_k: int) ->
     return max_parts(multiprocessors, row_tiles(num_heads_per_head_k, num_heads_k))
 
 
-def _on(device: torch.device) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device, whatever its arguments are on."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+@contextlib.contextmanager
+def _launching(op: str, device: torch.device) -> Iterator[None]:
+    """Triton launches on the current device, whatever its arguments are on. What its compiler and the driver complain
+    about does not say which op it was."""
+    try:
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise RuntimeError(f"{op}: {error}") from error
 
 
 def _units(t: Tensor, *dims: int) -> list[int]:
@@ -138,7 +147,7 @@ def get_mla_metadata(
     if values.DEBUG or cache_seqlens.is_cpu:
         values.check_lengths(cache_seqlens)
     parts = _parts(cache_seqlens.device, num_heads_per_head_k, num_heads_k)
-    with _on(cache_seqlens.device):
+    with _launching("get_mla_metadata", cache_seqlens.device):
         _plan(tile_scheduler_metadata, num_splits, cache_seqlens, parts)
 
 
@@ -247,7 +256,7 @@ def fwd_kvcache_mla(
     max_len = min(block_table.shape[1] * page_size, INT32_KEYS) if num_pages else 0
 
     kernels = _kernels()
-    with _on(q.device):
+    with _launching("fwd_kvcache_mla", q.device):
         if plan is None:
             metadata = cache_seqlens.new_empty(MAX_PARTS, COLUMNS)
             num_splits = cache_seqlens.new_empty(b + 1)
@@ -319,7 +328,7 @@ def concat_and_cache_mla(
         return
     block_v = _power_of_two(d_v)
     tokens = _rows_of(block_v)
-    with _on(kv_cache.device):
+    with _launching("concat_and_cache_mla", kv_cache.device):
         _kernels().concat_and_cache_mla_kernel[(-(-n // tokens),)](
             *(kv_cache, kv_c, k_pe, slot_mapping, n, num_slots, page_size),
             *_units(kv_cache, 0, 1),
@@ -343,7 +352,7 @@ def merge_attn_states(out: Tensor, lse: Tensor, out_a: Tensor, lse_a: Tensor, ou
         return
     block_v = _power_of_two(d_v)
     block_rows = _rows_of(block_v)
-    with _on(out.device):
+    with _launching("merge_attn_states", out.device):
         _kernels().merge_attn_states_kernel[(-(-rows // block_rows),)](
             *(out, lse, out_a, lse_a, out_b, lse_b, rows, s_q, h_q),
             *_units(out_a, 0, 1, 2),
