@@ -220,6 +220,7 @@ class World:
         plain = settings["kv_format"] == "plain"
         self.layout = named_format(self.dtype if plain else settings["kv_format"])
         self.kv_scale = torch.tensor(KV_SCALE) if self.layout.scaled else None
+        self.given_scale = None if self.kv_scale is None else self.kv_scale.to(self.device)  # graphs read it there
         self.rows, self.page_size = settings["rows"], settings["page_size"]
         self.cache = PagedKVCache(
             1,
@@ -282,9 +283,8 @@ class World:
         n = slots.shape[0]
         kv_c = torch.randn(n, self.d_v, generator=generator).to(self.dtype)
         k_pe = torch.randn(n, self.d_qk - self.d_v, generator=generator).to(self.dtype)
-        scale = None if self.kv_scale is None else self.kv_scale.to(self.device)
         tokens = kv_c.to(self.device), k_pe.to(self.device)
-        ops.concat_and_cache_mla(self.kv_cache, *tokens, slots, kv_scale=scale)
+        ops.concat_and_cache_mla(self.kv_cache, *tokens, slots, kv_scale=self.given_scale)
         stored = self.layout.quantize(kv_c, k_pe, self.kv_scale, True)
         read = self.layout.dequantize(stored, self.d_v, self.d_qk - self.d_v, self.kv_scale, self.dtype)
         for row, mine in owners.items():
@@ -410,7 +410,7 @@ class World:
             "head_dim_v": self.d_v,
             "softmax_scale": self.scale_of(step),
             "causal": step["causal"],
-            "kv_scale": None if self.kv_scale is None else self.kv_scale.to(self.device),
+            "kv_scale": self.given_scale,
         } | dict(zip(PLAN, plan or (None, None), strict=True))
 
     def merge(self, step: dict) -> None:
@@ -473,8 +473,8 @@ class World:
             k = torch.randn(n, self.d_qk, generator=torch.Generator().manual_seed(seed)).to(self.dtype).to(self.device)
             slots = torch.full((n,), -1, device=self.device)
             kv_c, k_pe = k[:, : self.d_v].contiguous(), k[:, self.d_v :].contiguous()
-            scale = self.decode_call(k, step, None)["kv_scale"]
-            return {"kv_cache": self.kv_cache, "kv_c": kv_c, "k_pe": k_pe, "slot_mapping": slots, "kv_scale": scale}
+            call = {"kv_cache": self.kv_cache, "kv_c": kv_c, "k_pe": k_pe, "slot_mapping": slots}
+            return call | {"kv_scale": self.given_scale}
         lengths = self.cache.cache_seqlens.clone()
         if op == "fwd_kvcache_mla":
             q = self.queries(step).to(self.device)
@@ -612,6 +612,11 @@ def worker() -> None:
             short = steps if fatal else shortened(settings, steps)
             answer["error"] = f"{type(error).__name__}: {error}"
             answer["reproducer"] = reproducer(settings, short)
+            again = None if fatal else failure(settings, short)
+            if again is None and not fatal:
+                answer["error"] += " (not when played again)"
+            elif again is not None and str(again[0]) != str(error):
+                answer["reproducer"] += f"\n# which fails with {type(again[0]).__name__}: {again[0]}"
             answer["fatal"] = fatal
         print(json.dumps(answer), flush=True)
         if answer.get("fatal"):

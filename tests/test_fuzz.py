@@ -19,7 +19,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
 
 
 def test_short_profile(target):
-    sequences = 4 if INTERPRETED else 50
+    sequences = 4 if INTERPRETED else 40
     done = run("--target", target.name, "--sequences", str(sequences), "--jobs", "2")
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{sequences} sequences of" in done.stdout and "0 failures" in done.stdout

@@ -36,6 +36,8 @@ def status() -> str:
 
 
 def refusal(op: str, tensor: Tensor, **facts) -> str | None:
+    if facts.get("batch_invariant"):
+        return "its kernels do not merge a row's units in a fixed order (batch_invariant): the cpu backend does"
     if tensor.device.type != "cuda":
         return f"it serves CUDA tensors only, this one is on {tensor.device}"
     if reason := _no_library():

@@ -40,6 +40,8 @@ def status() -> str:
 
 
 def refusal(op: str, tensor: Tensor, **facts) -> str | None:
+    if facts.get("batch_invariant"):
+        return "its kernels do not merge a row's units in a fixed order (batch_invariant): the cpu backend does"
     if reason := _no_triton():
         return reason
     if tensor.is_cpu and not _interpreted():
