@@ -101,7 +101,7 @@ def draw_step(rng: random.Random, kind: str, settings: dict) -> dict:
         "softmax_scale": rng.choice([None, 0.03]),
         "peaked": rng.choice([1.0, 1.0, 15.0]),
         "strided": rng.random() < 0.3,
-        "plan": rng.choice(["none", "own", "held"]),
+        "plan": rng.choice(["none", "own", "held", "invariant"]),
         "seed": seed,
     }
 
@@ -324,8 +324,8 @@ class World:
         score_std = step["peaked"] * self.d_qk**0.5 * self.scale_of(step)
         check_decode(case.to(self.device), out, lse, self.target.factor, score_std=score_std)
 
-    def plan(self, s_q: int) -> tuple[Tensor, Tensor]:
-        return get_mla_metadata(self.cache.cache_seqlens, s_q * self.settings["h_q"], 1)
+    def plan(self, s_q: int, **options) -> tuple[Tensor, Tensor]:
+        return get_mla_metadata(self.cache.cache_seqlens, s_q * self.settings["h_q"], 1, **options)
 
     # --------------------------------------------------------------------------------------------------------- steps
 
@@ -380,7 +380,12 @@ class World:
         q = self.queries(step).to(self.device)
         q = with_gaps(q) if step["strided"] else q
         plan, stale = None, False
-        if step["plan"] == "own":
+        if step["plan"] == "invariant":
+            try:
+                plan = self.plan(step["s_q"], batch_invariant=True)
+            except NotImplementedError:
+                self.refused += 1
+        elif step["plan"] == "own":
             plan = self.plan(step["s_q"])
         elif step["plan"] == "held" and self.held is not None:
             plan, tiles, heads = self.held

@@ -94,7 +94,9 @@ def test_as_near_to_float64_as_pytorch(invariant, data):
 @pytest.mark.parametrize("lengths", [[20_000, 0, 513, 512, 1], [40_000], [64 * 64 * 8 + 1, 64 * 64 * 8]])
 def test_long_rows_are_right(invariant, lengths):
     """Of many units, the last one in part; at the length from which units grow."""
-    case = make_decode_case(lengths, h_q=4, dtype=invariant.dtypes[0], device=invariant.device, peaked="middle")
+    d_qk, d_v = min(invariant.dims)
+    like = {"dtype": invariant.dtypes[0], "device": invariant.device, "d_qk": d_qk, "d_v": d_v}
+    case = make_decode_case(lengths, h_q=4, peaked="middle", **like)
     check_decode(case, *attend(case), invariant.factor)
 
 
