@@ -145,6 +145,50 @@ def nodes_of(begin: int, end: int, units: int) -> int:
     return count
 
 
+@given(
+    lengths=lengths_of_many_rows,
+    num_parts=st.integers(1, plan.MAX_PARTS),
+    places=st.sampled_from([0, 5, 64, 512, 1024]),
+)
+@settings(max_examples=60)
+def test_every_plan_merges_the_same_tree(lengths, num_parts, places):
+    """Executed part by part, with what parts leave in their places: each row becomes the same expression of its units,
+    which is that of one worker who has the row to itself."""
+    lengths = lengths[:50]
+    metadata, _ = plan.make_invariant_plan(torch.tensor(lengths, dtype=torch.int32), num_parts, places)
+    results, used = reference.by_parts(metadata, lengths, lambda row, begin, end: (begin, end), lambda a, b: (a, b))
+    assert used <= places
+    for length, result in zip(lengths, results, strict=True):
+        assert result == tree_of(-(-length // plan.TILE))
+
+
+def tree_of(tiles: int):
+    """A row's tree by its definition: (left, right) of nodes, (first tile, end tile) of units, None without tiles."""
+    each = plan.unit_tiles(tiles)
+
+    def node(level: int, i: int):
+        if i * each << level >= tiles:
+            return None
+        if level == 0:
+            return i * each, min((i + 1) * each, tiles)
+        left, right = node(level - 1, 2 * i), node(level - 1, 2 * i + 1)
+        return left if right is None else (left, right)
+
+    return node(plan.MAX_UNITS.bit_length() - 1, 0)
+
+
+def test_the_cpu_merges_that_tree():
+    for units in range(1, plan.MAX_UNITS + 1):
+        tiles = units * plan.UNIT_TILES
+        nodes: list = []
+        for unit in range(units):
+            backends.cpu._push(nodes, unit, (unit * plan.UNIT_TILES, (unit + 1) * plan.UNIT_TILES), lambda a, b: (a, b))
+        result = None
+        for _, left in reversed(nodes):
+            result = left if result is None else (left, result)
+        assert result == tree_of(tiles)
+
+
 def test_loads_are_even_where_places_allow(invariant):
     """128 rows for 132 parts, one for 66, 16 for 132: within a unit and a row's cost of equal."""
     for lengths, parts, places in (([8192] * 128, 132, 1024), ([131_072], 66, 512), ([4096] * 16, 132, 1024)):

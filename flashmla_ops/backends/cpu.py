@@ -303,15 +303,6 @@ def _attend_unit(q: Tensor, kv: Tensor, d_v: int, visible: int) -> State:
     return torch.bmm(p, kv[..., :d_v].contiguous()) / total, (m + total.log())[..., 0]
 
 
-def _push(nodes: list[tuple[int, State | None]], unit: int, state: State | None) -> None:
-    """Adds the next unit, and merges every node of the tree that it completes."""
-    level = 0
-    while unit >> level & 1:
-        state = _merge(nodes.pop()[1], state)
-        level += 1
-    nodes.append((level, state))
-
-
 def _merge(left: State | None, right: State | None) -> State | None:
     """None is what saw no key."""
     if left is None or right is None:
@@ -321,6 +312,15 @@ def _merge(left: State | None, right: State | None) -> State | None:
     total = left_weight + right_weight
     out = left[0] * (left_weight / total)[..., None] + right[0] * (right_weight / total)[..., None]
     return out, m + total.log()
+
+
+def _push(nodes: list[tuple[int, State | None]], unit: int, state: State | None, merge=_merge) -> None:
+    """Adds the next unit, and merges every node of the tree that it completes."""
+    level = 0
+    while unit >> level & 1:
+        state = merge(nodes.pop()[1], state)
+        level += 1
+    nodes.append((level, state))
 
 
 # ---------------------------------------------------------------------------------------------- concat_and_cache_mla
