@@ -170,47 +170,35 @@ from pathlib import Path
 torch.version.cuda = torch.version.cuda or "13.0"  # as in a build for GPUs
 import flashmla_ops
 from flashmla_ops.backends import sm90
-sm90.LIBRARY = Path(sys.argv[1])
-print(sm90.status())
+for path in sys.argv[1:]:
+    sm90._no_library.cache_clear()
+    sm90.LIBRARY = Path(path)
+    print(sm90.status(), flush=True)
 flashmla_ops.get_mla_metadata(torch.tensor([5], dtype=torch.int32), 16, 1)  # CPU tensors are served all the same
 """
 
 
-def status_of(library: Path) -> str:
-    done = python("-c", STATUS, str(library), FLASHMLA_BACKEND="")
+def test_a_library_that_cannot_be_used_is_a_reason_not_a_crash(tmp_path):
+    """Missing, truncated anywhere, another one, or for another torch: one that asks torch for what it does not have."""
+    whole = (Path(torch.__file__).parent / "lib" / "libtorch_global_deps.so").read_bytes()  # any ELF file
+    does_not_load = r"the compiled library does not load \(%s\): reinstall with `pip install --no-build-isolation .`"
+    expected = {"missing": r"the compiled library is missing \(.*\): reinstall with `pip .*`"}
+    for kept in (0, 10, 100, len(whole) // 2, len(whole) - 1):
+        (tmp_path / f"{kept} bytes").write_bytes(whole[:kept])
+        reason = "bytes, is no ELF file" if kept < 64 else f"is truncated: {kept} of {len(whole)} bytes"
+        expected[f"{kept} bytes"] = does_not_load % f".*{reason}"
+    (tmp_path / "another").write_bytes(whole)
+    expected["another"] = does_not_load % ".*cuda_versions.*"
+    if compiler := shutil.which("g++"):
+        source = tmp_path / "library.cpp"
+        source.write_text('extern "C" void torch_of_tomorrow(); extern "C" void f() { torch_of_tomorrow(); }')
+        command = [compiler, "-shared", "-fPIC", str(source), "-o", str(tmp_path / "of tomorrow")]
+        subprocess.run(command, check=True)
+        expected["of tomorrow"] = does_not_load % ".*undefined symbol: torch_of_tomorrow"
+    done = python("-c", STATUS, *(str(tmp_path / name) for name in expected), FLASHMLA_BACKEND="")
     assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def an_elf_file() -> bytes:
-    return (Path(torch.__file__).parent / "lib" / "libtorch_global_deps.so").read_bytes()
-
-
-@pytest.mark.parametrize("kept", [0, 10, 100, 0.5, -1])
-def test_a_truncated_library_is_a_reason_not_a_crash(tmp_path, kept):
-    library, whole = tmp_path / "libflashmla_sm90.so", an_elf_file()
-    library.write_bytes(whole[: int(len(whole) * kept) if kept == 0.5 else kept])
-    expected = "is truncated: .* of .* bytes" if kept not in (0, 10) else f"{kept} bytes, is no ELF file"
-    assert re.match(rf"the compiled library does not load \(.*{expected}\): reinstall with `pip", status_of(library))
-
-
-def test_a_missing_library_and_a_foreign_one(tmp_path):
-    assert status_of(tmp_path / "none.so").startswith("the compiled library is missing (")
-    foreign = tmp_path / "libflashmla_sm90.so"
-    foreign.write_bytes(an_elf_file())
-    assert re.match(r"the compiled library does not load \(.*cuda_versions.*\): reinstall", status_of(foreign))
-
-
-def test_a_library_for_another_torch(tmp_path):
-    """One that asks torch for what it does not have."""
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("needs g++: apt-get install g++")
-    library, source = tmp_path / "libflashmla_sm90.so", tmp_path / "library.cpp"
-    source.write_text('extern "C" void torch_of_tomorrow(); extern "C" void f() { torch_of_tomorrow(); }')
-    subprocess.run([compiler, "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
-    expected = r"the compiled library does not load \(.*undefined symbol: torch_of_tomorrow\): reinstall with `pip"
-    assert re.match(expected, status_of(library))
+    for line, pattern in zip(done.stdout.splitlines(), expected.values(), strict=True):
+        assert re.fullmatch(pattern, line), line
 
 
 # --------------------------------------------------------------------------------------------------- forks and threads

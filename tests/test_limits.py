@@ -79,7 +79,7 @@ def check_over_one_page(target: Target, lengths: Tensor, s_q: int = 1, causal: b
 
 @limit("batch")
 @pytest.mark.large
-@pytest.mark.parametrize("b", [0, 1, 65_536, 1_048_576])
+@pytest.mark.parametrize("b", [0, 1, 1_048_576])
 def test_batches(target, b):
     if b == 0:
         case = make_decode_case([], dtype=target.dtypes[0], device=target.device)
