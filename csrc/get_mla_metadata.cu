@@ -1,21 +1,22 @@
 // get_mla_metadata: deals rows of given lengths to parts of equal load (the plan, flashmla_ops/plan.py).
 //
-// Row r costs kRowCost + tiles(r), tiles(r) = ceil(cache_seqlens[r] / 64). The rows lie end to end on a line of cost of
-// length `total`; cut p stands at floor(p * total / parts_used) and falls into the row r with
-// row_begin(r) <= position < row_end(r), at tile max(position - row_begin(r) - kRowCost, 0). Part p lies between the
-// cuts p and p + 1. Cuts of a row that begins and ends at cuts are spread evenly. num_splits is the prefix sum of the
-// parts that touch each row: 1 + the cuts inside it.
+// Row r costs row_cost + tiles(r), tiles(r) = ceil(cache_seqlens[r] / 64). On a line: the rows lie end to end on a line
+// of cost of length `total`; cut p stands at floor(p * total / parts) and falls into the row r with
+// row_begin(r) <= position < row_begin(r + 1), at tile max(position - row_begin(r) - row_cost, 0). Part p lies between
+// the cuts p and p + 1. num_splits is the prefix sum of the parts that touch each row: 1 + the cuts inside it. Alike:
+// every row has as many parts.
 //
 // Grid: one CTA, each thread with as many consecutive rows as it takes. A scan gives every row its place on the line,
-// and that its cuts: those below a position x are ceil(x * parts_used / total), so nothing is searched. A row leaves a
+// and that its cuts: those below a position x are ceil(x * parts / total), so nothing is searched. A row leaves a
 // mark at the first of its cuts, and another one if that one does not split it. Between two cuts lie kMinTiles +
-// kRowCost or more, so a row has at most one cut that does not: the marks say all that parts and num_splits need, and a
+// row_cost or more, so a row has at most one cut that does not: the marks say all that parts and num_splits need, and a
 // warp finds them by shuffles. Any architecture.
 //
 // It runs once a decode step, before everything else, on one multiprocessor: what counts is the length of the chain of
 // dependent instructions, and that they be few, since none of them is in the instruction cache. So all is computed in
 // 32 bits where the total allows it, which the CTA knows after the scan.
 
+#include <climits>
 #include <type_traits>
 
 #include "check.h"
@@ -35,6 +36,7 @@ constexpr int kSmallTotal = 1 << 20;
 struct SharedStorage {
     int small_sum[32];                          // of the warps
     int64_t sum[32];                            // of the warps
+    int most[32], least[32];                    // tiles of a row, among the warps'
     uint32_t marked[kWords], starting[kWords];  // bit p: cut p is the first of its row; and does not split it
     int marked_row[kMaxParts];                  // at the marks: the row,
     int64_t marked_begin[kMaxParts];            // and where on the line it begins
@@ -47,12 +49,13 @@ __device__ float ratio(float a, float b) { return __fdividef(a, b); }
 template <typename Int>
 struct Line {
     Int total;
-    int parts;  // parts_used
+    int parts;
     float cuts_per_cost;
 
-    __device__ Line(Int total, int num_parts)
+    __device__ Line(Int total, const MetadataParams& params)
         : total(total),
-          parts(static_cast<int>(max(Int{1}, min(static_cast<Int>(num_parts), total / (kMinTiles + kRowCost))))),
+          parts(static_cast<int>(
+              max(Int{1}, min(static_cast<Int>(params.num_parts), total / (kMinTiles + params.row_cost))))),
           cuts_per_cost(ratio(static_cast<float>(parts), static_cast<float>(total))) {}
 
     // How many cuts stand below x, 0 <= x <= total: ceil(x * parts / total), from an estimate. That of 32 bits is above
@@ -133,21 +136,57 @@ struct Marks {
 
     __device__ bool is_starting(int cut) const { return __shfl_sync(~0u, starting, cut / 32) >> cut % 32 & 1; }
 
-    // The last mark up to `cut`, and the first after it, or `none`.
-    __device__ int2 around(int cut, int none) const {
-        const uint32_t words = __ballot_sync(~0u, marked != 0) & ((1 << kWords) - 1);
+    // The last mark up to `cut`.
+    __device__ int last_up_to(int cut) const {
+        const uint32_t words = __ballot_sync(~0u, marked != 0);
         const int word = cut / 32;
-        const uint32_t here = __shfl_sync(~0u, marked, word);
-        const uint32_t low = here & (~0u >> (31 - cut % 32)), high = here & (~1u << cut % 32);
-        const uint32_t low_words = words & ((1u << word) - 1), high_words = words & (~1u << word);
-        const int low_word = low != 0 ? word : 31 - __clz(low_words),
-                  high_word = high != 0 ? word : __ffs(high_words) - 1;
-        const uint32_t other_low = __shfl_sync(~0u, marked, low_word), other_high = __shfl_sync(~0u, marked, high_word);
-        const int first = low_word * 32 + 31 - __clz(low != 0 ? low : other_low);
-        const int end = high_word * 32 + __ffs(high != 0 ? high : other_high) - 1;
-        return {first, high_word < 0 ? none : end};
+        const uint32_t low = __shfl_sync(~0u, marked, word) & (~0u >> (31 - cut % 32));
+        const int low_word = low != 0 ? word : 31 - __clz(words & ((1u << word) - 1));
+        const uint32_t other_low = __shfl_sync(~0u, marked, low_word);
+        return low_word * 32 + 31 - __clz(low != 0 ? low : other_low);
     }
 };
+
+__device__ int ceil_div(int x, int y) { return x / y + (x % y != 0); }
+__device__ int64_t ceil_div(int64_t x, int y) { return x / y + (x % y != 0); }
+
+static_assert(kFirstRow == 0 && kFirstTile == 1 && kLastRow == 2 && kLastTile == 3 && kFirstSplit == 4);
+__device__ void write_part(const MetadataParams& params, int part, int4 work, int first_split) {
+    int4* columns = reinterpret_cast<int4*>(params.metadata + part * kColumns);
+    columns[0] = work;  // first_row, first_tile, last_row, last_tile
+    columns[1] = {first_split, 0, 0, 0};
+}
+constexpr int4 kNoWork = {0, 0, -1, 0};
+
+// --------------------------------------------------------------------------------------------------- rows cut alike
+
+// Into how many parts each row is cut, if that is better than the line; else 0.
+template <typename Int>
+__device__ int parts_of_a_row(const MetadataParams& params, const SharedStorage& shared, const Line<Int>& line) {
+    if (params.b == 0 || params.b > params.num_parts) return 0;
+    const int lane = threadIdx.x % 32;
+    const bool is_warp = lane < blockDim.x / 32;
+    const int most = __reduce_max_sync(~0u, is_warp ? shared.most[lane] : 0);
+    const int least = __reduce_min_sync(~0u, is_warp ? shared.least[lane] : INT_MAX);
+    int worth = max(1, static_cast<int>(sqrtf(static_cast<float>(most) / kSharesPerTile)));  // tiles; rounded up:
+    while (kSharesPerTile * worth * worth < most) ++worth;
+    const int parts = max(1, min(min(ceil_div(most, worth), least), params.num_parts / params.b));
+    return ceil_div(most, parts) <= ceil_div(line.total, line.parts) ? parts : 0;
+}
+
+__device__ void write_alike(const MetadataParams& params, int parts_of_row) {
+    for (int part = threadIdx.x; part < kMaxParts; part += blockDim.x) {
+        const int row = part / parts_of_row, split = part - row * parts_of_row;
+        int4 work = kNoWork;
+        if (row < params.b) {
+            const int tiles = num_tiles(params, row), each = tiles / parts_of_row, rest = tiles - each * parts_of_row;
+            const auto cut = [&](int i) { return i * each + i * rest / parts_of_row; };
+            work = {row, cut(split), row, cut(split + 1)};
+        }
+        write_part(params, part, work, row < params.b ? split : 0);
+    }
+    for (int row = threadIdx.x; row <= params.b; row += blockDim.x) params.num_splits[row] = row * parts_of_row;
+}
 
 // ------------------------------------------------------------------------------------------------------------ kernel
 
@@ -156,25 +195,20 @@ template <typename Int>
 __device__ void write_parts(const MetadataParams& params, const SharedStorage& shared, const Line<Int>& line,
                             const Marks& marks) {
     const int lane = threadIdx.x % 32, cut = threadIdx.x / 32 * kWarpParts + lane;
-    const auto [first, end] = marks.around(cut, line.parts);
-    const bool last = end == line.parts;
-    const bool first_starts = marks.is_starting(first), end_starts = marks.is_starting(end) || last;
+    const int first = marks.last_up_to(cut);
+    const bool first_starts = marks.is_starting(first);
     int row = params.b, tile = 0;
     if (cut < line.parts && params.b > 0) {
         row = shared.marked_row[first];
-        const Int first_tile = static_cast<Int>(shared.marked_begin[first]) + kRowCost;
-        const Int end_begin = last ? line.total : static_cast<Int>(shared.marked_begin[end]);
-        const int end_row = last ? params.b : shared.marked_row[end];
-        // parts that have the row to themselves share its tiles alike
-        const bool alone = first_starts && end_starts && end_row == row + 1;
+        const Int first_tile = static_cast<Int>(shared.marked_begin[first]) + params.row_cost;
         using Unsigned = std::make_unsigned_t<Int>;
-        const Unsigned product = alone ? (cut - first) * (end_begin - first_tile) : cut * line.total;
-        const Int quotient = static_cast<Int>(product / static_cast<Unsigned>(alone ? end - first : line.parts));
-        tile = static_cast<int>(alone ? quotient : max(quotient - first_tile, Int{0}));
+        const Int position =
+            static_cast<Int>(static_cast<Unsigned>(cut * line.total) / static_cast<Unsigned>(line.parts));
+        tile = static_cast<int>(max(position - first_tile, Int{0}));
     }
     const int next_row = __shfl_down_sync(~0u, row, 1), next_tile = __shfl_down_sync(~0u, tile, 1);
     if (lane == kWarpParts || cut >= kMaxParts) return;
-    int4 work = {0, 0, -1, 0};  // first_row, first_tile, last_row, last_tile
+    int4 work = kNoWork;
     int first_split = 0;
     if (row < params.b) {
         const bool whole = next_tile == 0;  // the next part starts with a row of its own
@@ -182,27 +216,26 @@ __device__ void write_parts(const MetadataParams& params, const SharedStorage& s
         work = {row, tile, last_row, whole ? num_tiles(params, last_row) : next_tile};
         first_split = cut - first + !first_starts;
     }
-    static_assert(kFirstRow == 0 && kFirstTile == 1 && kLastRow == 2 && kLastTile == 3 && kFirstSplit == 4);
-    int4* columns = reinterpret_cast<int4*>(params.metadata + cut * kColumns);
-    columns[0] = work;
-    columns[1] = {first_split, 0, 0, 0};
+    write_part(params, cut, work, first_split);
 }
 
 // What follows the scan: this thread's rows from first_row on begin at `begin` on a line of length `total`.
 template <typename Int>
 __device__ void write_plan(const MetadataParams& params, SharedStorage& shared, int first_row, int per_thread,
                            const Int begin, const Int total) {
-    const Line<Int> line(total, params.num_parts);
+    const Line<Int> line(total, params);
+    if (const int parts = parts_of_a_row(params, shared, line); parts > 0) return write_alike(params, parts);
     Int at = begin;
     int first = line.cuts_below(at);
 #pragma unroll 1  // fewer instructions to fetch
     for (int row = first_row; row < min(first_row + per_thread, params.b); ++row) {
-        const Int next = at + kRowCost + num_tiles(params, row);
+        const Int next = at + params.row_cost + num_tiles(params, row);
         const int end = line.cuts_below(next);
         if (first < end) {
             const uint32_t bit = 1u << first % 32;
             atomicOr(&shared.marked[first / 32], bit);
-            if (line.cuts_below(min(at + kRowCost + 1, next)) > first) atomicOr(&shared.starting[first / 32], bit);
+            if (line.cuts_below(min(at + params.row_cost + 1, next)) > first)
+                atomicOr(&shared.starting[first / 32], bit);
             shared.marked_row[first] = row;
             shared.marked_begin[first] = at;
         }
@@ -218,7 +251,7 @@ __device__ void write_plan(const MetadataParams& params, SharedStorage& shared, 
 #pragma unroll 1
     for (int row = first_row; row < first_row + per_thread; ++row) {  // as often in every lane
         const bool exists = row < params.b;
-        at += exists ? kRowCost + num_tiles(params, row) : 0;
+        at += exists ? params.row_cost + num_tiles(params, row) : 0;
         const int cuts = line.cuts_below(at);
         const int splits = row + 1 + cuts - marks.starting_below(cuts);
         if (exists) params.num_splits[row + 1] = splits;
@@ -229,9 +262,20 @@ __global__ void __launch_bounds__(kManyThreads) get_mla_metadata_kernel(const Me
     __shared__ SharedStorage shared;
     const int first_row = min(static_cast<int>(threadIdx.x) * per_thread, params.b);
     int64_t cost = 0;
+    int most = 0, least = INT_MAX;
 #pragma unroll 4
-    for (int row = first_row; row < min(first_row + per_thread, params.b); ++row)
-        cost += kRowCost + num_tiles(params, row);
+    for (int row = first_row; row < min(first_row + per_thread, params.b); ++row) {
+        const int tiles = num_tiles(params, row);
+        cost += params.row_cost + tiles;
+        most = max(most, tiles);
+        least = min(least, tiles);
+    }
+    most = __reduce_max_sync(~0u, most);
+    least = __reduce_min_sync(~0u, least);
+    if (threadIdx.x % 32 == 0) {
+        shared.most[threadIdx.x / 32] = most;
+        shared.least[threadIdx.x / 32] = least;
+    }
     if (threadIdx.x < kWords) shared.marked[threadIdx.x] = shared.starting[threadIdx.x] = 0;
 
     int small_total;
@@ -250,17 +294,9 @@ __global__ void __launch_bounds__(kManyThreads) get_mla_metadata_kernel(const Me
 
 // ---------------------------------------------------------------------------------------------------------- launcher
 
-// As many parts for each row, if that leaves few unused: rows of one length are then cut alike.
-static int even_parts(int num_parts, int b) {
-    const int rest = b > 0 ? num_parts % b : 0;
-    return rest < num_parts && rest * kEvenShare <= num_parts ? num_parts - rest : num_parts;
-}
-
 void get_mla_metadata(const MetadataParams& params, cudaStream_t stream) {
     const int threads = params.b <= 2 * kFewThreads ? kFewThreads : kManyThreads;
-    MetadataParams even = params;
-    even.num_parts = even_parts(params.num_parts, params.b);
-    get_mla_metadata_kernel<<<1, threads, 0, stream>>>(even, (params.b + threads - 1) / threads);
+    get_mla_metadata_kernel<<<1, threads, 0, stream>>>(params, (params.b + threads - 1) / threads);
     cuda_check(cudaGetLastError(), "get_mla_metadata");
 }
 

@@ -13,8 +13,9 @@ constexpr int kRowTile = 64;    // query rows in a row tile
 constexpr int kMaxParts = 256;  // rows of the plan
 constexpr int kColumns = 8;
 constexpr int kMinTiles = 1;
-constexpr int kRowCost = 2;
-constexpr int kEvenShare = 32;
+constexpr int kFewRows = 16;
+constexpr int kSharesPerTile = 16;
+constexpr int row_cost(int64_t rows) { return rows <= kFewRows ? 2 : 4; }  // by query rows a key head
 enum PlanColumn { kFirstRow, kFirstTile, kLastRow, kLastTile, kFirstSplit, kFlags, kFirstRowTile, kLastRowTile };
 
 enum class DType { kBF16, kFP16, kFP32 };
@@ -29,6 +30,7 @@ struct MetadataParams {
     const int* cache_seqlens;  // [b]
     int b;
     int num_parts;  // 1 to kMaxParts
+    int row_cost;
 };
 
 struct AppendParams {
@@ -88,7 +90,7 @@ struct FwdParams {
     int split_parts;  // parts that the workspace has room for; a plan that uses others is executed unsplit
     float softmax_scale_log2;
     bool causal;
-    bool few_rows;  // fwd_kvcache_mla_few_rows.cu computes: its shares lie in rows
+    bool few_rows;  // up to kFewRows: fwd_kvcache_mla_few_rows.cu computes, and its shares lie in rows
     DType dtype;    // of out
     CacheFormat format;
 };
@@ -107,7 +109,6 @@ void concat_and_cache_mla_fp8(const AppendParams& params, cudaStream_t stream);
 void merge_attn_states(const MergeParams& params, cudaStream_t stream);
 
 namespace sm90 {
-constexpr int kFewRows = 16;  // query rows of a key head: fwd_kvcache_mla_few_rows.cu has up to so many
 void fwd_kvcache_mla(const FwdParams& params, cudaStream_t stream);
 void fwd_kvcache_mla_few_rows(const FwdParams& params, cudaStream_t stream);
 void fwd_kvcache_mla_fp8(const FwdParams& params, cudaStream_t stream);

@@ -77,14 +77,16 @@ const float* pointer_to(const std::optional<Tensor>& scale) {
 
 // --------------------------------------------------------------------------------------------------------------- ops
 
+// rows: query rows of a key head.
 void get_mla_metadata_op(Tensor tile_scheduler_metadata, Tensor num_splits, const Tensor cache_seqlens,
-                         int64_t num_parts) {
+                         int64_t num_parts, int64_t rows) {
     const OnDevice on(cache_seqlens);
     get_mla_metadata({.metadata = static_cast<int*>(tile_scheduler_metadata.data_ptr()),
                       .num_splits = static_cast<int*>(num_splits.data_ptr()),
                       .cache_seqlens = static_cast<const int*>(cache_seqlens.data_ptr()),
                       .b = static_cast<int>(cache_seqlens.size(0)),
-                      .num_parts = static_cast<int>(num_parts)},
+                      .num_parts = static_cast<int>(num_parts),
+                      .row_cost = row_cost(rows)},
                      on.stream);
 }
 
@@ -101,6 +103,8 @@ std::tuple<Tensor, Tensor> fwd_kvcache_mla_op(const Tensor q, const Tensor kv_ca
     Tensor out = new_empty({b, s_q, h_q, kDimV}, out_dtype, q);
     Tensor lse = new_empty({b, h_q, s_q}, ScalarType::Float, q);
     if (out.numel() == 0) return {out, lse};
+    const int64_t num_pages = kv_cache.size(0), page_size = kv_cache.size(1), h_k = kv_cache.size(2);
+    const int64_t rows = s_q * (h_q / h_k);
     Tensor metadata = tile_scheduler_metadata.has_value() ? *tile_scheduler_metadata
                                                           : new_empty({kMaxParts, kColumns}, ScalarType::Int, q);
     if (!tile_scheduler_metadata.has_value()) {
@@ -109,11 +113,10 @@ std::tuple<Tensor, Tensor> fwd_kvcache_mla_op(const Tensor q, const Tensor kv_ca
                           .num_splits = static_cast<int*>(num_splits.data_ptr()),
                           .cache_seqlens = static_cast<const int*>(cache_seqlens.data_ptr()),
                           .b = static_cast<int>(b),
-                          .num_parts = static_cast<int>(num_parts)},
+                          .num_parts = static_cast<int>(num_parts),
+                          .row_cost = row_cost(rows)},
                          on.stream);
     }
-    const int64_t num_pages = kv_cache.size(0), page_size = kv_cache.size(1), h_k = kv_cache.size(2);
-    const int64_t rows = s_q * (h_q / h_k);
     const int64_t row_tiles = h_k * ((rows + kRowTile - 1) / kRowTile);
     constexpr int64_t kLongest = std::numeric_limits<int>::max() - kTile;  // so that no tile ends beyond an int
     const int64_t max_len = num_pages == 0 ? 0 : std::min(block_table.size(1) * page_size, kLongest);
@@ -179,7 +182,7 @@ std::tuple<Tensor, Tensor> fwd_kvcache_mla_op(const Tensor q, const Tensor kv_ca
         .split_parts = static_cast<int>(split_parts),
         .softmax_scale_log2 = static_cast<float>(softmax_scale * 1.4426950408889634),
         .causal = causal,
-        .few_rows = rows <= sm90::kFewRows && format == CacheFormat::kPlain,
+        .few_rows = rows <= kFewRows && format == CacheFormat::kPlain,
         .dtype = dtype_of(out),
         .format = format,
     };
@@ -273,7 +276,7 @@ std::tuple<int64_t, int64_t> cuda_versions_op() {
 STABLE_TORCH_LIBRARY_FRAGMENT(flashmla_sm90, m) {
     m.def(
         "get_mla_metadata(Tensor(a!) tile_scheduler_metadata, Tensor(b!) num_splits, Tensor cache_seqlens, int "
-        "num_parts) "
+        "num_parts, int rows) "
         "-> ()");
     m.def(
         "fwd_kvcache_mla(Tensor q, Tensor kv_cache, Tensor block_table, Tensor cache_seqlens, float softmax_scale, "

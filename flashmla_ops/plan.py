@@ -19,9 +19,9 @@ in exactly one part, with no tiles: somebody must write its (empty) output.
 
 Properties, which tests/test_get_mla_metadata.py states over drawn lengths:
   - every tile of every row lies in exactly one part;
-  - a part's load, its tiles + ROW_COST for each row it touches, is at most ceil(total load / parts used) + ROW_COST +
-    1;
-  - a part's share is worth at least MIN_TILES tiles and one row, so a short batch uses few parts;
+  - a part's load, its tiles + a row's cost for each row it touches, is at most that of cuts at equal distances:
+    ceil(total load / their parts) + a row's cost + 1;
+  - a part is worth its start and its merge, so a short batch uses few parts;
   - everything is computed from the lengths by tensor operations: no value ever reaches the host.
 """
 
@@ -33,9 +33,12 @@ MAX_PARTS = 256  # rows of the plan, whatever machine traces or runs: an exporte
 COLUMNS = 8
 FIRST_ROW, FIRST_TILE, LAST_ROW, LAST_TILE, FIRST_SPLIT, FLAGS, FIRST_ROW_TILE, LAST_ROW_TILE = range(COLUMNS)
 
-MIN_TILES = 1  # of a part: what its start and its merge cost is less than what more parts win (csrc/NOTES.md)
-ROW_COST = 2  # what starting a row (its queries) and writing its result cost, in tiles (csrc/NOTES.md)
-EVEN_SHARE = 32  # one part in so many may stay unused, so that all rows are cut at the same places
+MIN_TILES = 1  # of a part
+# What starting a row (its queries) and writing its result cost, in tiles, by measurement (csrc/NOTES.md): with up to
+# FEW_ROWS query rows a key head, and with more, whose results are larger.
+FEW_ROWS, FEW_ROWS_COST, ROW_COST = 16, 2, 4
+# One more tile in a part costs as much time as so many more shares in the merge of a row.
+SHARES_PER_TILE = 16
 ROW_TILE = 64  # query rows that one worker holds: s_q * h_q / h_k of them are dealt to row tiles of this size
 
 CPU_PARTS = 16  # a fixed number: the CPU's plan must not depend on the machine's cores
@@ -52,49 +55,82 @@ def max_parts(num_workers: int, num_row_tiles: int) -> int:
     return min(MAX_PARTS, max(1, num_workers // num_row_tiles))
 
 
-def even_parts(num_parts: int, b: int) -> int:
-    """`num_parts`, or a few less: as many for each of b rows, if that leaves at most one part in EVEN_SHARE unused.
-
-    Rows of one length are then cut alike and nowhere near their ends, if they have tiles enough for all parts.
-    """
-    rest = num_parts % b if b else 0
-    return num_parts - rest if rest < num_parts and rest * EVEN_SHARE <= num_parts else num_parts
+def row_cost(num_heads_per_head_k: int) -> int:
+    """What a row costs beside its tiles, in tiles, num_heads_per_head_k = s_q * h_q / h_k."""
+    return FEW_ROWS_COST if num_heads_per_head_k <= FEW_ROWS else ROW_COST
 
 
-def make_plan(cache_seqlens: Tensor, num_parts: int) -> tuple[Tensor, Tensor]:
-    """Deals rows of the given lengths to at most `num_parts` parts of equal load.
+def make_plan(cache_seqlens: Tensor, num_parts: int, row_cost: int = ROW_COST) -> tuple[Tensor, Tensor]:
+    """Deals rows of the given lengths to at most `num_parts` parts, in the better of two ways.
 
-    The rows are laid end to end on a line of cost, row r taking ROW_COST + ceil(cache_seqlens[r] / TILE) of it, and
-    the line is cut at equal distances. A cut inside a row's ROW_COST moves to the row's start. Cuts inside a row that
-    begins and ends at cuts are spread over its tiles evenly: each of its parts starts and ends it once.
+    On a line: the rows are laid end to end on a line of cost, row r taking row_cost + ceil(cache_seqlens[r] / TILE) of
+    it, and the line is cut at equal distances. A cut inside a row's cost moves to the row's start.
+
+    Alike: every row is cut into the same number of parts, of as many tiles each as its length allows. Of rows of one
+    length that cuts none near its ends. A part has ceil(sqrt(tiles / SHARES_PER_TILE)) tiles or more, where the sum of
+    the time for a part and for the merge of a row's shares is least.
+
+    It is the way whose greatest load of a part is less; both know that before they cut.
 
     Args:
         cache_seqlens: [b] int32, keys in each row; negative counts as 0.
         num_parts: 1 to MAX_PARTS.
+        row_cost: see row_cost().
     Returns:
         tile_scheduler_metadata [MAX_PARTS, 8] int32, num_splits [b + 1] int32.
     """
     b = cache_seqlens.shape[0]
-    device = cache_seqlens.device
     tiles = (cache_seqlens.clamp_min(0).long() + (TILE - 1)) // TILE
-    row_end = (tiles + ROW_COST).cumsum(0)
-    row_begin = row_end - tiles - ROW_COST
-    total = row_end[-1:] if b else torch.zeros(1, dtype=torch.long, device=device)
+    total = tiles.sum() + row_cost * b
+    on_line = (total // (MIN_TILES + row_cost)).clamp(1, num_parts)  # parts
+    plan, num_splits = _on_line(tiles, total, on_line, row_cost)
+    if 0 < b <= num_parts:
+        most, least = tiles.max(), tiles.min()
+        worth = (most.double() / SHARES_PER_TILE).sqrt().ceil().long().clamp_min(1)
+        per_row = torch.minimum(_ceil_div(most, worth), least).clamp(1, num_parts // b)
+        alike = _ceil_div(most, per_row) <= _ceil_div(total, on_line)
+        plan_alike, num_splits_alike = _alike(tiles, per_row)
+        plan = torch.where(alike, plan_alike, plan)
+        num_splits = torch.where(alike, num_splits_alike, num_splits)
+    plan[:, LAST_ROW] -= 1
+    return plan.int(), num_splits.int()
+
+
+def _ceil_div(x: Tensor, y: Tensor) -> Tensor:
+    return (x + y - 1) // y
+
+
+def _columns(used: Tensor, first_row: Tensor, first_tile: Tensor, last_row: Tensor, last_tile: Tensor, split: Tensor):
+    """The plan, with LAST_ROW + 1 for LAST_ROW."""
+    zero = torch.zeros_like(split)
+    columns = [first_row, first_tile, last_row + 1, last_tile, split, zero, zero, zero]
+    return torch.stack(columns, 1) * used[:, None]
+
+
+def _alike(tiles: Tensor, per_row: Tensor) -> tuple[Tensor, Tensor]:
+    """Cuts every row into per_row parts."""
+    b = tiles.shape[0]
+    part = torch.arange(MAX_PARTS, device=tiles.device)
+    row, split = part // per_row, part % per_row
+    of_row = tiles[row.clamp_max(b - 1)]
+    plan = _columns(row < b, row, split * of_row // per_row, row, (split + 1) * of_row // per_row, split)
+    return plan, torch.arange(b + 1, device=tiles.device) * per_row
+
+
+def _on_line(tiles: Tensor, total: Tensor, parts: Tensor, row_cost: int) -> tuple[Tensor, Tensor]:
+    """Cuts the line of cost into parts of equal length."""
+    b, device = tiles.shape[0], tiles.device
+    row_end = (tiles + row_cost).cumsum(0)
 
     # cut p is where part p begins and part p - 1 ends, as (row, tile); the last one is (b, 0)
-    num_parts = even_parts(num_parts, b)
-    parts_used = (total // (MIN_TILES + ROW_COST)).clamp(1, num_parts)
     part = torch.arange(MAX_PARTS + 1, device=device)
-    position = torch.minimum(part, parts_used) * total // parts_used
+    position = torch.minimum(part, parts) * total // parts
     row = torch.searchsorted(row_end, position, right=True)
-    known = row.clamp_max(max(b - 1, 0))
-    tile = (position - row_begin[known] - ROW_COST).clamp_min(0) * (row < b) if b else torch.zeros_like(row)
-
-    # parts that have a row to themselves share its tiles alike
-    first, end = torch.searchsorted(row, row), torch.searchsorted(row, row, right=True).clamp_max(MAX_PARTS)
-    alone = (tile[first] == 0) & (tile[end] == 0) & (row[end] == row + 1)
     if b:
-        tile = torch.where(alone, (part - first) * tiles[known] // (end - first).clamp_min(1), tile)
+        known = row.clamp_max(b - 1)
+        tile = (position - (row_end - tiles)[known]).clamp_min(0) * (row < b)
+    else:
+        tile = torch.zeros_like(row)
 
     # a part ends before its next cut: at the end of the row above when that cut stands at a row's start
     whole = tile[1:] == 0
@@ -106,14 +142,9 @@ def make_plan(cache_seqlens: Tensor, num_parts: int) -> tuple[Tensor, Tensor]:
     cuts_before_row.scatter_add_(0, row + 1, inside.long())
     cuts_before_row = cuts_before_row.cumsum(0)
     first_split = cuts_up_to[:-1] - cuts_before_row[row[:-1]]
-
-    used = (row[:-1] < b) & (part[:-1] < parts_used)
-    zero = torch.zeros_like(first_split)
-    columns = torch.stack([row[:-1], tile[:-1], last_row + 1, last_tile, first_split, zero, zero, zero], 1)
-    plan = columns * used[:, None]
-    plan[:, LAST_ROW] -= 1
-    num_splits = torch.arange(b + 1, device=device) + cuts_before_row[: b + 1]
-    return plan.int(), num_splits.int()
+    used = (row[:-1] < b) & (part[:-1] < parts)
+    plan = _columns(used, row[:-1], tile[:-1], last_row, last_tile, first_split)
+    return plan, torch.arange(b + 1, device=device) + cuts_before_row[: b + 1]
 
 
 # ------------------------------------------------------------------------------------------------ batch-invariant plans
@@ -154,16 +185,19 @@ def nodes_left(begin: Tensor, end: Tensor, units: Tensor) -> Tensor:
     return torch.where((begin >= end) | ((begin == 0) & (end == padded)), 0, left)
 
 
-def make_invariant_plan(cache_seqlens: Tensor, num_parts: int, places: int) -> tuple[Tensor, Tensor]:
+def make_invariant_plan(
+    cache_seqlens: Tensor, num_parts: int, places: int, row_cost: int = ROW_COST
+) -> tuple[Tensor, Tensor]:
     """Deals rows of the given lengths to at most `num_parts` parts, cut between units only.
 
-    Cuts stand at equal distances on the line of cost, as `make_plan`'s; each moves to a multiple of g units before it.
+    Cuts stand at equal distances on the line of cost; each moves to a multiple of g units before it.
     g is the least power of two with which parts leave at most `places` nodes.
 
     Args:
         cache_seqlens: [b] int32, keys in each row; negative counts as 0.
         num_parts: 1 to MAX_PARTS.
         places: what a row tile has in the workspace.
+        row_cost: see row_cost().
     Returns:
         tile_scheduler_metadata [MAX_PARTS, 8] int32, num_splits [b + 1] int32.
     """
@@ -174,8 +208,8 @@ def make_invariant_plan(cache_seqlens: Tensor, num_parts: int, places: int) -> t
         return metadata, torch.zeros(1, dtype=torch.int32, device=device)
     tiles = (cache_seqlens.clamp_min(0).long() + (TILE - 1)) // TILE
     each = unit_tiles(tiles)
-    row_end = (tiles + ROW_COST).cumsum(0)
-    total, parts = row_end[-1], (row_end[-1] // (MIN_TILES + ROW_COST)).clamp(1, num_parts)
+    row_end = (tiles + row_cost).cumsum(0)
+    total, parts = row_end[-1], (row_end[-1] // (MIN_TILES + row_cost)).clamp(1, num_parts)
     part = torch.arange(MAX_PARTS + 1, device=device)
     position = torch.minimum(part, parts) * total // parts
     row = torch.searchsorted(row_end, position, right=True)

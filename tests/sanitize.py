@@ -39,7 +39,7 @@ from flashmla_ops import (
     merge_attn_states,
 )
 from flashmla_ops.kv_cache import BYTE_DTYPES, FORMATS, CacheFormat
-from flashmla_ops.plan import CPU_PARTS, make_plan, max_parts, row_tiles
+from flashmla_ops.plan import CPU_PARTS, make_plan, max_parts, row_cost, row_tiles
 from flashmla_ops.testing import (
     BAD_PAGE,
     FP32_EPS,
@@ -112,7 +112,7 @@ def run_metadata(b: int, device: str) -> None:
     parts = CPU_PARTS
     if device == "cuda":
         parts = max_parts(torch.cuda.get_device_properties(0).multi_processor_count, row_tiles(*heads))
-    expected = make_plan(lengths, parts)
+    expected = make_plan(lengths, parts, row_cost(heads[0]))
     cache_seqlens = moved(lengths, device)
     planned = get_mla_metadata(cache_seqlens, *heads)
     in_place = [moved(torch.full_like(t, -7), device) for t in expected]

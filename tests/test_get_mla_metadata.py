@@ -1,5 +1,6 @@
 """The properties of a plan that plan.py states, over drawn lengths. Every backend's planner is held to them."""
 
+import math
 from itertools import accumulate
 
 import pytest
@@ -15,7 +16,7 @@ from flashmla_ops.plan import make_plan, max_parts, row_tiles
 part_counts = st.one_of(st.integers(1, plan.MAX_PARTS), st.sampled_from([1, 2, 16, 132, 256]))
 
 
-def check_plan(metadata: torch.Tensor, num_splits: torch.Tensor, lengths: list[int], most_parts: int) -> None:
+def check_plan(metadata: torch.Tensor, num_splits: torch.Tensor, lengths: list[int], most_parts: int, cost: int):
     assert metadata.shape == (plan.MAX_PARTS, plan.COLUMNS) and metadata.dtype is torch.int32
     assert num_splits.shape == (len(lengths) + 1,) and num_splits.dtype is torch.int32
     tiles = [-(-length // plan.TILE) for length in lengths]
@@ -38,19 +39,39 @@ def check_plan(metadata: torch.Tensor, num_splits: torch.Tensor, lengths: list[i
     assert all(count >= 1 for count in touched) and all(n == 1 for n, t in zip(touched, tiles, strict=True) if t == 0)
     assert num_splits.tolist() == list(accumulate(touched, initial=0))
 
-    # equal shares, none too small to be worth a part
-    total = sum(tiles) + plan.ROW_COST * len(lengths)
-    loads = [sum(map(len, part.values())) + plan.ROW_COST * len(part) for part in parts if part]
-    used = len(loads)
-    assert used <= most_parts
-    assert used <= max(1, total // (plan.MIN_TILES + plan.ROW_COST))
-    assert all(load <= -(-total // max(used, 1)) + 1 + plan.ROW_COST for load in loads)
+    # no part has more to do than with cuts at equal distances, and none too little to be worth a part
+    total, most = sum(tiles) + cost * len(lengths), max(tiles, default=0)
+    on_line = max(1, min(most_parts, total // (plan.MIN_TILES + cost)))
+    loads = [sum(map(len, part.values())) + cost * len(part) for part in parts if part]
+    assert all(load <= -(-total // on_line) + 1 + cost for load in loads)
+    worth = max(1, math.ceil(math.sqrt(most / plan.SHARES_PER_TILE)))
+    assert len(loads) <= max(on_line, min(most_parts, len(lengths) * max(1, -(-most // worth))))
 
 
-@given(lengths=lengths_of_many_rows, num_parts=part_counts)
+@pytest.mark.parametrize(
+    "lengths, num_parts, per_row",
+    [
+        ([1024], 132, 16),  # one row: a part for each tile
+        ([8192], 132, 43),  # of more tiles, so that fewer shares have to be merged
+        ([131072], 132, 132),
+        ([1024] * 64, 66, 1),  # as many parts for each row, though some stay idle
+        ([4096, 4095, 4033], 132, 32),
+        ([4096] * 16, 66, 4),
+        ([64] * 16, 66, 1),
+        ([0], 66, 1),
+    ],
+)
+def test_rows_of_like_lengths_are_cut_alike(lengths, num_parts, per_row):
+    metadata, num_splits = make_plan(torch.tensor(lengths, dtype=torch.int32), num_parts, row_cost=2)
+    check_plan(metadata, num_splits, lengths, num_parts, 2)
+    assert num_splits.tolist() == [per_row * row for row in range(len(lengths) + 1)]
+
+
+@given(lengths=lengths_of_many_rows, num_parts=part_counts, heads=st.sampled_from([16, 64]))
 @settings(max_examples=400)
-def test_a_plan_covers_every_tile_once_in_equal_shares(lengths, num_parts):
-    check_plan(*make_plan(torch.tensor(lengths, dtype=torch.int32), num_parts), lengths, num_parts)
+def test_a_plan_covers_every_tile_once_in_equal_shares(lengths, num_parts, heads):
+    cost = plan.row_cost(heads)
+    check_plan(*make_plan(torch.tensor(lengths, dtype=torch.int32), num_parts, cost), lengths, num_parts, cost)
 
 
 @given(lengths=lengths_of_many_rows, heads=st.sampled_from([(1, 1), (16, 1), (128, 1), (512, 1), (20, 4), (70000, 1)]))
@@ -58,7 +79,7 @@ def test_a_plan_covers_every_tile_once_in_equal_shares(lengths, num_parts):
 def test_the_op_makes_such_a_plan(target, lengths, heads):
     cache_seqlens = torch.tensor(lengths, dtype=torch.int32, device=target.device)
     metadata, num_splits = get_mla_metadata(cache_seqlens, *heads)
-    check_plan(metadata.cpu(), num_splits.cpu(), lengths, most_parts_of(target, heads))
+    check_plan(metadata.cpu(), num_splits.cpu(), lengths, most_parts_of(target, heads), plan.row_cost(heads[0]))
     again = get_mla_metadata(cache_seqlens, *heads)
     assert torch.equal(again[0], metadata) and torch.equal(again[1], num_splits)
     in_place = torch.full_like(metadata, -7), torch.full_like(num_splits, -7)
@@ -76,7 +97,7 @@ def test_extreme_batches(target):
     for lengths in (torch.arange(70_000) % 700, torch.full((3000,), 1_000_000), torch.zeros(70_000)):
         cache_seqlens = lengths.int().to(target.device)
         metadata, num_splits = get_mla_metadata(cache_seqlens, 16, 1)
-        check_plan(metadata.cpu(), num_splits.cpu(), lengths.int().tolist(), most_parts_of(target, (16, 1)))
+        check_plan(metadata.cpu(), num_splits.cpu(), lengths.int().tolist(), most_parts_of(target, (16, 1)), 2)
 
 
 def test_parts_of_a_machine():

@@ -448,7 +448,7 @@ __device__ __forceinline__ bool finds_other_share(const FwdParams& params, Share
         ptx::named_barrier(kWarpgroupOf + warpgroup, kWarpgroup);
         if (arrived != 0) return true;
     }
-    store_share(params, rows, me, segment.place, warpgroup, lse_log2, rO);
+    store_pair_share(params, rows, me, segment.place, warpgroup, lse_log2, rO);
     ptx::named_barrier(kWarpgroupOf + warpgroup, kWarpgroup);
     if (leader) arrived = arrivals.fetch_add(1, cuda::memory_order_acq_rel);
     ptx::named_barrier(kWarpgroupOf + warpgroup, kWarpgroup);

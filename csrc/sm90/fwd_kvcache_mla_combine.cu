@@ -6,11 +6,11 @@
 // A split row is begun by one part, as its last row, and continued by the parts that follow it, as their first row. The
 // decode kernel says which part begins one and how many shares it has (split_rows).
 //
-// Grid: as many CTAs as fit at once, which share the rows' items. A lane's vector is four floats of a share, in either
-// of two layouts: of few rows four columns of a query row; of more what the decode kernel's thread stored at once
-// (row_tile.cuh), two rows x two columns. An item is a warp's vectors, or four times as many where there are more than
-// warps; a warp merges it, or where rows have many shares a CTA: each warp every eighth share, and the first warp the
-// eight. So a lane has up to 8 loads in flight. The order is fixed, so results repeat bitwise.
+// Grid: as many CTAs as fit at once, which share the rows' items. A lane's vector is 16 bytes of a share, in either of
+// two layouts: of few rows four floats, columns of a query row; of more what the decode kernel's thread stored at once
+// (row_tile.cuh), two rows x four columns in fp16. An item is a warp's vectors, or more of them where there are more
+// than warps; a warp merges it, or where rows have many shares a CTA: each warp every eighth share, and the first warp
+// the eight. So a lane has up to 8 loads in flight. The order is fixed, so results repeat bitwise.
 //
 // It is launched before the decode kernel ends, waits for that, and rehearses meanwhile: it merges no shares into
 // `scratch`, so that its instructions are at hand (1 us, csrc/NOTES.md).
@@ -39,52 +39,92 @@ struct SplitRow {
     int shares;  // parts part .. part + shares - 1 have one each
 };
 
+// A layout tells what a lane has of a share: kVectors of kValues values of kRows rows, `heads` of the share's place.
+// A head is a row's lse, base 2, and what its values are to be multiplied by.
+
 // Shares row by row: a warp has 128 columns of a query row at once.
 struct ByRows {
-    static constexpr int kRows = 1;                            // that a lane has
-    static constexpr int kGroup = 1;                           // query rows that a warp has
-    static constexpr int kPerGroup = 4;                        // vectors of a lane that are a group's result
+    static constexpr int kRows = 1;            // that a lane has
+    static constexpr int kGroup = 1;           // query rows that a warp has
+    static constexpr int kPerGroup = 4;        // vectors of a lane that are a group's result
+    static constexpr int kFew = 1, kMany = 4;  // of an item: where all warps merge it; where items are many
+    static constexpr int kValues = 4;          // of a vector
     static constexpr int kVectorStep = 32, kColumnStep = 128;  // from one to the next
 
     // The vector `v` of a group of a row tile, and the first of its query rows and columns that are the lane's.
     __device__ static int vector(int group, int v, int lane) { return group * (kDimV / 4) + v * kVectorStep + lane; }
     __device__ static int row(int group, int) { return group; }
     __device__ static int column(int v, int lane) { return v * kColumnStep + lane * 4; }
+    __device__ static constexpr int row_of(int) { return 0; }  // a value's
+    __device__ static void unpack(const uint4& v, float (&x)[kValues]) {
+        x[0] = __uint_as_float(v.x);
+        x[1] = __uint_as_float(v.y);
+        x[2] = __uint_as_float(v.z);
+        x[3] = __uint_as_float(v.w);
+    }
+    struct Heads {
+        const float* lse;
+        int64_t stride;  // from a place to the next
+
+        __device__ Heads(const FwdParams& params, int row_tile, int row, int)
+            : lse(params.partial_lse + row_tile * kRowTile + row), stride(params.row_tiles * kRowTile) {}
+        __device__ float2 load(int) const { return {__ldcg(lse), 1.f}; }
+        __device__ void advance(int places) { lse += places * stride; }
+    };
 };
 
-// Shares as accumulators: [warpgroup, 32, warp, lane], a warp's 16 query rows x 8 columns at once.
+// Shares as accumulators (PackedShare): [warpgroup, 16, warp, lane], a warp's 16 query rows x 16 columns at once.
 struct ByAccumulators {
-    static constexpr int kRows = 2, kGroup = 16, kPerGroup = 64;
-    static constexpr int kVectorStep = 128, kColumnStep = 8;
+    static constexpr int kRows = 2, kGroup = 16, kPerGroup = 32, kFew = 2, kMany = 2, kValues = 8;
+    static constexpr int kVectorStep = 128, kColumnStep = 16;
 
     __device__ static int vector(int group, int v, int lane) { return v * kVectorStep + group * 32 + lane; }
-    __device__ static int row(int group, int lane) { return group * kGroup + lane / 4; }  // and 8 further
-    __device__ static int column(int v, int lane) { return v * kColumnStep + lane % 4 * 2; }
+    __device__ static int row(int group, int lane) { return group * kGroup + lane / 4; }      // and 8 further
+    __device__ static int column(int v, int lane) { return v * kColumnStep + lane % 4 * 2; }  // and the next; 8 further
+    __device__ static constexpr int row_of(int i) { return i / 2 % 2; }
+    __device__ static void unpack(const uint4& v, float (&x)[kValues]) {
+        const uint32_t pairs[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const float2 pair = __half22float2(*reinterpret_cast<const __half2*>(&pairs[i]));
+            x[2 * i] = pair.x;
+            x[2 * i + 1] = pair.y;
+        }
+    }
+    struct Heads {
+        const float2* head;
+        int64_t stride;
+
+        __device__ Heads(const FwdParams& params, int row_tile, int row, int v)
+            : head(packed_share(params, 0, row_tile).heads + v / (kPerGroup / 2) * kRowTile + row),
+              stride(int64_t{params.row_tiles} * kShareVectors * sizeof(uint4) / sizeof(float2)) {}
+        __device__ float2 load(int r) const { return __ldcg(head + 8 * r); }
+        __device__ void advance(int places) { head += places * stride; }
+    };
 };
 
 // What a lane has of some shares of its rows: relative to the greatest lse among them.
 template <typename Layout, int kVectors>
 struct Merged {
     float high[Layout::kRows], sum[Layout::kRows];
-    float4 out[kVectors];
+    float out[kVectors][Layout::kValues];
 
     __device__ Merged() {
         for (int r = 0; r < Layout::kRows; ++r) high[r] = kNothing, sum[r] = 0.f;
-        for (int v = 0; v < kVectors; ++v) out[v] = {};
+        for (int v = 0; v < kVectors; ++v) {
+            for (int i = 0; i < Layout::kValues; ++i) out[v][i] = 0.f;
+        }
     }
-    __device__ void scale(int v, const float (&factor)[Layout::kRows]) {
-        constexpr int kLast = Layout::kRows - 1;
-        out[v].x *= factor[0];
-        out[v].y *= factor[0];
-        out[v].z *= factor[kLast];
-        out[v].w *= factor[kLast];
+    __device__ void scale(const float (&factor)[Layout::kRows]) {
+#pragma unroll
+        for (int v = 0; v < kVectors; ++v) {
+#pragma unroll
+            for (int i = 0; i < Layout::kValues; ++i) out[v][i] *= factor[Layout::row_of(i)];
+        }
     }
-    __device__ void add(int v, const float (&weight)[Layout::kRows], const float4& x) {
-        constexpr int kLast = Layout::kRows - 1;
-        out[v].x += weight[0] * x.x;
-        out[v].y += weight[0] * x.y;
-        out[v].z += weight[kLast] * x.z;
-        out[v].w += weight[kLast] * x.w;
+    __device__ void add(int v, const float (&weight)[Layout::kRows], const float (&x)[Layout::kValues]) {
+#pragma unroll
+        for (int i = 0; i < Layout::kValues; ++i) out[v][i] += weight[Layout::row_of(i)] * x[i];
     }
 };
 
@@ -93,7 +133,7 @@ struct SharedStorage {
     SplitRow rows[kMaxParts];
     int begun[kWarps];  // split rows that each warp's parts begin
     float high[kWarps][Layout::kRows][32], sum[kWarps][Layout::kRows][32];
-    float4 out[kWarps][kVectors][32];  // of each warp's lanes
+    float out[kWarps][kVectors][Layout::kValues][32];  // of each warp's lanes
 };
 
 // ---------------------------------------------------------------------------------------------------- device helpers
@@ -120,37 +160,37 @@ __device__ int list_split_rows(const FwdParams& params, SharedStorage& shared, b
     return total;
 }
 
-// Merges a row's shares `first`, first + step, ...; `vectors` and `lse`: what the lane reads of the share at place 0.
+// Merges a row's shares `first`, first + step, ...; `vectors` and `heads`: the lane's of the share at place 0.
 // Few instructions count here: a warp has its scheduler nearly to itself, and waits for each.
 template <typename Layout, int kVectors>
 __device__ __forceinline__ Merged<Layout, kVectors> merge_shares(const FwdParams& params, const SplitRow& split,
-                                                                 const float4* vectors, const float* lse, int first,
-                                                                 int step) {
+                                                                 const uint4* vectors, typename Layout::Heads heads,
+                                                                 int first, int step) {
     constexpr int kAtOnce = kLoads / kVectors, kRows = Layout::kRows;
     // the shares' places: one past the one of the part's first row, then every second
     const int place = first_place(split.part) + max(2 * first, 1);
     vectors += place * params.row_tiles * kShareVectors;
-    lse += place * params.row_tiles * kRowTile;
-    int stride = (first == 0 ? 2 * step - 1 : 2 * step) * params.row_tiles;
+    heads.advance(place);
+    int places = first == 0 ? 2 * step - 1 : 2 * step;  // to the next
     int left = split.shares > first ? (split.shares - first - 1) / step + 1 : 0;
 
     Merged<Layout, kVectors> merged;
 #pragma unroll 1
     do {
-        float4 loaded[kAtOnce][kVectors];
-        float lses[kAtOnce][kRows];
+        uint4 loaded[kAtOnce][kVectors];
+        float2 head[kAtOnce][kRows];
 #pragma unroll
         for (int i = 0; i < kAtOnce; ++i) {
             const bool there = i < left;
 #pragma unroll
-            for (int r = 0; r < kRows; ++r) lses[i][r] = there ? __ldcg(lse + 8 * r) : kNothing;
+            for (int r = 0; r < kRows; ++r) head[i][r] = there ? heads.load(r) : make_float2(kNothing, 0.f);
 #pragma unroll
             for (int v = 0; v < kVectors; ++v) {
-                loaded[i][v] = there ? __ldcg(vectors + v * Layout::kVectorStep) : float4{};
+                loaded[i][v] = there ? __ldcg(vectors + v * Layout::kVectorStep) : uint4{};
             }
-            lse += stride * kRowTile;
-            vectors += stride * kShareVectors;
-            stride = 2 * step * params.row_tiles;
+            heads.advance(places);
+            vectors += places * params.row_tiles * kShareVectors;
+            places = 2 * step;
         }
         left -= kAtOnce;
         float base[kRows], factor[kRows];
@@ -158,24 +198,28 @@ __device__ __forceinline__ Merged<Layout, kVectors> merge_shares(const FwdParams
         for (int r = 0; r < kRows; ++r) {
             float high = merged.high[r];
 #pragma unroll
-            for (int i = 0; i < kAtOnce; ++i) high = fmaxf(high, lses[i][r]);
+            for (int i = 0; i < kAtOnce; ++i) high = fmaxf(high, head[i][r].x);
             base[r] = base_of(high);
             factor[r] = ptx::exp2_approx(merged.high[r] - base[r]);
             merged.high[r] = high;
             merged.sum[r] *= factor[r];
         }
-#pragma unroll
-        for (int v = 0; v < kVectors; ++v) merged.scale(v, factor);
+        merged.scale(factor);
 #pragma unroll
         for (int i = 0; i < kAtOnce; ++i) {
             float weight[kRows];
 #pragma unroll
             for (int r = 0; r < kRows; ++r) {
-                weight[r] = ptx::exp2_approx(lses[i][r] - base[r]);
+                weight[r] = ptx::exp2_approx(head[i][r].x - base[r]);
                 merged.sum[r] += weight[r];
+                weight[r] *= head[i][r].y;
             }
 #pragma unroll
-            for (int v = 0; v < kVectors; ++v) merged.add(v, weight, loaded[i][v]);
+            for (int v = 0; v < kVectors; ++v) {
+                float x[Layout::kValues];
+                Layout::unpack(loaded[i][v], x);
+                merged.add(v, weight, x);
+            }
         }
     } while (left > 0);
     return merged;
@@ -194,7 +238,10 @@ __device__ __forceinline__ Merged<Layout, kVectors> merge_warps(SharedStorage<La
         shared.sum[warp][r][lane] = mine.sum[r];
     }
 #pragma unroll
-    for (int v = 0; v < kVectors; ++v) shared.out[warp][v][lane] = mine.out[v];
+    for (int v = 0; v < kVectors; ++v) {
+#pragma unroll
+        for (int i = 0; i < Layout::kValues; ++i) shared.out[warp][v][i][lane] = mine.out[v][i];
+    }
     __syncthreads();
     Merged<Layout, kVectors> merged;
     if (warp > 0) return merged;
@@ -212,7 +259,12 @@ __device__ __forceinline__ Merged<Layout, kVectors> merge_warps(SharedStorage<La
             merged.sum[r] += weight[r] * shared.sum[w][r][lane];
         }
 #pragma unroll
-        for (int v = 0; v < kVectors; ++v) merged.add(v, weight, shared.out[w][v][lane]);
+        for (int v = 0; v < kVectors; ++v) {
+            float x[Layout::kValues];
+#pragma unroll
+            for (int i = 0; i < Layout::kValues; ++i) x[i] = shared.out[w][v][i][lane];
+            merged.add(v, weight, x);
+        }
     }
     return merged;
 }
@@ -234,14 +286,15 @@ __device__ __forceinline__ void store_merged(const FwdParams& params, int batch_
         const float sum = merged.sum[r], scale = sum == 0.f ? 0.f : __fdividef(1.f, sum);
 #pragma unroll
         for (int v = 0; v < kVectors; ++v) {
-            const float4& x = merged.out[v];
+            const auto& x = merged.out[v];
             T* to = out + (rehearsal ? 0 : v * Layout::kColumnStep);
             if constexpr (Layout::kRows == 1) {
-                const uint2 packed = {pack<T>(x.x * scale, x.y * scale), pack<T>(x.z * scale, x.w * scale)};
+                const uint2 packed = {pack<T>(x[0] * scale, x[1] * scale), pack<T>(x[2] * scale, x[3] * scale)};
                 *reinterpret_cast<uint2*>(to) = packed;
             } else {
-                const float2 two = r == 0 ? make_float2(x.x, x.y) : make_float2(x.z, x.w);
-                *reinterpret_cast<uint32_t*>(to) = pack<T>(two.x * scale, two.y * scale);
+                *reinterpret_cast<uint32_t*>(to) = pack<T>(x[2 * r] * scale, x[2 * r + 1] * scale);
+                *reinterpret_cast<uint32_t*>(to + (rehearsal ? 0 : 8)) =
+                    pack<T>(x[2 * r + 4] * scale, x[2 * r + 5] * scale);
             }
         }
         if (with_lse) *lse = sum == 0.f ? INFINITY : (merged.high[r] + log2f(sum)) * kLn2;
@@ -278,10 +331,10 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) fwd_kvcache_mla_combine_
             const int in_head = in_row - head * groups_per_head, in_tile = in_head % groups_per_tile;
             const int row_tile = head * (params.row_tiles / params.h_k) + in_head / groups_per_tile;
             const SplitRow split = shared.rows[split_row];
-            const float4* vectors = reinterpret_cast<const float4*>(params.partial_out) + row_tile * kShareVectors +
-                                    Layout::vector(in_tile, v, lane);
-            const float* lse = params.partial_lse + row_tile * kRowTile + Layout::row(in_tile, lane);
-            auto merged = merge_shares<Layout, kVectors>(params, split, vectors, lse, member, kTogether);
+            const uint4* vectors =
+                reinterpret_cast<const uint4*>(share_at(params, 0, row_tile)) + Layout::vector(in_tile, v, lane);
+            const typename Layout::Heads heads(params, row_tile, Layout::row(in_tile, lane), v);
+            auto merged = merge_shares<Layout, kVectors>(params, split, vectors, heads, member, kTogether);
             if constexpr (kTogether > 1) merged = merge_warps(shared, merged);
             if (member == 0) {
                 const int column = Layout::column(v, lane);
@@ -310,9 +363,9 @@ static void launch(const FwdParams& params, cudaStream_t stream) {
     const int rows = std::min(params.b, params.grid_parts);
     const int vectors = rows * params.h_k * (params.rows + Layout::kGroup - 1) / Layout::kGroup * Layout::kPerGroup;
     const int warps = kWarps * kCtasPerSm * multiprocessors();
-    if (shares > 8 && 8 * vectors <= 2 * warps) return launch<T, Layout, kWarps, 1>(params, stream);
-    if (shares > 8) return launch<T, Layout, kWarps, 4>(params, stream);
-    if (vectors > warps) return launch<T, Layout, 1, 4>(params, stream);
+    const bool few = kWarps * vectors <= 2 * warps;
+    if (few && shares >= kWarps) return launch<T, Layout, kWarps, Layout::kFew>(params, stream);
+    if (vectors > warps) return launch<T, Layout, 1, Layout::kMany>(params, stream);
     launch<T, Layout, 1, 1>(params, stream);
 }
 

@@ -1,6 +1,6 @@
 // What a row tile's results are and how they leave the accumulators of two warpgroups, of 256 output columns each: rows
-// through shared memory to `out` and `lse`, so that whole lines go to memory; shares of split rows as they are to a
-// place in the workspace.
+// through shared memory to `out` and `lse`, so that whole lines go to memory; shares of split rows to a place in the
+// workspace.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -104,20 +104,41 @@ __device__ __forceinline__ void copy_rows(const Consumer& me, void* staging, int
 }
 
 // ------------------------------------------------------------------------------------------- shares of split rows
-// A share lies in the workspace as it lay in registers: [place, row tile, warpgroup, 32, 128 threads] of four floats,
-// the thread's accumulators 4 j .. 4 j + 3: a warp's loads and stores are whole lines, and nobody has to move anything.
+// A share lies in the workspace as it lay in registers: a warp's loads and stores are whole lines, and nobody has to
+// move anything. Of a pair: [place, row tile, warpgroup, 32, 128 threads] of four floats, the thread's accumulators
+// 4 j .. 4 j + 3. What the combine kernel merges is half as large, since a row's end waits for its stores and the
+// combine kernel for its loads: fp16, relative to a power of two for each row and warpgroup (PackedShare).
 
-constexpr int kShareVectors = kRowTile * kDimV / 4;
+constexpr int kShareVectors = kRowTile * kDimV / 4;  // of 16 bytes, of each place and row tile
+
+__device__ __forceinline__ float4* share_at(const FwdParams& params, int place, int row_tile) {
+    return reinterpret_cast<float4*>(params.partial_out) +
+           (int64_t{place} * params.row_tiles + row_tile) * kShareVectors;
+}
 
 __device__ __forceinline__ float4* share_of(const FwdParams& params, const RowTile& rows, int place, int warpgroup,
                                             const Consumer& me) {
-    const int64_t tile = int64_t{place} * params.row_tiles + rows.index();
-    return reinterpret_cast<float4*>(params.partial_out) + tile * kShareVectors + warpgroup * (kShareVectors / 2) +
-           me.warp * 32 + me.lane;
+    return share_at(params, place, rows.index()) + warpgroup * (kShareVectors / 2) + me.warp * 32 + me.lane;
 }
 
 __device__ __forceinline__ float* share_lse(const FwdParams& params, const RowTile& rows, int place) {
     return params.partial_lse + (int64_t{place} * params.row_tiles + rows.index()) * kRowTile;
+}
+
+// A share's values in fp16, 8 to a vector: the thread's accumulators 8 j .. 8 j + 7. What they are multiplied by is
+// such that a row's greatest one of a warpgroup has the exponent kGreatest: an element is rounded to 11 bits if it is
+// not less than that one by a factor of 2^28, and the combine kernel's result to no more than out's 8 or 11.
+struct PackedShare {
+    static constexpr int kVectors = kRowTile * kDimV / 8;
+    static constexpr int kGreatest = 14;
+
+    uint4 values[kVectors];      // [warpgroup, 16, 128 threads]
+    float2 heads[2 * kRowTile];  // [warpgroup, row]: its lse, base 2, and what its values are to be multiplied by
+};
+static_assert(sizeof(PackedShare) <= kShareVectors * sizeof(float4));
+
+__device__ __forceinline__ PackedShare& packed_share(const FwdParams& params, int place, int row_tile) {
+    return *reinterpret_cast<PackedShare*>(share_at(params, place, row_tile));
 }
 
 // Whether the warp has a query row.
@@ -125,8 +146,64 @@ __device__ __forceinline__ bool has_rows(const FwdParams& params, const RowTile&
     return me.warp * 16 < rows.count(params);
 }
 
+__device__ __forceinline__ uint32_t pack_halves(float low, float high) {
+    const __half2 pair = __floats2half2_rn(low, high);
+    return *reinterpret_cast<const uint32_t*>(&pair);
+}
+
+// The greatest finite magnitude of each of the thread's two rows, among the four threads that have them.
+__device__ __forceinline__ void greatest_finite(const float (&rO)[128], float (&high)[2]) {
+    high[0] = high[1] = 0.f;
+#pragma unroll
+    for (int k = 0; k < 128; ++k) high[k / 2 % 2] = fmaxf(high[k / 2 % 2], fabsf(rO[k]));
+    if (__any_sync(~0u, fmaxf(high[0], high[1]) == INFINITY)) {  // from an infinite V: rare
+        high[0] = high[1] = 0.f;
+#pragma unroll
+        for (int k = 0; k < 128; ++k) {
+            if (fabsf(rO[k]) < INFINITY) high[k / 2 % 2] = fmaxf(high[k / 2 % 2], fabsf(rO[k]));
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        high[i] = fmaxf(high[i], __shfl_xor_sync(~0u, high[i], 1));
+        high[i] = fmaxf(high[i], __shfl_xor_sync(~0u, high[i], 2));
+    }
+}
+
+// A share, for the combine kernel.
 __device__ __forceinline__ void store_share(const FwdParams& params, const RowTile& rows, const Consumer& me, int place,
                                             int warpgroup, const float (&lse_log2)[2], const float (&rO)[128]) {
+    if (!has_rows(params, rows, me)) return;
+    PackedShare& share = packed_share(params, place, rows.index());
+    float factor[2];
+    greatest_finite(rO, factor);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        const int exponent = max(static_cast<int>(__float_as_uint(factor[i]) >> 23), PackedShare::kGreatest + 1);
+        const int scale = exponent - PackedShare::kGreatest;  // biased, like exponent
+        factor[i] = __uint_as_float((254 - scale) << 23);
+        if (me.lane % 4 == 0) {
+            __stcg(&share.heads[warpgroup * kRowTile + me.row(i)],
+                   make_float2(lse_log2[i], __uint_as_float(scale << 23)));
+        }
+    }
+    uint4* values = share.values + warpgroup * (PackedShare::kVectors / 2) + me.warp * 32 + me.lane;
+#pragma unroll
+    for (int j = 0; j < 16; ++j) {
+        const float* o = rO + 8 * j;
+        uint4 packed;
+        packed.x = pack_halves(o[0] * factor[0], o[1] * factor[0]);
+        packed.y = pack_halves(o[2] * factor[1], o[3] * factor[1]);
+        packed.z = pack_halves(o[4] * factor[0], o[5] * factor[0]);
+        packed.w = pack_halves(o[6] * factor[1], o[7] * factor[1]);
+        __stcg(values + j * 128, packed);
+    }
+}
+
+// A share of a pair, as it is: either may be in registers when they are merged, to the same bits.
+__device__ __forceinline__ void store_pair_share(const FwdParams& params, const RowTile& rows, const Consumer& me,
+                                                 int place, int warpgroup, const float (&lse_log2)[2],
+                                                 const float (&rO)[128]) {
     if (!has_rows(params, rows, me)) return;
     float4* share = share_of(params, rows, place, warpgroup, me);
 #pragma unroll
@@ -141,7 +218,7 @@ __device__ __forceinline__ void store_share(const FwdParams& params, const RowTi
     }
 }
 
-// Adds the share at `place` to the one in registers. Of a pair either may be in registers: product, product and sum are
+// Adds the share of a pair at `place` to the one in registers. Either may be there: product, product and sum are
 // rounded one by one, so that the bits are the same. `staging`: 32 KB of the warpgroup's.
 __device__ __forceinline__ void add_share(const FwdParams& params, const RowTile& rows, const Consumer& me, int place,
                                           int warpgroup, float (&lse_log2)[2], float (&rO)[128], void* staging) {
@@ -225,9 +302,10 @@ __device__ __forceinline__ void store_rows(const FwdParams& params, const RowTil
 template <typename T, int kThreads>
 __device__ __forceinline__ void store_nothing(const FwdParams& params, const RowTile& rows, const Segment& segment) {
     if (segment.place >= 0) {
-        const int64_t tile = int64_t{segment.place} * params.row_tiles + rows.index();
-        float4* out = reinterpret_cast<float4*>(params.partial_out) + tile * kShareVectors;
-        for (int i = threadIdx.x; i < kShareVectors; i += kThreads) out[i] = make_float4(0.f, 0.f, 0.f, 0.f);
+        // in either layout: up to 16 rows of floats, and their lse apart, are within what this writes
+        PackedShare& share = packed_share(params, segment.place, rows.index());
+        for (int i = threadIdx.x; i < PackedShare::kVectors; i += kThreads) share.values[i] = make_uint4(0, 0, 0, 0);
+        for (int i = threadIdx.x; i < 2 * kRowTile; i += kThreads) share.heads[i] = make_float2(-INFINITY, 1.f);
         if (threadIdx.x < kRowTile) share_lse(params, rows, segment.place)[threadIdx.x] = -INFINITY;
         return;
     }

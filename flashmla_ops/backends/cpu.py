@@ -23,6 +23,7 @@ from ..plan import (
     TILE,
     make_invariant_plan,
     make_plan,
+    row_cost,
     unit_tiles,
 )
 from .values import check_concat_and_cache_mla, check_fwd_kvcache_mla, check_lengths
@@ -54,10 +55,11 @@ def get_mla_metadata(
     batch_invariant: bool = False,
 ) -> None:
     check_lengths(cache_seqlens)
+    cost = row_cost(num_heads_per_head_k)
     if batch_invariant:
-        plan, splits = make_invariant_plan(cache_seqlens, CPU_PARTS, CPU_PLACES)
+        plan, splits = make_invariant_plan(cache_seqlens, CPU_PARTS, CPU_PLACES, cost)
     else:
-        plan, splits = make_plan(cache_seqlens, CPU_PARTS)
+        plan, splits = make_plan(cache_seqlens, CPU_PARTS, cost)
     tile_scheduler_metadata.copy_(plan)
     num_splits.copy_(splits)
 

@@ -136,7 +136,8 @@ def get_mla_metadata(
     if values.DEBUG:
         values.check_lengths(cache_seqlens)
     parts = _parts(cache_seqlens.device, num_heads_per_head_k, num_heads_k)
-    torch.ops.flashmla_sm90.get_mla_metadata.default(tile_scheduler_metadata, num_splits, cache_seqlens, parts)
+    plan = tile_scheduler_metadata, num_splits
+    torch.ops.flashmla_sm90.get_mla_metadata.default(*plan, cache_seqlens, parts, num_heads_per_head_k)
 
 
 def fwd_kvcache_mla(

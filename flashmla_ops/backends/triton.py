@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..kv_cache import BYTE_DTYPES
-from ..plan import COLUMNS, CPU_PARTS, MAX_PARTS, TILE, even_parts, max_parts, row_tiles
+from ..plan import COLUMNS, CPU_PARTS, MAX_PARTS, TILE, max_parts, row_cost, row_tiles
 from . import values
 
 OLDEST_CAPABILITY = (8, 0)
@@ -150,16 +150,15 @@ def get_mla_metadata(
         values.check_lengths(cache_seqlens)
     parts = _parts(cache_seqlens.device, num_heads_per_head_k, num_heads_k)
     with _launching("get_mla_metadata", cache_seqlens.device):
-        _plan(tile_scheduler_metadata, num_splits, cache_seqlens, parts)
+        _plan(tile_scheduler_metadata, num_splits, cache_seqlens, parts, row_cost(num_heads_per_head_k))
 
 
-def _plan(metadata: Tensor, num_splits: Tensor, cache_seqlens: Tensor, parts: int) -> None:
+def _plan(metadata: Tensor, num_splits: Tensor, cache_seqlens: Tensor, parts: int, cost: int) -> None:
     b = cache_seqlens.shape[0]
-    parts = even_parts(parts, b)
     row_end = cache_seqlens.new_empty(b, dtype=torch.int64)
     half = 1 << (b.bit_length() - 1) if b else 0
     _kernels().get_mla_metadata_kernel[(1,)](
-        metadata, num_splits, row_end, cache_seqlens, b, parts, half, BLOCK=METADATA_BLOCK, num_warps=8
+        metadata, num_splits, row_end, cache_seqlens, b, parts, cost, half, BLOCK=METADATA_BLOCK, num_warps=8
     )
 
 
@@ -262,7 +261,7 @@ def fwd_kvcache_mla(
         if plan is None:
             metadata = cache_seqlens.new_empty(MAX_PARTS, COLUMNS)
             num_splits = cache_seqlens.new_empty(b + 1)
-            _plan(metadata, num_splits, cache_seqlens, parts)
+            _plan(metadata, num_splits, cache_seqlens, parts, row_cost(rows))
         else:
             metadata = plan[0]
         split_parts = _split_parts(parts if plan is None else MAX_PARTS, b, max_len, row_tiles(rows, h_k))

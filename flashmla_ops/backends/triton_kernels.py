@@ -21,22 +21,22 @@ LAST_ROW = tl.constexpr(_plan.LAST_ROW)
 LAST_TILE = tl.constexpr(_plan.LAST_TILE)
 FIRST_SPLIT = tl.constexpr(_plan.FIRST_SPLIT)
 MIN_TILES = tl.constexpr(_plan.MIN_TILES)
-ROW_COST = tl.constexpr(_plan.ROW_COST)
+SHARES_PER_TILE = tl.constexpr(_plan.SHARES_PER_TILE)
 LN2 = tl.constexpr(0.6931471805599453)
 INF = tl.constexpr(float("inf"))
 
 
 # ------------------------------------------------------------------------------------------------- get_mla_metadata
 #
-# The planner of plan.py, by one program. Rows lie on a line of cost, cut p stands at floor(p * total / parts), so x has
+# The planner of plan.py, by one program. Of rows on a line of cost, cut p stands at floor(p * total / parts), so x has
 # ceil(x * parts / total) cuts below it: what plan.py counts by sorting is arithmetic here. Only which row a cut falls
 # into is searched.
 
 
 @triton.jit
-def _row_cost(cache_seqlens, row, b):
+def _tiles_of(cache_seqlens, row, b):
     length = tl.maximum(tl.load(cache_seqlens + row, mask=row < b, other=0), 0)
-    return tl.where(row < b, ROW_COST + length // TILE + (length % TILE != 0), 0).to(tl.int64)
+    return (length // TILE + (length % TILE != 0)).to(tl.int64)
 
 
 @triton.jit
@@ -50,7 +50,7 @@ def _cuts_below(x, total, parts):
 
 
 @triton.jit
-def _cut(cut, row_end, b, half, total, parts):
+def _cut(cut, row_end, b, half, total, parts, row_cost):
     """The row and the tile that each cut stands at, and the first of its row's cuts and whether that starts the row."""
     position = _cut_position(cut, total, parts)
     row = tl.zeros_like(cut)  # rows that end at or before the position: a binary search
@@ -62,21 +62,24 @@ def _cut(cut, row_end, b, half, total, parts):
         step = step // 2
     known = row < b
     begin = tl.load(row_end + row - 1, mask=known & (row > 0), other=0)
-    end = tl.load(row_end + row, mask=known, other=0)
-    next_end = tl.load(row_end + row + 1, mask=row + 1 < b, other=0)
-    tile = tl.where(known, tl.maximum(position - begin - ROW_COST, 0), 0)
-
-    # parts that have a row to themselves share its tiles alike
-    first, after = _cuts_below(begin, total, parts), _cuts_below(end, total, parts)
-    starts = _cut_position(first, total, parts) <= begin + ROW_COST
-    following = _cut_position(after, total, parts)
-    ends = (row + 1 == b) | ((following < next_end) & (following <= end + ROW_COST))
-    even = (cut - first) * (end - begin - ROW_COST) // tl.maximum(after - first, 1)
-    tile = tl.where(known & starts & ends, even, tile)
-    return row, tile, first, starts
+    tile = tl.where(known, tl.maximum(position - begin - row_cost, 0), 0)
+    first = _cuts_below(begin, total, parts)
+    return row, tile, first, _cut_position(first, total, parts) <= begin + row_cost
 
 
-@triton.jit(do_not_specialize=["b", "num_parts", "half"])
+@triton.jit
+def _write_parts(plan, used, first_row, first_tile, last_row, last_tile, first_split):
+    columns = plan + tl.arange(0, MAX_PARTS) * COLUMNS
+    for column in tl.static_range(FIRST_SPLIT + 1, COLUMNS):
+        tl.store(columns + column, tl.zeros([MAX_PARTS], tl.int32))
+    tl.store(columns + FIRST_ROW, tl.where(used, first_row, 0).to(tl.int32))
+    tl.store(columns + FIRST_TILE, tl.where(used, first_tile, 0).to(tl.int32))
+    tl.store(columns + LAST_ROW, tl.where(used, last_row, -1).to(tl.int32))
+    tl.store(columns + LAST_TILE, tl.where(used, last_tile, 0).to(tl.int32))
+    tl.store(columns + FIRST_SPLIT, tl.where(used, first_split, 0).to(tl.int32))
+
+
+@triton.jit(do_not_specialize=["b", "num_parts", "row_cost", "half"])
 def get_mla_metadata_kernel(
     plan,  # [MAX_PARTS, COLUMNS]
     num_splits,  # [b + 1]
@@ -84,46 +87,61 @@ def get_mla_metadata_kernel(
     cache_seqlens,  # [b]
     b,
     num_parts,
+    row_cost,
     half,  # the greatest power of two up to b, 0 for 0
     BLOCK: tl.constexpr,
 ):
     total = tl.zeros([], tl.int64)
+    most = tl.zeros([], tl.int64)
+    least = tl.full([], 1 << 40, tl.int64)
     for start in range(0, b, BLOCK):
         row = start + tl.arange(0, BLOCK)
-        cost = _row_cost(cache_seqlens, row, b)
+        tiles = _tiles_of(cache_seqlens, row, b)
+        cost = tl.where(row < b, tiles + row_cost, 0)
         tl.store(row_end + row, total + tl.cumsum(cost, 0), mask=row < b)
         total += tl.sum(cost, 0)
-    parts = tl.minimum(tl.maximum(total // (MIN_TILES + ROW_COST), 1), num_parts)
+        most = tl.maximum(most, tl.max(tiles, 0))
+        least = tl.minimum(least, tl.min(tl.where(row < b, tiles, 1 << 40), 0))
+    parts = tl.minimum(tl.maximum(total // (MIN_TILES + row_cost), 1), num_parts)
     total = tl.maximum(total, 1)
     tl.debug_barrier()  # row_end is read by other threads than wrote it
 
-    tl.store(num_splits, 0)
-    splits = tl.zeros([], tl.int64)
-    for start in range(0, b, BLOCK):
-        row = start + tl.arange(0, BLOCK)
-        end = tl.load(row_end + row, mask=row < b, other=0)
-        begin = end - _row_cost(cache_seqlens, row, b)
-        first, after = _cuts_below(begin, total, parts), _cuts_below(end, total, parts)
-        starts = (first < after) & (_cut_position(first, total, parts) <= begin + ROW_COST)
-        shares = tl.where(row < b, 1 + after - first - starts.to(tl.int64), 0)
-        tl.store(num_splits + 1 + row, (splits + tl.cumsum(shares, 0)).to(tl.int32), mask=row < b)
-        splits += tl.sum(shares, 0)
-
+    worth = tl.maximum(tl.sqrt(most.to(tl.float32) / SHARES_PER_TILE).to(tl.int64), 1)  # tiles; rounded up:
+    while SHARES_PER_TILE * worth * worth < most:
+        worth += 1
+    per_row = tl.minimum(tl.minimum((most + worth - 1) // worth, least), num_parts // tl.maximum(b, 1))
+    per_row = tl.maximum(per_row, 1)
+    alike = (most + per_row - 1) // per_row <= (total + parts - 1) // parts
+    alike = alike & (b > 0) & (b <= num_parts)
     part = tl.arange(0, MAX_PARTS).to(tl.int64)
-    row, tile, first, starts = _cut(part, row_end, b, half, total, parts)
-    next_row, next_tile, _, _ = _cut(part + 1, row_end, b, half, total, parts)
-    used = (row < b) & (part < parts)
-    whole = next_tile == 0  # the next part starts with a row of its own
-    last_row = tl.where(whole, next_row - 1, next_row)
-    last_tiles = _row_cost(cache_seqlens, tl.maximum(last_row, 0), b) - ROW_COST
-    columns = plan + part * COLUMNS
-    for column in tl.static_range(FIRST_SPLIT + 1, COLUMNS):
-        tl.store(columns + column, tl.zeros([MAX_PARTS], tl.int32))
-    tl.store(columns + FIRST_ROW, tl.where(used, row, 0).to(tl.int32))
-    tl.store(columns + FIRST_TILE, tl.where(used, tile, 0).to(tl.int32))
-    tl.store(columns + LAST_ROW, tl.where(used, last_row, -1).to(tl.int32))
-    tl.store(columns + LAST_TILE, tl.where(used, tl.where(whole, last_tiles, next_tile), 0).to(tl.int32))
-    tl.store(columns + FIRST_SPLIT, tl.where(used, part - first + tl.where(starts, 0, 1), 0).to(tl.int32))
+    if alike:
+        row, split = part // per_row, part % per_row
+        tiles = _tiles_of(cache_seqlens, row, b)
+        end = (split + 1) * tiles // per_row
+        _write_parts(plan, row < b, row, split * tiles // per_row, row, end, split)
+        for start in range(0, b + 1, BLOCK):
+            row = start + tl.arange(0, BLOCK)
+            tl.store(num_splits + row, (row * per_row).to(tl.int32), mask=row <= b)
+    else:
+        tl.store(num_splits, 0)
+        splits = tl.zeros([], tl.int64)
+        for start in range(0, b, BLOCK):
+            row = start + tl.arange(0, BLOCK)
+            end = tl.load(row_end + row, mask=row < b, other=0)
+            begin = end - _tiles_of(cache_seqlens, row, b) - row_cost
+            first, after = _cuts_below(begin, total, parts), _cuts_below(end, total, parts)
+            starts = (first < after) & (_cut_position(first, total, parts) <= begin + row_cost)
+            shares = tl.where(row < b, 1 + after - first - starts.to(tl.int64), 0)
+            tl.store(num_splits + 1 + row, (splits + tl.cumsum(shares, 0)).to(tl.int32), mask=row < b)
+            splits += tl.sum(shares, 0)
+
+        row, tile, first, starts = _cut(part, row_end, b, half, total, parts, row_cost)
+        next_row, next_tile, _, _ = _cut(part + 1, row_end, b, half, total, parts, row_cost)
+        whole = next_tile == 0  # the next part starts with a row of its own
+        last_row = tl.where(whole, next_row - 1, next_row)
+        last_tile = tl.where(whole, _tiles_of(cache_seqlens, tl.maximum(last_row, 0), b), next_tile)
+        split = part - first + tl.where(starts, 0, 1)
+        _write_parts(plan, (row < b) & (part < parts), row, tile, last_row, last_tile, split)
 
 
 # -------------------------------------------------------------------------------------------------- fwd_kvcache_mla

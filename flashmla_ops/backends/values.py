@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..kv_cache import Fp8Blocks, format_of
-from ..plan import FIRST_SPLIT, LAST_ROW, TILE, make_plan
+from ..plan import FIRST_SPLIT, LAST_ROW, TILE, make_plan, row_cost
 
 DEBUG = os.environ.get("FLASHMLA_DEBUG", "") not in ("", "0")
 
@@ -49,7 +49,7 @@ def check_fwd_kvcache_mla(
         _check_plan(*plan, cache_seqlens)
     if DEBUG:
         if plan is not None and parts is not None:
-            _check_heads(plan[0], cache_seqlens, parts)
+            _check_heads(plan[0], cache_seqlens, parts, q.shape[1] * q.shape[2] // kv_cache.shape[2])
         _check_scale("q_scale", q_scale)
         _check_scale("kv_scale", kv_scale)
         if isinstance(format_of(kv_cache, d_v, q.shape[3] - d_v), Fp8Blocks):
@@ -138,8 +138,8 @@ def _check_plan(metadata: Tensor, num_splits: Tensor, cache_seqlens: Tensor) -> 
         )
 
 
-def _check_heads(metadata: Tensor, cache_seqlens: Tensor, parts: int) -> None:
-    own = make_plan(cache_seqlens, parts)[0]
+def _check_heads(metadata: Tensor, cache_seqlens: Tensor, parts: int, num_heads_per_head_k: int) -> None:
+    own = make_plan(cache_seqlens, parts, row_cost(num_heads_per_head_k))[0]
     expected, got = (int((t[:, LAST_ROW] >= 0).sum()) for t in (own, metadata))
     if expected != got:
         raise RuntimeError(
