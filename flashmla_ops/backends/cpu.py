@@ -297,7 +297,7 @@ def _attend_invariantly(
 
 def _attend_unit(q: Tensor, kv: Tensor, d_v: int, visible: int) -> State:
     """One query [h_k, h_q / h_k, d_qk] over the first `visible` keys of a unit [h_k, w, d_qk], at least one."""
-    scores = torch.bmm(q, kv.transpose(1, 2).contiguous())
+    scores = torch.bmm(q, kv.transpose(1, 2))  # as it lies: a copy the other way round sums in one chain
     scores[..., visible:] = float("-inf")
     m = scores.amax(-1, keepdim=True)
     p = (scores - m).exp_()
