@@ -62,12 +62,16 @@ RIGHT = re.compile(r"^(\d+) cases right$", re.MULTILINE)
 PLANTED = Path(__file__).resolve().with_name("faults.cu")
 DECODE = PLANTED.parents[1] / "csrc/sm90/fwd_kvcache_mla.cu"
 DECODE_FP8 = DECODE.with_name("fwd_kvcache_mla_fp8.cu")
+DECODE_FP8_FEW_ROWS = DECODE.with_name("fwd_kvcache_mla_fp8_few_rows.cu")
 # by source: which function leaves values for another group of threads, and which one takes them
 HANDOVERS = {
-    PLANTED: [("leave_value", "take_value")],
+    PLANTED: [("leave_value", "take_value"), ("leave_chunk", "take_chunk")],
     DECODE: [("leave_base", "take_base"), ("leave_probabilities", "take_sum")],
     DECODE_FP8: [("leave_probabilities", "take_base_and_sum")],
+    DECODE_FP8_FEW_ROWS: [("store_query_chunk", "take_query_chunk")],
 }
+# what of the minimal kernels has to be reported for a source's reports to be accepted: the same kind of hand-over
+ALIKE = {DECODE: "leave_value", DECODE_FP8: "leave_value", DECODE_FP8_FEW_ROWS: "leave_chunk"}
 PATH = f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin:{os.environ.get('PATH', '')}"
 
 
@@ -508,10 +512,13 @@ def is_right(errors: int | None, status: int, cases: int) -> str:
 
 def watch_cases(tool: str, before: Iterable[Row] = (), backend: str = "sm90") -> Row:
     """The tool on a backend's cases; `before` are its rows of planted faults, without which no report is accepted."""
-    reported = any(row.ok and row.accepted for row in before if (row.tool, row.program) == (tool, "handover"))
+    rows = [row for row in before if row.ok and (row.tool, row.program) == (tool, "handover")]
+    lines = {access.line for row in rows for race in row.accepted for access in race}
+    planted = PLANTED.read_text()
+    alike = tuple(source for source, name in ALIKE.items() if lines.intersection(function_lines(planted, name)))
     which = "quick" if tool in QUICK else "all"
     command = [sys.executable, str(Path(__file__).resolve()), "--cases", which, "--backend", backend]
-    return watch(tool, f"cases {backend}", command, is_right, (DECODE, DECODE_FP8) if reported else ())
+    return watch(tool, f"cases {backend}", command, is_right, alike)
 
 
 def main(arguments: list[str]) -> int:

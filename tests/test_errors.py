@@ -401,6 +401,8 @@ def test_debug_refuses_a_capture(target, monkeypatch):
 @pytest.mark.gpu
 def test_debug_refuses_a_plan_for_other_heads(target, monkeypatch):
     """It would be executed, and right, on fewer or more parts than this call should use."""
+    if target.device == "cpu":
+        pytest.skip("a CPU uses as many parts for any heads")
     case = make_decode_case([50_000, 7_000], h_q=128, device=target.device)
     plan = planned(case.cache_seqlens, 16, 1)
     run("fwd_kvcache_mla", case.kwargs() | plan)

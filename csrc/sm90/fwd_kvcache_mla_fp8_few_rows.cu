@@ -127,6 +127,11 @@ struct Lane {
 // Slices of queries that stay in registers. With all of them too few are left to convert values side by side: in
 // machine code a turn's stalls sum up to 2300 to 2600 cycles, with 3 to 6 slices to 1700.
 constexpr int kHeld = 5;
+// One of a lane's operands in shared memory, which the queries' warps leave there (store_query_chunk).
+__device__ __forceinline__ uint4 take_query_chunk(const uint4* shared_operands, int slice, int step) {
+    return shared_operands[(slice * 4 + step) * 32];
+}
+
 // Queries, as the operands of products: of the rows lane / 4 + {0, 8} the dimensions 16 (lane % 4) + 4 step + {0,
 // 1} of a slice, then those two further.
 struct alignas(16) Queries {
@@ -135,7 +140,7 @@ struct alignas(16) Queries {
 
     __device__ __forceinline__ void take(int slice, int step, uint32_t (&fragment)[4]) const {
         const uint4 values = slice < kHeld ? *reinterpret_cast<const uint4*>(held[slice < kHeld ? slice : 0][step])
-                                           : others[(slice * 4 + step) * 32];
+                                           : take_query_chunk(others, slice, step);
         fragment[0] = values.x;
         fragment[1] = values.y;
         fragment[2] = values.z;
@@ -385,7 +390,7 @@ __device__ __forceinline__ void attend(const FwdParams& params, SharedStorage<T,
     for (int slice = 0; slice < kHeld; ++slice) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            *reinterpret_cast<uint4*>(queries.held[slice][i]) = shared.queries[slice][i][lane];
+            *reinterpret_cast<uint4*>(queries.held[slice][i]) = take_query_chunk(queries.others, slice, i);
         }
     }
 

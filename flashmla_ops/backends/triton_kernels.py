@@ -127,8 +127,8 @@ def get_mla_metadata_kernel(
         end = (split + 1) * tiles // per_row
         _write_parts(plan, row < b, row, split * tiles // per_row, row, end, split)
         for start in range(0, b + 1, BLOCK):
-            row = start + tl.arange(0, BLOCK)
-            tl.store(num_splits + row, (row * per_row).to(tl.int32), mask=row <= b)
+            some = start + tl.arange(0, BLOCK)  # a name of its own: Triton's variables keep their types in loops
+            tl.store(num_splits + some, (some * per_row).to(tl.int32), mask=some <= b)
     else:
         tl.store(num_splits, 0)
         splits = tl.zeros([], tl.int64)
