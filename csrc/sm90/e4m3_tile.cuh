@@ -72,6 +72,13 @@ __device__ __forceinline__ void copy_bulk(void* to, const void* from, uint32_t b
     cuda::ptx::cp_async_bulk(cuda::ptx::space_cluster, cuda::ptx::space_global, to, from, bytes, landed);
 }
 
+// A place in the ring from token `first` on, by one warp.
+template <int kRowBytes>
+__device__ __forceinline__ void zero_tokens(uint8_t* shared_place, int first) {
+    uint4* zeros = reinterpret_cast<uint4*>(shared_place + first * kRowBytes);
+    for (int i = threadIdx.x % 32; i < (kTile - first) * kRowBytes / 16; i += 32) zeros[i] = {};
+}
+
 // One warp: a tile's tokens to a place in the ring, as one piece if they lie together. What is not there becomes zeros:
 // a page that does not exist, and with one scale for all what lies past the length, where e4m3's NaN would show.
 template <CacheFormat kFormat>
@@ -80,9 +87,7 @@ __device__ __forceinline__ void load_tokens(const FwdParams& params, const uint8
     constexpr int kRowBytes = Layout<kFormat>::kRowBytes;
     const int lane = threadIdx.x % 32;
     if (!there || (!Layout<kFormat>::kScaled && count < kTile)) {
-        const int first = there ? count : 0;
-        uint4* zeros = reinterpret_cast<uint4*>(to + first * kRowBytes);
-        for (int i = lane; i < (kTile - first) * kRowBytes / 16; i += 32) zeros[i] = {};
+        zero_tokens<kRowBytes>(to, there ? count : 0);
         cuda::ptx::fence_proxy_async(cuda::ptx::space_shared);  // before copies to this place
         __syncwarp();
     }

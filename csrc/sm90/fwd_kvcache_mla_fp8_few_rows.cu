@@ -127,6 +127,12 @@ struct Lane {
 // Slices of queries that stay in registers. With all of them too few are left to convert values side by side: in
 // machine code a turn's stalls sum up to 2300 to 2600 cycles, with 3 to 6 slices to 1700.
 constexpr int kHeld = 5;
+// From the ring, which the keys' warp fills (load_tokens).
+template <typename Vector>
+__device__ __forceinline__ Vector take_bytes(const uint8_t* shared_place, int at) {
+    return *reinterpret_cast<const Vector*>(shared_place + at);
+}
+
 // One of a lane's operands in shared memory, which the queries' warps leave there (store_query_chunk).
 __device__ __forceinline__ uint4 take_query_chunk(const uint4* shared_operands, int slice, int step) {
     return shared_operands[(slice * 4 + step) * 32];
@@ -170,7 +176,7 @@ __device__ __forceinline__ void score(const uint8_t* key, const Lane& me, const 
             great = ptx::permute(split, 0, 0x1010);
             small = ptx::permute(split, 0, 0x3232);
         }
-        const uint4 chunk = *reinterpret_cast<const uint4*>(key + slice * 64 + me.column * 16);
+        const uint4 chunk = take_bytes<uint4>(key, slice * 64 + me.column * 16);
         const uint32_t words[4] = {chunk.x, chunk.y, chunk.z, chunk.w};
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
@@ -191,8 +197,7 @@ __device__ __forceinline__ void score(const uint8_t* key, const Lane& me, const 
     if constexpr (L::kScaled) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const uint4 rope =
-                convert_bf16<T>(*reinterpret_cast<const uint4*>(key + L::kRope + half * 64 + me.column * 16));
+            const uint4 rope = convert_bf16<T>(take_bytes<uint4>(key, L::kRope + half * 64 + me.column * 16));
             uint32_t q[2][4];
             queries.take(kLatents, 2 * half, q[0]);
             queries.take(kLatents, 2 * half + 1, q[1]);
@@ -284,7 +289,7 @@ __device__ __forceinline__ void accumulate(const uint8_t* const (&keys)[4], cons
         uint2 words[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            words[i] = *reinterpret_cast<const uint2*>(keys[i] + step * 16 * L::kRowBytes);
+            words[i] = take_bytes<uint2>(keys[i], step * 16 * L::kRowBytes);
         }
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
@@ -401,7 +406,7 @@ __device__ __forceinline__ void attend(const FwdParams& params, SharedStorage<T,
         wait(&shared.landed[at.slot], at.phase);
         const uint8_t* key = shared.ring[at.slot] + my_key * L::kRowBytes;
         if constexpr (L::kScaled) {
-            const float of_block = *reinterpret_cast<const float*>(key + L::kScales + me.column * 4);
+            const float of_block = take_bytes<float>(key, L::kScales + me.column * 4);
             factors = make_factors<T>(tile * kTile + my_key < segment.length ? of_block : 0.f);
         }
         if (factors.plain) {
