@@ -73,41 +73,49 @@ def test_no_memory_at_any_allocation_on_the_cpu(op):
     check_equal(run(op, call), expected)
 
 
+def fill_what_torch_holds() -> list[Tensor]:
+    """Takes all memory that torch has from the driver, so that the next allocation has to ask for more."""
+    taken = []
+    for size in (32 << 20, 4 << 20, 512 << 10, 32 << 10, 512):
+        try:
+            while True:
+                taken.append(torch.empty(size, dtype=torch.uint8, device="cuda"))
+        except torch.OutOfMemoryError:
+            pass
+    return taken
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("op", OPS)
 def test_no_memory_at_any_allocation_on_a_gpu(target, op):
-    """All the device's memory but a little is off limits, from none to what the call takes, 2 MB at a time: that is
-    what torch takes from the driver for small tensors, and for large ones at least."""
+    """No memory but what torch holds, which is taken; then 2 MB more each time, until the call has enough: that is what
+    torch takes from the driver for small tensors, and for large ones at least. Ops that only write need none."""
     if target.device == "cpu":
         pytest.skip(f"{target.name} runs on the CPU here")
     call = calls("cuda")[op]
-    expected = run(op, copies(call))
-    total = torch.cuda.get_device_properties(0).total_memory
-    failures = 0
+    expected, before = run(op, copies(call)), copies(call)
+    total, failures = torch.cuda.get_device_properties(0).total_memory, 0
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    held = torch.cuda.memory_reserved()
     try:
-        for allowed in range(0, 400 << 20, 2 << 20):
-            before = copies(call)
-            torch.cuda.synchronize()
-            torch.cuda.empty_cache()
-            torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + allowed) / total)
+        torch.cuda.set_per_process_memory_fraction(held / total)
+        taken = fill_what_torch_holds()
+        for more in range(0, 400 << 20, 2 << 20):
+            torch.cuda.set_per_process_memory_fraction((held + more) / total)
             try:
                 results = run(op, call)
-            except torch.OutOfMemoryError:
-                torch.cuda.set_per_process_memory_fraction(1.0)
-                check_untouched(call, before)
-                failures += 1
-                del before
-                continue
-            except RuntimeError as error:  # of the library's allocations: an error of torch's C interface
-                torch.cuda.set_per_process_memory_fraction(1.0)
+                break
+            except RuntimeError as error:  # torch.OutOfMemoryError, or from the library torch's C interface's error
                 assert re.search("out of memory|aoti_torch_empty_strided", str(error)), error
-                check_untouched(call, before)
-                failures += 1
-                continue
-            break
+            torch.cuda.set_per_process_memory_fraction(1.0)
+            check_untouched(call, before)
+            torch.cuda.empty_cache()
+            failures += 1
         torch.cuda.set_per_process_memory_fraction(1.0)
         check_equal(results, expected)
-        check_equal(run(op, copies(call)), expected)
+        del taken
+        check_equal(run(op, before), expected)
         assert failures > 0 or op in WRITTEN, "every allocation was granted: this shows nothing"
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
