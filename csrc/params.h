@@ -90,7 +90,7 @@ struct FwdParams {
     int split_parts;  // parts that the workspace has room for; a plan that uses others is executed unsplit
     float softmax_scale_log2;
     bool causal;
-    bool few_rows;  // up to kFewRows: fwd_kvcache_mla_few_rows.cu computes, and its shares lie in rows
+    bool few_rows;  // up to kFewRows, for which there are kernels of their own; their shares lie in rows
     DType dtype;    // of out
     CacheFormat format;
 };
@@ -112,6 +112,7 @@ namespace sm90 {
 void fwd_kvcache_mla(const FwdParams& params, cudaStream_t stream);
 void fwd_kvcache_mla_few_rows(const FwdParams& params, cudaStream_t stream);
 void fwd_kvcache_mla_fp8(const FwdParams& params, cudaStream_t stream);
+void fwd_kvcache_mla_fp8_few_rows(const FwdParams& params, cudaStream_t stream);
 void fwd_kvcache_mla_combine(const FwdParams& params, cudaStream_t stream);
 void paged_stream(const StreamParams& params, cudaStream_t stream);
 }  // namespace sm90

@@ -182,7 +182,7 @@ std::tuple<Tensor, Tensor> fwd_kvcache_mla_op(const Tensor q, const Tensor kv_ca
         .split_parts = static_cast<int>(split_parts),
         .softmax_scale_log2 = static_cast<float>(softmax_scale * 1.4426950408889634),
         .causal = causal,
-        .few_rows = rows <= kFewRows && format == CacheFormat::kPlain,
+        .few_rows = rows <= kFewRows,
         .dtype = dtype_of(out),
         .format = format,
     };

@@ -101,6 +101,19 @@ def cache_of(kv_cache: str, config: MLAConfig, dtype: torch.dtype) -> dict:
     }
 
 
+def cache_for(model: DeepseekModel, pages: list[int], kv_cache: str) -> PagedKVCache:
+    """A cache for rows that grow to so many pages; of a model that is a rank's part, that rank's."""
+    weight = model.embed.weight
+    options = {"page_size": PAGE_SIZE, "device": weight.device, **cache_of(kv_cache, model.config, weight.dtype)}
+    if model.parallel is None:
+        return PagedKVCache(model.config.num_hidden_layers, sum(pages), len(pages), max(pages), **options)
+    from flashmla_ops.parallel import new_cache
+
+    dp, cp = (model.parallel.layout.sizes.get(dim, 1) for dim in ("dp", "cp"))
+    widest = -(-max(pages) // cp) * cp
+    return new_cache(model, len(pages) * widest * dp, len(pages) * dp, widest, **options)
+
+
 def gpu_problem(kv_cache: str) -> str | None:
     """Why the ops cannot run on this machine's GPU, or None if they can."""
     if not torch.cuda.is_available():
@@ -184,28 +197,23 @@ def run(
     pick,
     kv_cache: str,
     eager=None,
+    longest: int = 0,
 ) -> Run:
     """Prefills the prompts and decodes `steps` tokens a row, by `decode`, which stands for model.decode.
 
+    Prompts are padded to the longest, or to `longest` if others' are.
+
     Without `eager` the tokens are what `pick` takes from the logits. With it they are eager's, and so are the experts
-    in bf16, in fp16 and with an fp8 cache, whose rounding often changes a router's choice.
+    in bf16, in fp16 and with an fp8 cache, whose rounding often changes a router's choice, and of a part of a model.
     """
     config, device, dtype = model.config, model.embed.weight.device, model.embed.weight.dtype
     has_moe = any(config.is_moe(i) for i in range(config.num_hidden_layers))
     seqlens = [len(prompt) for prompt in prompts]
     pages = [-(-(n + steps) // PAGE_SIZE) for n in seqlens]  # a row's pages at its end; they are dealt as it grows
-    cache = PagedKVCache(
-        config.num_hidden_layers,
-        num_pages=sum(pages),
-        max_batch_size=len(prompts),
-        max_pages_per_sequence=max(pages),
-        page_size=PAGE_SIZE,
-        device=device,
-        **cache_of(kv_cache, config, dtype),
-    )
+    cache = cache_for(model, pages, kv_cache)
     for n in seqlens:
         cache.allocate(n)
-    padded = torch.zeros(len(prompts), max(seqlens), dtype=torch.long)
+    padded = torch.zeros(len(prompts), max(longest, *seqlens), dtype=torch.long)
     for row, prompt in zip(padded, prompts, strict=True):
         row[: len(prompt)] = torch.tensor(prompt)
     seqlens_q = torch.tensor(seqlens, dtype=torch.int32, device=device)
@@ -214,7 +222,8 @@ def run(
     # every step is given the same tensors, which change in place, as captured graphs need it
     input_ids = torch.zeros(len(prompts), 1, dtype=torch.long, device=device)
     options = {"return_routing": True} if has_moe else {}
-    feed_experts = eager is not None and has_moe and not own_experts(dtype, kv_cache)
+    # a model's parts must take every step together, so none repeats one because its own choice was another
+    feed_experts = eager is not None and has_moe and (model.parallel or not own_experts(dtype, kv_cache))
     if feed_experts:
         options["experts"] = eager.experts[0].clone()
     tokens, all_logits, experts, margins, seconds = [], [], [], [], []

@@ -43,7 +43,7 @@ def candidates(key: Key, shared_kb: int) -> list[Config]:
         if block_m <= most
         and 2 * block_m >= min(most, 64)
         and 2 * columns * (block_m + block_n * max(1, stages // 2)) <= shared_kb << 10
-        and block_m * columns // warps <= 64 * 576 // 8  # accumulators that registers hold
+        and block_m * columns // warps <= 64 * 320 // 4  # accumulators that registers hold
     ]
 
 

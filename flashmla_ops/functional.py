@@ -5,9 +5,10 @@ qk_rope_head_dim, 576 for DeepSeek V2/V3), d_v value width (kv_lora_rank, 512). 
 names the tensor, what was expected and what came, before anything is written.
 
 Values are bad input too: a length below 0 or beyond the table, a page outside the cache, a slot out of range or given
-twice. They raise on the CPU, and on CUDA if FLASHMLA_DEBUG=1 is set when flashmla_ops is imported: each call then waits
-for the device. Otherwise on CUDA lengths clamp to the table, bad pages read as zeros and bad slots are skipped. Calls
-that are being captured into a CUDA graph are never checked.
+twice, a plan for other rows. They raise on the CPU, and on CUDA if FLASHMLA_DEBUG=1 is set when flashmla_ops is
+imported: each call then waits for the device. Otherwise on CUDA lengths clamp to the table, bad pages read as zeros,
+bad slots are skipped, and a plan for other rows gives wrong numbers. Under FLASHMLA_DEBUG=1 scales that are not finite
+and above 0 and plans for other heads raise too, and calls that are being captured into a CUDA graph are refused.
 """
 
 from dataclasses import dataclass
@@ -44,6 +45,7 @@ def get_mla_metadata(
     topk: int | None = None,
     *,
     num_q_tokens_per_head_k: int | None = None,
+    batch_invariant: bool = False,
 ) -> tuple[Tensor, Tensor] | tuple[FlashMLASchedMeta, None]:
     """Plans a decode step: which worker attends to which keys. Make it once a step and share it between layers.
 
@@ -54,13 +56,17 @@ def get_mla_metadata(
         num_heads_per_head_k: s_q * h_q / h_k (num_q_tokens_per_head_k is another name of it).
         num_heads_k: h_k.
         num_heads_q, topk, is_fp8_kvcache: accepted for FlashMLA's 2025-09 form; sparse attention is not served.
+        batch_invariant: a plan under which a row's output and lse are the same bits whatever the other rows are, how
+            many, in which order, and however many queries stand before its own, within one backend and architecture
+            (and on the CPU one number of threads). It holds for calls that are given this plan. CPU only; it is slower,
+            as every query is worked on alone.
     Returns:
         tile_scheduler_metadata [256, 8] int32, num_splits [b + 1] int32.
         Called with nothing (FlashMLA's 2026 form): (FlashMLASchedMeta(), None), and each call plans for itself.
     Raises:
         RuntimeError: bad shape, dtype or head count; on the CPU, and on CUDA under FLASHMLA_DEBUG=1, also a negative
             length.
-        NotImplementedError: topk or an fp8 cache is asked for.
+        NotImplementedError: topk or an fp8 cache is asked for, or batch_invariant where no backend serves it.
     """
     _not_served(topk=topk, is_fp8_kvcache=is_fp8_kvcache or None)
     if num_q_tokens_per_head_k is not None:
@@ -76,7 +82,8 @@ def get_mla_metadata(
     for name, value in given.items():
         if value is None:
             raise RuntimeError(f"{name}: expected a value (give {', '.join(given)}, or nothing), got None")
-    return torch.ops.flashmla.get_mla_metadata.default(cache_seqlens, num_heads_per_head_k, num_heads_k)
+    options = {"batch_invariant": True} if batch_invariant else {}
+    return torch.ops.flashmla.get_mla_metadata.default(cache_seqlens, num_heads_per_head_k, num_heads_k, **options)
 
 
 def get_mla_metadata_(
@@ -84,6 +91,7 @@ def get_mla_metadata_(
     num_heads_per_head_k: int,
     num_heads_k: int,
     *,
+    batch_invariant: bool = False,
     tile_scheduler_metadata: Tensor,
     num_splits: Tensor,
 ) -> None:
@@ -92,7 +100,7 @@ def get_mla_metadata_(
     For a plan that is made outside a captured CUDA graph which reads it: replan in place, then replay.
 
     Args:
-        cache_seqlens, num_heads_per_head_k, num_heads_k: as of `get_mla_metadata`.
+        cache_seqlens, num_heads_per_head_k, num_heads_k, batch_invariant: as of `get_mla_metadata`.
         tile_scheduler_metadata: [256, 8] int32, overwritten. num_splits: [b + 1] int32, overwritten.
     Raises:
         RuntimeError: what is wrong with which argument; nothing is written then.
@@ -101,6 +109,7 @@ def get_mla_metadata_(
         cache_seqlens,
         num_heads_per_head_k,
         num_heads_k,
+        batch_invariant=batch_invariant,
         tile_scheduler_metadata=tile_scheduler_metadata,
         num_splits=num_splits,
     )

@@ -4,7 +4,8 @@ modules.py's models. `load` and `save` are what DeepseekModel.from_pretrained an
 import dataclasses
 import json
 import sys
-from collections.abc import Iterable, Iterator
+import typing
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -39,14 +40,18 @@ ATTENTION = {
     "o_proj": "wo",
 }
 KV_SCALE = "self_attn.k_scale"  # of a layer, in checkpoints that were calibrated for a cache of one scale
+DTYPES = ("bfloat16", "float16", "float32", "float64")
+LARGEST = 2**31 - 1
 FP8_BLOCK = (128, 128)  # rows and columns that share a scale, where quantization_config does not say
 
 
-def load(directory, dtype: torch.dtype | None = None, device=None) -> DeepseekModel:
+def load(directory, dtype: torch.dtype | None = None, device=None, mesh=None) -> DeepseekModel:
     """Reads config.json and the safetensors beside it, one file or sharded with an index.
 
     Each tensor is copied straight into its place in a model allocated without being initialised, and files are mapped
-    one at a time: peak memory is the model and one shard. fp8 weights are dequantised with their block scales.
+    one at a time: peak memory is the model and one shard. fp8 weights are dequantised with their block scales. Names
+    and shapes are checked before the model has any memory. Nothing but JSON and safetensors in the directory itself is
+    read, and nothing in it is executed.
     Multi-token-prediction layers are skipped, and a line on stderr says so; progress is on stderr too. A layer's
     self_attn.k_scale, where the checkpoint has one, becomes its attn.kv_scale, which "fp8_tensor" caches use; there is
     one for keys and values, which are the same latents, so a v_scale is left out.
@@ -55,40 +60,57 @@ def load(directory, dtype: torch.dtype | None = None, device=None) -> DeepseekMo
         directory: of a DeepSeek V2, V3, R1 or Kimi K2 checkpoint.
         dtype: of the model; config.json's if None. The router stays fp32.
         device: of the model; torch's default device if None.
+        mesh: loads this rank's part of the model, parallelized over the DeviceMesh (parallel.py); what belongs to other
+            ranks is not read, but for the tensors of which this one has a part.
     Raises:
-        RuntimeError: tensors are missing, unknown, or of a wrong shape, by name. NotImplementedError: a setting in
-        config.json that modules.py does not serve. ImportError: safetensors is not installed.
+        RuntimeError: tensors are missing, unknown, or of a wrong shape, by name; a file that is damaged, missing or
+        elsewhere; a setting of a wrong type or size. NotImplementedError: a setting in config.json that modules.py does
+        not serve. ImportError: safetensors is not installed. A mesh that does not divide the model raises before any
+        file of weights is opened.
     """
     directory = Path(directory)
-    settings = json.loads((directory / "config.json").read_text())
+    settings = _read_json(directory / "config.json")
     config = config_from_hf(settings)
-    block = (settings.get("quantization_config") or {}).get("weight_block_size") or FP8_BLOCK
-    dtype = dtype or getattr(torch, settings.get("dtype") or settings.get("torch_dtype") or "float32")
+    block = _block_of(settings)
+    dtype = dtype or _dtype_of(settings)
+    if mesh is not None:
+        from .parallel import Layout, parallelize  # which imports modules.py as well
+
+        Layout.of(mesh).check(config)
     checkpoint = _Checkpoint(directory)
+    _check_counts(directory, config, len(checkpoint.files))
     model = DeepseekModel(config, device="meta", dtype=dtype)
-    _check_names(directory, checkpoint.files, _places(model, checkpoint.files), config)
+    shapes = {name: place.shape for name, place in _places(model, checkpoint.files).items()}
+    _check_names(directory, checkpoint.files, shapes, config)
+    _check_shapes(directory, checkpoint, shapes, block)
+    if mesh is not None:
+        model = parallelize(model, mesh)
     model.to_empty(device=device or torch.get_default_device())
     for layer in model.layers:
         layer.attn.kv_scale.fill_(1.0)
     places = _places(model, checkpoint.files)
     for name in _with_progress(f"loading {directory.name}", sorted(places, key=checkpoint.order), places):
-        tensor, place = checkpoint.read(name), places[name]
-        if name.endswith(KV_SCALE) and tensor.numel() == 1:
-            tensor = tensor.view(())  # [] or [1]
-        if tensor.shape != place.shape:
-            raise RuntimeError(f"{name}: expected shape {list(place.shape)}, got {list(tensor.shape)} in {directory}")
+        tensor, place = checkpoint.read(name).view(shapes[name]), places[name]
         if tensor.dtype == torch.float8_e4m3fn:
             if _scale_of(name) not in checkpoint.files:
                 raise RuntimeError(f"{name}: expected {_scale_of(name)} beside this fp8 weight in {directory}")
             scale = checkpoint.read(_scale_of(name)).to(place.device)
             tensor = dequantize(tensor.to(place.device), scale, block)
+        if mesh is not None:
+            tensor = model.parallel.part_of(name, tensor, place.shape)
         place.copy_(tensor)
     return model
 
 
 def save(model: DeepseekModel, directory) -> None:
     """Writes config.json and model.safetensors, as transformers' DeepseekV3ForCausalLM (or V2's, for a softmax router)
-    reads them: one file, one tensor an expert, each in the model's dtype. A kv_scale other than 1 is written too."""
+    reads them: one file, one tensor an expert, each in the model's dtype. A kv_scale other than 1 is written too.
+
+    Raises:
+        RuntimeError: the model is one rank's part of another.
+    """
+    if model.parallel is not None:
+        raise RuntimeError(f"model: expected a whole one, got a rank's part of one: {model.parallel.layout}")
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     settings = config_to_hf(model.config, model.embed.weight.dtype)
@@ -121,9 +143,32 @@ def config_from_hf(settings: dict) -> MLAConfig:
         "rope_scaling": None if kind in (None, "default") else {**rope, "type": kind},
         "rope_theta": theta,
     }
+    hints = typing.get_type_hints(MLAConfig)
     known = {field.name for field in dataclasses.fields(MLAConfig)}
     found = {name: value for name, value in {**settings, **own}.items() if name in known and value is not None}
-    return MLAConfig(**{**FAMILIES[family], **found})
+    config = MLAConfig(**{**FAMILIES[family], **found})
+    for field in dataclasses.fields(MLAConfig):
+        value = getattr(config, field.name)
+        kinds = typing.get_args(hints[field.name]) or (hints[field.name],)
+        fits = type(value) in kinds or (float in kinds and type(value) is int)
+        if not fits or (type(value) in (int, float) and not 0 <= value <= LARGEST):
+            kind = " or ".join("None" if k is type(None) else k.__name__ for k in kinds)
+            raise RuntimeError(f"{field.name}: expected {kind}, numbers from 0 to {LARGEST}, got {value!r}")
+    return config
+
+
+def _dtype_of(settings: dict) -> torch.dtype:
+    name = settings.get("dtype") or settings.get("torch_dtype") or "float32"
+    if name not in DTYPES:
+        raise RuntimeError(f"dtype: expected one of {', '.join(DTYPES)} in config.json, got {name!r}")
+    return getattr(torch, name)
+
+
+def _block_of(settings: dict) -> tuple[int, int]:
+    block = (settings.get("quantization_config") or {}).get("weight_block_size") or FP8_BLOCK
+    if len(block) != 2 or not all(type(edge) is int and 0 < edge <= LARGEST for edge in block):
+        raise RuntimeError(f"weight_block_size: expected two numbers of rows and columns, got {block!r}")
+    return tuple(block)
 
 
 def config_to_hf(config: MLAConfig, dtype: torch.dtype) -> dict:
@@ -179,7 +224,7 @@ def _moe_places(prefix: str, moe: MoE, fused: bool) -> dict[str, Tensor]:
         places |= _mlp_places(f"{prefix}shared_experts.", shared.gate_up.weight, shared.down.weight)
     if fused:
         return places | {f"{prefix}experts.gate_up_proj": moe.gate_up, f"{prefix}experts.down_proj": moe.down}
-    for e, (gate_up, down) in enumerate(zip(moe.gate_up, moe.down, strict=True)):
+    for e, (gate_up, down) in enumerate(zip(moe.gate_up, moe.down, strict=True), moe.first_expert):
         places |= _mlp_places(f"{prefix}experts.{e}.", gate_up, down)
     return places
 
@@ -193,7 +238,7 @@ def _scale_of(name: str) -> str:
     return f"{name}_scale_inv"
 
 
-def _check_names(directory: Path, names: Iterable[str], places: dict[str, Tensor], config: MLAConfig) -> None:
+def _check_names(directory: Path, names: Iterable[str], places: Iterable[str], config: MLAConfig) -> None:
     """Raises on names that the checkpoint lacks or that nothing here knows; prints what is skipped."""
     known = {*places, *map(_scale_of, places)}
     others = [name for name in names if name not in known and not name.endswith(UNUSED)]
@@ -210,6 +255,30 @@ def _check_names(directory: Path, names: Iterable[str], places: dict[str, Tensor
         print(f"skipped {len(skipped)} tensors of multi-token-prediction layers ({_listed(extra)})", file=sys.stderr)
 
 
+def _check_counts(directory: Path, config: MLAConfig, num_tensors: int) -> None:
+    """Every layer has tensors of its own, and experts share few: building more than these only to find that they lack
+    tensors would take time without end."""
+    for name, most in (("num_hidden_layers", num_tensors), ("n_routed_experts", 64 * num_tensors)):
+        if (count := getattr(config, name)) > most:
+            raise RuntimeError(f"{name}: expected at most what {num_tensors} tensors in {directory} hold, got {count}")
+
+
+def _check_shapes(directory: Path, checkpoint: "_Checkpoint", shapes: dict[str, torch.Size], block) -> None:
+    """Raises on a shape that is not the model's, before that has any memory. A scale may be [] or [1]."""
+    for name in sorted(shapes, key=checkpoint.order):
+        expected, shape = list(shapes[name]), checkpoint.shape(name)
+        if shape != expected and not (name.endswith(KV_SCALE) and shape == [1]):
+            raise RuntimeError(f"{name}: expected shape {expected}, got {shape} in {directory}")
+        if (scale := _scale_of(name)) in checkpoint.files:
+            blocks, shape = [*expected[:-2], *_blocks(expected, block)], checkpoint.shape(scale)
+            if shape != blocks:
+                raise RuntimeError(f"{scale}: expected shape {blocks}, got {shape} in {directory}")
+
+
+def _blocks(shape: Sequence[int], block: tuple[int, int]) -> list[int]:
+    return [-(-size // edge) for size, edge in zip(shape[-2:], block, strict=True)]
+
+
 def _listed(names: Iterable[str], most: int = 20) -> str:
     names = sorted(names)
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
@@ -224,7 +293,7 @@ def dequantize(weight: Tensor, scale: Tensor, block: tuple[int, int] = FP8_BLOCK
     DeepSeek calls the scale weight_scale_inv: a weight is its fp8 value times the scale of its block (arXiv 2412.19437,
     3.3.2).
     """
-    blocks = [-(-size // edge) for size, edge in zip(weight.shape[-2:], block, strict=True)]
+    blocks = _blocks(weight.shape, block)
     if list(scale.shape[-2:]) != blocks:
         raise RuntimeError(
             f"scale: expected {blocks} blocks for a weight {list(weight.shape)}, got {list(scale.shape)}"
@@ -237,13 +306,20 @@ def dequantize(weight: Tensor, scale: Tensor, block: tuple[int, int] = FP8_BLOCK
 
 class _Checkpoint:
     """The tensors in a directory: `files` maps each name to its file. One file is open at a time, as what is mapped of
-    it counts as memory in use."""
+    it counts as memory in use. An index may name files beside it only."""
 
     def __init__(self, directory: Path):
         self._file, self._tensors = None, None
         index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
         if index.exists():
-            weight_map = json.loads(index.read_text())["weight_map"]
+            weight_map = _read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise RuntimeError(
+                    f"{index}: expected a weight_map of names and files, got {type(weight_map).__name__}"
+                )
+            for name, file in weight_map.items():
+                if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+                    raise RuntimeError(f"{name}: expected a .safetensors file beside {index}, got {file!r}")
             self.files = {name: directory / file for name, file in weight_map.items()}
         elif single.exists():
             self.files = dict.fromkeys(_open(single).keys(), single)
@@ -254,14 +330,41 @@ class _Checkpoint:
         """Sorts names so that each file is opened once."""
         return self.files[name], name
 
+    def shape(self, name: str) -> list[int]:
+        return self._opened(name).get_slice(name).get_shape()
+
     def read(self, name: str) -> Tensor:
+        return self._opened(name).get_tensor(name)
+
+    def _opened(self, name: str):
         if self._file != self.files[name]:
-            self._file, self._tensors = self.files[name], _open(self.files[name])
-        return self._tensors.get_tensor(name)
+            tensors = _open(self.files[name])
+            self._file, self._tensors, self._names = self.files[name], tensors, set(tensors.keys())
+        if name not in self._names:
+            raise RuntimeError(f"{name}: expected in {self._file}, as the index says, got a file without it")
+        return self._tensors
 
 
 def _open(file: Path):
-    return _safetensors().safe_open(file, framework="pt")
+    safe_open = _safetensors().safe_open
+    if not file.is_file():
+        raise RuntimeError(f"{file}: expected a file of the checkpoint, got none")
+    try:
+        return safe_open(file, framework="pt")
+    except Exception as error:  # of the safetensors library, which has its own kind
+        raise RuntimeError(
+            f"{file}: expected a whole safetensors file, got one of {file.stat().st_size} bytes: {error}"
+        ) from error
+
+
+def _read_json(file: Path) -> dict:
+    try:
+        content = json.loads(file.read_text())
+    except (ValueError, RecursionError) as error:
+        raise RuntimeError(f"{file}: expected JSON, got {type(error).__name__}: {error}") from error
+    if not isinstance(content, dict):
+        raise RuntimeError(f"{file}: expected an object, got {type(content).__name__}")
+    return content
 
 
 def _safetensors():

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -199,18 +200,39 @@ def mark_kv_cache(kv_cache: Tensor) -> Tensor:
     return kv_cache
 
 
-def slots_of(block_table: Tensor, positions: Tensor, page_size: int) -> Tensor:
-    """The slots in which tokens of given positions lie: page * page_size + offset, and -1 where a position is negative.
+class Share(NamedTuple):
+    """The pages of every sequence that a rank holds where a sequence's pages are dealt to several: its page i (its
+    tokens from i * page_size on) is page i // count of rank i % count."""
+
+    index: int = 0
+    count: int = 1
+
+    def lengths(self, seqlens: Tensor, page_size: int) -> Tensor:
+        """How many of the first `seqlens` (integers of any shape) tokens lie in this rank's pages."""
+        whole, rest = seqlens // page_size, seqlens % page_size
+        mine = (whole + (self.count - 1 - self.index)) // self.count
+        return mine * page_size + torch.where(whole % self.count == self.index, rest, 0)
+
+
+EVERYTHING = Share()
+
+
+def slots_of(block_table: Tensor, positions: Tensor, page_size: int, share: Share = EVERYTHING) -> Tensor:
+    """The slots in which tokens of given positions lie: page * page_size + offset, and -1 where a position is negative
+    or lies in another rank's share.
 
     Args:
-        block_table: [b, max_pages] int32.
-        positions: [b, s] integers, in tokens from the row's start; below max_pages * page_size.
+        block_table: [b, max_pages] int32, the pages of this share.
+        positions: [b, s] integers, in tokens from the row's start; below max_pages * page_size * share.count.
     Returns:
         [b, s] int64, what `concat_and_cache_mla` takes (flattened) as slot_mapping.
     """
     known = positions.clamp_min(0).long()
-    page = block_table.gather(1, known // page_size).long()
-    return torch.where(positions < 0, -1, page * page_size + known % page_size)
+    number, here = known // page_size, positions >= 0
+    if share.count > 1:
+        here = here & (number % share.count == share.index)
+        number = number // share.count
+    return torch.where(here, block_table.gather(1, number).long() * page_size + known % page_size, -1)
 
 
 class PagedKVCache:
@@ -230,6 +252,9 @@ class PagedKVCache:
         kv_lora_rank, qk_rope_head_dim: values of a token, from which last_dim follows: 576 for 512 + 64, "fp8" 656.
         max_new_tokens: the most tokens that one `extend` adds to a row; width of slot_mapping.
         head_dim, dtype: last_dim and the caches' dtype (one of CACHE_DTYPES) as they are, instead of kv_cache_dtype.
+        share: which pages of each sequence this cache holds, if ranks share them (parallel.py); the sizes are this
+            rank's. Every rank deals as many pages as the first, which has the most: all have the same tables and run
+            out of pages at the same call.
     Attributes:
         layers: the caches, each marked with `mark_kv_cache`.
         block_table: [max_batch_size, max_pages_per_sequence] int32.
@@ -253,6 +278,7 @@ class PagedKVCache:
         head_dim: int | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        share: Share = EVERYTHING,
     ):
         if kv_cache_dtype is not None:
             for name, value in (("head_dim", head_dim), ("dtype", dtype)):
@@ -271,6 +297,7 @@ class PagedKVCache:
         shape = (num_pages, page_size, 1, head_dim)
         self.layers = [mark_kv_cache(torch.zeros(shape, dtype=dtype, device=device)) for _ in range(num_layers)]
         self.page_size = page_size
+        self.share = share
         self.max_new_tokens = max_new_tokens
         # the host's copies, from which the device's are updated
         self._table = torch.zeros(max_batch_size, max_pages_per_sequence, dtype=torch.int32)
@@ -355,18 +382,19 @@ class PagedKVCache:
 
     def _deal(self, added: dict[int, int]) -> None:
         """Lengthens rows on the host: all of them, or none."""
+        span = self.page_size * self.share.count  # tokens of a sequence for each of this rank's pages
         max_pages = self._table.shape[1]
         length = {}
         for row, n in added.items():
             if n < 0:
                 raise RuntimeError(f"num_tokens: expected at least 0, got {n} for row {row}")
             length[row] = int(self._seqlens[row]) + n
-            if length[row] > max_pages * self.page_size:
+            if length[row] > max_pages * span:
                 raise RuntimeError(
-                    f"row {row}: expected at most {max_pages * self.page_size} tokens ({max_pages} pages of "
-                    f"{self.page_size}), got {length[row]}: raise max_pages_per_sequence"
+                    f"row {row}: expected at most {max_pages * span} tokens ({max_pages} pages of "
+                    f"{span}), got {length[row]}: raise max_pages_per_sequence"
                 )
-        needed = {row: -(-total // self.page_size) - len(self._pages[row]) for row, total in length.items()}
+        needed = {row: -(-total // span) - len(self._pages[row]) for row, total in length.items()}
         if sum(needed.values()) > len(self._free_pages):
             raise RuntimeError(f"out of pages: {sum(needed.values())} needed, {len(self._free_pages)} free")
         for row, count in needed.items():
@@ -385,4 +413,4 @@ class PagedKVCache:
             for row, n in added.items():
                 count[row] = n
             position = torch.where(from_end <= count[:, None], self._seqlens[:, None] - from_end, -1)
-            self.slot_mapping.copy_(slots_of(self._table, position, self.page_size).flatten())
+            self.slot_mapping.copy_(slots_of(self._table, position, self.page_size, self.share).flatten())

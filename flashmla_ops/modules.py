@@ -30,7 +30,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .functional import concat_and_cache_mla, fwd_kvcache_mla, get_mla_metadata
-from .kv_cache import CacheFormat, format_of, slots_of
+from .kv_cache import EVERYTHING, CacheFormat, format_of, slots_of
 
 INIT_STD = 0.02  # of all matrices at the start of training
 # For un-absorbed attention, best first. At 192 / 128 dims on Hopper cuDNN reaches 600 TFLOP/s, the memory-efficient one
@@ -201,12 +201,17 @@ class PrefillStep(NamedTuple):
 
 
 class DecodeStep(NamedTuple):
-    """What all layers share when tokens are decoded."""
+    """What all layers share when tokens are decoded.
+
+    Where ranks share a sequence's pages (parallel.py), cache_seqlens counts this rank's keys before this call's own,
+    and `own` is a step over these alone; with one token a row there is none, and cache_seqlens counts it too.
+    """
 
     slots: Tensor  # [b * s_q] int64
     block_table: Tensor  # [b, max_pages] int32
     cache_seqlens: Tensor  # [b] int32
     plan: tuple[Tensor, Tensor]  # of get_mla_metadata
+    own: "DecodeStep | None" = None
 
 
 class MLAttention(nn.Module):
@@ -215,6 +220,8 @@ class MLAttention(nn.Module):
     A cache may have any format of kv_cache.py; which it has is told from the tensor.
 
     Attributes:
+        num_heads: those of this rank; all, unless parallel.py splits them.
+        context: None, or parallel.py's ContextParallel: other ranks hold pages of the sequences as well.
         kv_scale: [] fp32 buffer, 1 unless a checkpoint has another: in a cache of "fp8_tensor" a value x of this layer
             is e4m3(x / kv_scale), read as e4m3 * kv_scale. max |x| / 448 uses e4m3's whole range. Change it in place
             (`fill_`), while the layer's cache is empty. Caches of other formats leave it alone.
@@ -224,6 +231,7 @@ class MLAttention(nn.Module):
         super().__init__()
         self.config = config
         self.register_buffer("kv_scale", torch.ones((), device=factory.get("device"), dtype=torch.float32))
+        self.num_heads, self.context = config.num_attention_heads, None
         h, hidden = config.num_attention_heads, config.hidden_size
         r, q_rank = config.kv_lora_rank, config.q_lora_rank
         if q_rank is None:
@@ -248,7 +256,10 @@ class MLAttention(nn.Module):
         concat_and_cache_mla(kv_cache, kv_c.flatten(0, 1), k_pe.flatten(0, 1), step.slots, kv_scale=kv_scale)
         if step.seen is not None:
             dims = kv_c.shape[-1], k_pe.shape[-1]  # r, d_rope
-            cached = kv_cache[step.pages].flatten(1, 3)  # [b, max_pages * page_size, last_dim]
+            cached = kv_cache[step.pages]
+            if self.context is not None:
+                cached = self.context.gather_pages(cached)
+            cached = cached.flatten(1, 3)  # [b, max_pages * page_size, last_dim]
             cached = layout.dequantize(cached, *dims, kv_scale, x.dtype)
             cached = torch.where(step.written, cached, 0)  # what lies beyond may be NaN, and 0 * NaN is NaN
             kv_c, k_pe = cached.split(dims, -1)
@@ -260,12 +271,15 @@ class MLAttention(nn.Module):
         (q_nope, q_pe), kv_c, k_pe = self._project(x, angles)
         _, kv_scale = self._format_of(kv_cache)
         concat_and_cache_mla(kv_cache, kv_c.flatten(0, 1), k_pe.flatten(0, 1), step.slots, kv_scale=kv_scale)
-        w_ukv = self.wkv_b.weight.unflatten(0, (config.num_attention_heads, -1))  # [h, d_nope + d_v, r], a view
+        w_ukv = self.wkv_b.weight.unflatten(0, (self.num_heads, -1))  # [h, d_nope + d_v, r], a view
         w_uk, w_uv = w_ukv.split([config.qk_nope_head_dim, config.v_head_dim], 1)
         q = torch.cat([torch.einsum("bshd,hdr->bshr", q_nope, w_uk), q_pe], -1)
         cached = kv_cache, step.block_table, step.cache_seqlens
         how = config.kv_lora_rank, config.softmax_scale, True
-        out, _ = fwd_kvcache_mla(q, *cached, *how, *step.plan, kv_scale=kv_scale)
+        if self.context is None:
+            out, _ = fwd_kvcache_mla(q, *cached, *how, *step.plan, kv_scale=kv_scale)
+        else:
+            out = self.context.attend(q, (kv_c, k_pe), kv_cache, step, *how[:2], kv_scale)
         return self.wo(torch.einsum("bshr,hdr->bshd", out, w_uv).flatten(2))
 
     def _format_of(self, kv_cache: Tensor) -> tuple[CacheFormat, Tensor | None]:
@@ -277,7 +291,7 @@ class MLAttention(nn.Module):
         """Queries (q_nope, q_pe), both [b, s, h, ...], latents kv_c [b, s, r] and rotated keys k_pe [b, s, d_rope]."""
         config = self.config
         q = self.wq(x) if config.q_lora_rank is None else self.wq_b(self.q_norm(self.wq_a(x)))
-        q = q.unflatten(-1, (config.num_attention_heads, config.qk_head_dim))
+        q = q.unflatten(-1, (self.num_heads, config.qk_head_dim))
         q_nope, q_pe = q.split([config.qk_nope_head_dim, config.qk_rope_head_dim], -1)
         kv_c, k_pe = self.wkv_a(x).split([config.kv_lora_rank, config.qk_rope_head_dim], -1)
         k_pe = rotate(k_pe[:, :, None], angles, config)[:, :, 0]
@@ -285,8 +299,7 @@ class MLAttention(nn.Module):
 
     def _attend(self, q: tuple[Tensor, Tensor], kv_c: Tensor, k_pe: Tensor, seen: Tensor | None = None) -> Tensor:
         """Un-absorbed attention of q to latents [b, s_k, ...]: to the keys that are `seen`, or else causal."""
-        config = self.config
-        h = config.num_attention_heads
+        config, h = self.config, self.num_heads
         kv = self.wkv_b(kv_c).unflatten(-1, (h, config.qk_nope_head_dim + config.v_head_dim))
         k_nope, v = kv.split([config.qk_nope_head_dim, config.v_head_dim], -1)
         k = torch.cat([k_nope, k_pe[:, :, None].expand(-1, -1, h, -1)], -1)
@@ -392,6 +405,10 @@ class MoE(nn.Module):
         memory for k experts a token, so it serves while tokens * k <= E, and whenever the batch is symbolic.
       - those dtypes with more tokens: every expert sees every token, with weight 0 where not chosen; E / k times the
         arithmetic and no extra memory for weights.
+
+    Attributes:
+        first_expert: gate_up and down hold this one and those after it; 0 and all E, unless parallel.py splits them.
+        exchange: None, or parallel.py's Group of the ranks that have other tokens: this rank's experts see them all.
     """
 
     def __init__(self, config: MLAConfig, device=None, dtype=None):
@@ -403,6 +420,7 @@ class MoE(nn.Module):
         self.down = nn.Parameter(torch.empty(e, hidden, inner, **factory))
         for weight in (self.gate_up, self.down):
             nn.init.normal_(weight, std=INIT_STD)
+        self.first_expert, self.exchange = 0, None
         n = config.n_shared_experts
         self.shared_experts = MLP(hidden, inner * n, **factory) if n else None
 
@@ -413,33 +431,57 @@ class MoE(nn.Module):
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         tokens, gate_up, down = (t.to(dtype) for t in (x.flatten(0, -2), self.gate_up, self.down))
+        if self.exchange is not None:
+            tokens, experts, weights = self._gather(tokens, experts, weights)
         way = _sorted_experts if dtype == torch.bfloat16 else _gathered_experts
         if way is _gathered_experts and statically_known_true(experts.numel() > gate_up.shape[0]):
             way = _all_experts
-        routed = way(tokens, experts, weights, gate_up, down).to(dtype).view_as(x)
+        here = None
+        if len(gate_up) < self.gate.config.n_routed_experts:
+            experts = experts - self.first_expert
+            here = (experts >= 0) & (experts < len(gate_up))
+        routed = way(tokens, experts, weights, gate_up, down, here).to(dtype)
+        if self.exchange is not None:
+            routed = self.exchange.sum_scatter(routed)
+        routed = routed.view_as(x)
         return routed if self.shared_experts is None else routed + self.shared_experts(x)
 
+    def _gather(self, tokens: Tensor, experts: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """All ranks' tokens and their routing, which travels as one tensor: fp32 holds an expert's number exactly."""
+        routing = self.exchange.gather(torch.cat([experts.float(), weights], 1)).flatten(0, 1)
+        experts, weights = routing.chunk(2, 1)
+        return self.exchange.gather(tokens).flatten(0, 1), experts.long(), weights
 
-# tokens [n, hidden], experts and weights [n, k], gate_up [E, 2 inner, hidden], down [E, hidden, inner] -> [n, hidden]
+
+# tokens [n, hidden], experts and weights [n, k], gate_up [E, 2 inner, hidden], down [E, hidden, inner] -> [n, hidden];
+# `here` [n, k] bool, where it is given, says which of `experts` are among the E: the others' part is 0
 
 
-def _sorted_experts(tokens: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+def _sorted_experts(tokens, experts, weights, gate_up, down, here: Tensor | None = None) -> Tensor:
     k = experts.shape[1]
+    if here is not None:
+        experts = experts.where(here, len(gate_up))  # after all of the E, in rows that no product writes
     ranked, order = experts.flatten().sort(stable=True)
     ends = torch.searchsorted(ranked, torch.arange(len(gate_up), device=ranked.device), right=True, out_int32=True)
     inner = _swiglu(F.grouped_mm(tokens[order // k], gate_up.mT, offs=ends))
-    out = F.grouped_mm(inner, down.mT, offs=ends)[order.argsort()]
-    return (out.unflatten(0, (-1, k)) * weights[..., None]).sum(1)
+    out = F.grouped_mm(inner, down.mT, offs=ends)[order.argsort()].unflatten(0, (-1, k))
+    if here is not None:
+        out = out.where(here[..., None], 0)
+    return (out * weights[..., None]).sum(1)
 
 
-def _gathered_experts(tokens: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+def _gathered_experts(tokens, experts, weights, gate_up, down, here: Tensor | None = None) -> Tensor:
+    if here is not None:
+        experts, weights = experts.where(here, 0), weights.where(here, 0)
     inner = _swiglu((gate_up[experts] @ tokens[:, None, :, None])[..., 0])
     out = (down[experts] @ inner[..., None])[..., 0]
     return (out * weights[..., None]).sum(1)
 
 
-def _all_experts(tokens: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    share = weights.new_zeros(len(tokens), len(gate_up)).scatter(1, experts, weights)
+def _all_experts(tokens, experts, weights, gate_up, down, here: Tensor | None = None) -> Tensor:
+    if here is not None:
+        experts, weights = experts.where(here, 0), weights.where(here, 0)
+    share = weights.new_zeros(len(tokens), len(gate_up)).scatter_add(1, experts, weights)
     routed = torch.zeros_like(tokens, dtype=weights.dtype)
     for e in range(len(gate_up)):
         routed = routed + share[:, e, None] * F.linear(_swiglu(F.linear(tokens, gate_up[e])), down[e])
@@ -487,6 +529,7 @@ class DeepseekModel(nn.Module):
     def __init__(self, config: MLAConfig, device=None, dtype=None):
         super().__init__()
         self.config = config
+        self.parallel = None  # parallel.py's Parallel, if this is one rank's part of a model
         factory = {"device": device, "dtype": dtype}
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size, **factory)
         nn.init.normal_(self.embed.weight, std=INIT_STD)
@@ -496,11 +539,11 @@ class DeepseekModel(nn.Module):
             self.head = Linear(config.hidden_size, config.vocab_size, **factory)
 
     @classmethod
-    def from_pretrained(cls, directory, dtype=None, device=None) -> "DeepseekModel":
-        """Reads a Hugging Face checkpoint: see hf.load."""
+    def from_pretrained(cls, directory, dtype=None, device=None, mesh=None) -> "DeepseekModel":
+        """Reads a Hugging Face checkpoint, or with a mesh this rank's part of it: see hf.load."""
         from . import hf  # hf imports this module
 
-        return hf.load(directory, dtype=dtype, device=device)
+        return hf.load(directory, dtype=dtype, device=device, mesh=mesh)
 
     def save_pretrained(self, directory) -> None:
         """Writes a Hugging Face checkpoint: see hf.save."""
@@ -548,16 +591,18 @@ class DeepseekModel(nn.Module):
             logits [b, s, vocab], those of padding meaningless; or [b, vocab] with last_only.
         """
         page_size, start = kv_caches[0].shape[1], torch.zeros_like(seqlens_q)
+        share = EVERYTHING if self.parallel is None else self.parallel.share
         if cache_seqlens is not None:
             start = cache_seqlens - seqlens_q
         offsets = torch.arange(input_ids.shape[1], device=input_ids.device)
         positions = start[:, None] + offsets
         appended = torch.where(offsets < seqlens_q[:, None], positions, -1)  # not the padding
-        step = PrefillStep(slots_of(block_table, appended, page_size).flatten())
+        step = PrefillStep(slots_of(block_table, appended, page_size, share).flatten())
         if cache_seqlens is not None:
-            keys = torch.arange(block_table.shape[1] * page_size, device=input_ids.device)
+            keys = torch.arange(block_table.shape[1] * share.count * page_size, device=input_ids.device)
             written, seen = keys < cache_seqlens[:, None], keys <= positions[:, :, None]
-            pages = torch.where(written[:, ::page_size], block_table, 0).long()
+            first_of_page = written[:, share.index * page_size :: share.count * page_size]
+            pages = torch.where(first_of_page, block_table, 0).long()
             step = PrefillStep(step.slots, pages, written[..., None], seen[:, None])
         angles = rotary_angles(self.config, positions)
         last = seqlens_q - 1 if last_only else None
@@ -588,11 +633,15 @@ class DeepseekModel(nn.Module):
         Returns:
             logits [b, s_q, vocab]; finite but meaningless for padding.
         """
-        s_q = input_ids.shape[1]
+        s_q, page_size = input_ids.shape[1], kv_caches[0].shape[1]
         positions = cache_seqlens[:, None] - s_q + torch.arange(s_q, device=input_ids.device)
-        slots = slots_of(block_table, positions, kv_caches[0].shape[1]).flatten()
-        plan = get_mla_metadata(cache_seqlens, s_q * self.config.num_attention_heads, 1)
-        step = DecodeStep(slots, block_table, cache_seqlens, plan)
+        context = self.layers[0].attn.context
+        if context is None:
+            slots = slots_of(block_table, positions, page_size).flatten()
+            plan = get_mla_metadata(cache_seqlens, s_q * self.layers[0].attn.num_heads, 1)
+            step = DecodeStep(slots, block_table, cache_seqlens, plan)
+        else:
+            step = context.step(positions, block_table, cache_seqlens, page_size, self.layers[0].attn.num_heads)
         angles = rotary_angles(self.config, positions)
 
         def attend(attn: MLAttention, x: Tensor, kv_cache: Tensor) -> Tensor:

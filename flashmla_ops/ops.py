@@ -189,21 +189,27 @@ def _new_plan(cache_seqlens: Tensor) -> tuple[Tensor, Tensor]:
     return cache_seqlens.new_empty(MAX_PARTS, COLUMNS), cache_seqlens.new_empty(cache_seqlens.shape[0] + 1)
 
 
-def _get_mla_metadata(cache_seqlens, num_heads_per_head_k, num_heads_k):
+def _make_plan(outputs, cache_seqlens, num_heads_per_head_k, num_heads_k, batch_invariant) -> None:
+    options = {"batch_invariant": True} if batch_invariant else {}
+    backend = backends.choose("get_mla_metadata", cache_seqlens, **options)
+    backend.get_mla_metadata(*outputs, cache_seqlens, num_heads_per_head_k, num_heads_k, **options)
+
+
+def _get_mla_metadata(cache_seqlens, num_heads_per_head_k, num_heads_k, *, batch_invariant=False):
     _refuse(_metadata_error(cache_seqlens, num_heads_per_head_k, num_heads_k))
-    backend = backends.choose("get_mla_metadata", cache_seqlens)
     outputs = _new_plan(cache_seqlens)
-    backend.get_mla_metadata(*outputs, cache_seqlens, num_heads_per_head_k, num_heads_k)
+    _make_plan(outputs, cache_seqlens, num_heads_per_head_k, num_heads_k, batch_invariant)
     return outputs
 
 
-def _get_mla_metadata_fake(cache_seqlens, num_heads_per_head_k, num_heads_k):
+def _get_mla_metadata_fake(cache_seqlens, num_heads_per_head_k, num_heads_k, *, batch_invariant=False):
     _refuse(_metadata_error(cache_seqlens, num_heads_per_head_k, num_heads_k))
     return _new_plan(cache_seqlens)
 
 
 _define(
-    "get_mla_metadata(Tensor cache_seqlens, SymInt num_heads_per_head_k, SymInt num_heads_k) "
+    "get_mla_metadata(Tensor cache_seqlens, SymInt num_heads_per_head_k, SymInt num_heads_k, *, "
+    "bool batch_invariant=False) "
     "-> (Tensor tile_scheduler_metadata, Tensor num_splits)",
     _get_mla_metadata,
     _get_mla_metadata_fake,
@@ -216,15 +222,30 @@ def _replan_error(cache_seqlens, num_heads_per_head_k, num_heads_k, tile_schedul
     )
 
 
-def _get_mla_metadata_(cache_seqlens, num_heads_per_head_k, num_heads_k, *, tile_scheduler_metadata, num_splits):
+def _get_mla_metadata_(
+    cache_seqlens,
+    num_heads_per_head_k,
+    num_heads_k,
+    *,
+    batch_invariant=False,
+    tile_scheduler_metadata,
+    num_splits,
+):
     plan = tile_scheduler_metadata, num_splits
     _refuse(_replan_error(cache_seqlens, num_heads_per_head_k, num_heads_k, *plan))
     _refuse_misaligned(("tile_scheduler_metadata", tile_scheduler_metadata))
-    backend = backends.choose("get_mla_metadata", cache_seqlens)
-    backend.get_mla_metadata(*plan, cache_seqlens, num_heads_per_head_k, num_heads_k)
+    _make_plan(plan, cache_seqlens, num_heads_per_head_k, num_heads_k, batch_invariant)
 
 
-def _get_mla_metadata__fake(cache_seqlens, num_heads_per_head_k, num_heads_k, *, tile_scheduler_metadata, num_splits):
+def _get_mla_metadata__fake(
+    cache_seqlens,
+    num_heads_per_head_k,
+    num_heads_k,
+    *,
+    batch_invariant=False,
+    tile_scheduler_metadata,
+    num_splits,
+):
     _refuse(_replan_error(cache_seqlens, num_heads_per_head_k, num_heads_k, tile_scheduler_metadata, num_splits))
 
 
@@ -252,7 +273,7 @@ def _plan_shape_error(tile_scheduler_metadata, num_splits, of: Tensor, like: str
 
 _define(
     "get_mla_metadata_(Tensor cache_seqlens, SymInt num_heads_per_head_k, SymInt num_heads_k, *, "
-    "Tensor(a!) tile_scheduler_metadata, Tensor(b!) num_splits) -> ()",
+    "bool batch_invariant=False, Tensor(a!) tile_scheduler_metadata, Tensor(b!) num_splits) -> ()",
     _get_mla_metadata_,
     _get_mla_metadata__fake,
 )

@@ -9,8 +9,9 @@ FIRST_ROW..LAST_ROW (inclusive); of row r the tiles
 
     [FIRST_TILE if r == FIRST_ROW else 0,  LAST_TILE if r == LAST_ROW else ceil(cache_seqlens[r] / TILE)).
 
-FIRST_SPLIT is the index of the part's share of FIRST_ROW among that row's splits. FLAGS and the row-tile columns are 0
-in a plan for even queries. Unused parts have LAST_ROW = -1, so that a loop over their rows runs zero times.
+FIRST_SPLIT is the index of the part's share of FIRST_ROW among that row's splits. FLAGS is 0 but for batch-invariant
+plans (below), and the row-tile columns are 0 in a plan for even queries. Unused parts have LAST_ROW = -1, so that a
+loop over their rows runs zero times.
 
 `num_splits` [b + 1] int32 is the exclusive prefix sum of the number of parts that touch each row. A row of length 0
 lies
@@ -41,6 +42,7 @@ SHARES_PER_TILE = 16
 ROW_TILE = 64  # query rows that one worker holds: s_q * h_q / h_k of them are dealt to row tiles of this size
 
 CPU_PARTS = 16  # a fixed number: the CPU's plan must not depend on the machine's cores
+CPU_PLACES = 1024  # as many as a GPU's workspace has; on the CPU nothing is left in any
 
 
 def row_tiles(num_heads_per_head_k: int, num_heads_k: int) -> int:
@@ -143,3 +145,118 @@ def _on_line(tiles: Tensor, total: Tensor, parts: Tensor, row_cost: int) -> tupl
     used = (row[:-1] < b) & (part[:-1] < parts)
     plan = _columns(used, row[:-1], tile[:-1], last_row, last_tile, first_split)
     return plan, torch.arange(b + 1, device=device) + cuts_before_row[: b + 1]
+
+
+# ------------------------------------------------------------------------------------------------ batch-invariant plans
+#
+# A row's result then depends on nothing but the row. It is cut into units of C tiles, C by its length alone; every unit
+# starts from empty accumulators and ends normalised; and results are merged two by two in a tree that the number of
+# units fixes: node i of level l is that of units i * 2^l .. (i + 1) * 2^l - 1, merged from nodes 2 i and 2 i + 1 of the
+# level below, or the first of these where the row ends before the second. Parts begin and end between units, wherever
+# that balances them: a part merges the nodes that lie in it as a whole, and leaves those of a row that it does not have
+# alone, log2(MAX_UNITS) at most at either end, to whoever merges the parts. Left to right, one after the other, would
+# be no such tree: then a part that goes on with a row could merge nothing, and would leave every unit.
+
+UNIT_TILES = 8  # of a unit at least: results of fewer tiles cost more to merge than their keys to read
+MAX_UNITS = 64  # of a row: as many workers as one row keeps busy
+INVARIANT = 1  # bit of FLAGS; the bits above are the part's first place for the nodes that it leaves
+
+
+def unit_tiles(tiles):
+    """C, the tiles of a unit of a row of so many (an int or a tensor of them)."""
+    least = -(-tiles // MAX_UNITS)
+    return least.clamp_min(UNIT_TILES) if isinstance(tiles, Tensor) else max(least, UNIT_TILES)
+
+
+def nodes_left(begin: Tensor, end: Tensor, units: Tensor) -> Tensor:
+    """Nodes that units begin .. end - 1 of a row of `units` leave: the greatest that lie in them. 0 for the whole row.
+
+    Up to the last multiple of the greatest power of two that the range crosses, and from there on, there is one node
+    for each bit of the distance.
+    """
+    bits = torch.tensor([bin(i).count("1") for i in range(2 * MAX_UNITS + 1)], device=begin.device)
+    powers = 2 ** torch.arange(MAX_UNITS.bit_length(), device=begin.device)
+    padded = powers[torch.searchsorted(powers, units.clamp_min(1))]
+    end = torch.where(end == units, padded, end)  # the row's last nodes are whole, however few units they have
+    # the greatest power of two that divides a number in begin + 1 .. end
+    crossed = torch.where(begin[..., None] // powers < end[..., None] // powers, powers, 0).amax(-1)
+    middle = end // crossed.clamp_min(1) * crossed
+    left = bits[(middle - begin).clamp_min(0)] + bits[(end - middle).clamp_min(0)]
+    return torch.where((begin >= end) | ((begin == 0) & (end == padded)), 0, left)
+
+
+def make_invariant_plan(
+    cache_seqlens: Tensor, num_parts: int, places: int, row_cost: int = ROW_COST
+) -> tuple[Tensor, Tensor]:
+    """Deals rows of the given lengths to at most `num_parts` parts, cut between units only.
+
+    Cuts stand at equal distances on the line of cost; each moves to a multiple of g units before it.
+    g is the least power of two with which parts leave at most `places` nodes.
+
+    Args:
+        cache_seqlens: [b] int32, keys in each row; negative counts as 0.
+        num_parts: 1 to MAX_PARTS.
+        places: what a row tile has in the workspace.
+        row_cost: see row_cost().
+    Returns:
+        tile_scheduler_metadata [MAX_PARTS, 8] int32, num_splits [b + 1] int32.
+    """
+    b, device = cache_seqlens.shape[0], cache_seqlens.device
+    if b == 0:
+        metadata = torch.zeros(MAX_PARTS, COLUMNS, dtype=torch.int32, device=device)
+        metadata[:, LAST_ROW] = -1
+        return metadata, torch.zeros(1, dtype=torch.int32, device=device)
+    tiles = (cache_seqlens.clamp_min(0).long() + (TILE - 1)) // TILE
+    each = unit_tiles(tiles)
+    row_end = (tiles + row_cost).cumsum(0)
+    total, parts = row_end[-1], (row_end[-1] // (MIN_TILES + row_cost)).clamp(1, num_parts)
+    part = torch.arange(MAX_PARTS + 1, device=device)
+    position = torch.minimum(part, parts) * total // parts
+    row = torch.searchsorted(row_end, position, right=True)
+    known = row.clamp_max(b - 1)
+    tile = (position - (row_end - tiles)[known]).clamp_min(0) * (row < b)
+
+    # as (row, unit), for every g: [of g, MAX_PARTS + 1]
+    coarse = (2 ** torch.arange(MAX_UNITS.bit_length(), device=device))[:, None]
+    unit = tile // (each[known] * coarse) * coarse
+    begin, end = _without_empty(row, unit, b)
+    first, last = (begin[0], begin[1]), _ends(end, tiles, each)
+    units = (tiles + each - 1) // each
+    alone = first[0] == last[0]
+    first_units, last_units = units[first[0].clamp_max(b - 1)], units[last[0].clamp_min(0)]
+    leaves = nodes_left(first[1], torch.where(alone, last[1], first_units), first_units)
+    leaves = leaves + torch.where(alone, 0, nodes_left(torch.zeros_like(last[1]), last[1], last_units))
+    leaves = leaves * (first[0] < b)
+    finest = (leaves.sum(1) > places).sum()  # nodes become fewer as g grows, to 0
+    chosen = (*first, *last, leaves)
+    row, unit, last_row, last_unit, leaves = (t.index_select(0, finest[None])[0] for t in chosen)
+
+    used = row < b
+    last_tiles = torch.minimum(last_unit * each[last_row.clamp_min(0)], tiles[last_row.clamp_min(0)])
+    inside = (unit > 0).long()
+    cuts_before = torch.zeros(b + 2, dtype=torch.long, device=device).scatter_add_(0, row + 1, inside).cumsum(0)
+    first_split = inside.cumsum(0) - cuts_before[row]
+    flags = INVARIANT + 2 * (leaves.cumsum(0) - leaves)
+    zero = torch.zeros_like(row)
+    columns = [row, unit * each[row.clamp_max(b - 1)], last_row + 1, last_tiles, first_split, flags, zero, zero]
+    plan = torch.stack(columns, 1) * used[:, None]
+    plan[:, LAST_ROW] -= 1
+    return plan.int(), (torch.arange(b + 1, device=device) + cuts_before[: b + 1]).int()
+
+
+def _without_empty(row: Tensor, unit: Tensor, b: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Where parts begin and end, from cuts [of g, MAX_PARTS + 1] in order of which some are the same."""
+    cut = row * (2 * MAX_UNITS) + unit
+    place = torch.zeros_like(cut)
+    place[:, 1:] = (cut[:, 1:] != cut[:, :-1]).cumsum(1)
+    cut = torch.full_like(cut, b * (2 * MAX_UNITS)).scatter_(1, place, cut)
+    row, unit = cut // (2 * MAX_UNITS), cut % (2 * MAX_UNITS)
+    return (row[:, :-1], unit[:, :-1]), (row[:, 1:], unit[:, 1:])
+
+
+def _ends(cut: tuple[Tensor, Tensor], tiles: Tensor, each: Tensor) -> tuple[Tensor, Tensor]:
+    """The last row of a part that ends at a cut, and its last unit, exclusive: at a row's start the row above ends."""
+    row, unit = cut
+    last_row = row - (unit == 0).long()
+    units = ((tiles + each - 1) // each)[last_row.clamp_min(0)]
+    return last_row, torch.where(unit == 0, units, unit)

@@ -69,3 +69,59 @@ def tiles_of_parts(metadata: Tensor, lengths: list[int]) -> list[dict[int, range
             }
         )
     return parts
+
+
+class Nodes:
+    """What a part, or who merges parts, holds of one row under an invariant plan: nodes of the row's tree in order, as
+    (first unit, level, value). `merge(left, right)` makes one of two."""
+
+    def __init__(self, merge):
+        self.nodes, self.merge = [], merge
+
+    def push(self, unit: int, level: int, value) -> None:
+        """Adds the next node, and merges it with its sibling, and so on, as long as that lies here."""
+        while self.nodes and self.nodes[-1][1] == level and unit >> level & 1:
+            unit, _, left = self.nodes.pop()
+            value, level = self.merge(left, value), level + 1
+        self.nodes.append((unit, level, value))
+
+    def end_of_row(self) -> None:
+        """The last node has no right siblings: it stands for its parents, as long as their left siblings lie here."""
+        while len(self.nodes) > 1 and self.nodes[-1][0] >> self.nodes[-2][1] & 1:
+            _, _, right = self.nodes.pop()
+            unit, level, left = self.nodes.pop()
+            self.nodes.append((unit, level + 1, self.merge(left, right)))
+
+
+def by_parts(metadata: Tensor, lengths: list[int], attend_unit, merge) -> tuple[list, int]:
+    """Executes an invariant plan as a machine's workers do: each part for itself, which leaves the nodes of rows that
+    it shares in its places, and then the rows of which nodes were left. Returns each row's value and the places used.
+
+    attend_unit(row, first tile, end tile) gives a unit's value; a row without tiles has None.
+    """
+    results, places, left = [None] * len(lengths), {}, {}  # left: of each shared row (place, unit, level)
+    for part, columns in zip(tiles_of_parts(metadata, lengths), metadata.tolist(), strict=True):
+        place = columns[plan.FLAGS] >> 1
+        for row, share in part.items():
+            tiles = -(-lengths[row] // plan.TILE)
+            each, nodes = plan.unit_tiles(tiles), Nodes(merge)
+            for tile in range(share.start, share.stop, each):
+                nodes.push(tile // each, 0, attend_unit(row, tile, min(tile + each, tiles)))
+            if share.stop == tiles:
+                nodes.end_of_row()
+            if len(share) == tiles:
+                results[row] = nodes.nodes[0][2] if nodes.nodes else None
+                continue
+            for unit, level, value in nodes.nodes:
+                assert place not in places, "two nodes in one place"
+                places[place] = value
+                left.setdefault(row, []).append((place, unit, level))
+                place += 1
+    for row, shares in left.items():
+        nodes = Nodes(merge)
+        for place, unit, level in shares:
+            nodes.push(unit, level, places[place])
+        nodes.end_of_row()
+        (result,) = nodes.nodes
+        results[row] = result[2]
+    return results, len(places)

@@ -62,12 +62,19 @@ RIGHT = re.compile(r"^(\d+) cases right$", re.MULTILINE)
 PLANTED = Path(__file__).resolve().with_name("faults.cu")
 DECODE = PLANTED.parents[1] / "csrc/sm90/fwd_kvcache_mla.cu"
 DECODE_FP8 = DECODE.with_name("fwd_kvcache_mla_fp8.cu")
-# by source: which function leaves values for another group of threads, and which one takes them
+DECODE_FP8_FEW_ROWS = DECODE.with_name("fwd_kvcache_mla_fp8_few_rows.cu")
+# by source: which function leaves values for another group of threads, and which one takes them; FILE:NAME is elsewhere
 HANDOVERS = {
-    PLANTED: [("leave_value", "take_value")],
+    PLANTED: [("leave_value", "take_value"), ("leave_chunk", "take_chunk")],
     DECODE: [("leave_base", "take_base"), ("leave_probabilities", "take_sum")],
     DECODE_FP8: [("leave_probabilities", "take_base_and_sum")],
+    DECODE_FP8_FEW_ROWS: [
+        ("store_query_chunk", "take_query_chunk"),
+        ("e4m3_tile.cuh:zero_tokens", "take_bytes"),
+    ],
 }
+# what of the minimal kernels has to be reported for a source's reports to be accepted: the same kind of hand-over
+ALIKE = {DECODE: "leave_value", DECODE_FP8: "leave_value", DECODE_FP8_FEW_ROWS: "leave_chunk"}
 PATH = f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin:{os.environ.get('PATH', '')}"
 
 
@@ -372,18 +379,26 @@ def function_lines(source: str, name: str) -> range:
     return range(first, first + found[0].count("\n") + 1)
 
 
+def places(source: Path, name: str) -> set[tuple[str, int]]:
+    """The lines of a function of this source, or FILE:NAME of one beside it, each with its file's name."""
+    source, name = located(source, name)
+    return {(source.name, line) for line in function_lines(source.read_text(), name)}
+
+
+def located(source: Path, name: str) -> tuple[Path, str]:
+    file, _, name = name.rpartition(":")
+    return source.with_name(file or source.name), name
+
+
 def is_handover(race: list[Access], source: Path) -> bool:
     """Whether each pair that a report names is a write and a read of one hand-over of this source."""
-    text = source.read_text()
-    handovers = [[function_lines(text, name) for name in names] for names in HANDOVERS[source]]
+    handovers = [[places(source, name) for name in names] for names in HANDOVERS[source]]
     first, *others = race
 
     def named(other: Access) -> bool:
         read, write = sorted((first, other))
-        return (
-            (read.kind, write.kind) == ("Read", "Write")
-            and read.file == write.file == source.name
-            and any(write.line in left and read.line in taken for left, taken in handovers)
+        return (read.kind, write.kind) == ("Read", "Write") and any(
+            (write.file, write.line) in left and (read.file, read.line) in taken for left, taken in handovers
         )
 
     return bool(others) and all(map(named, others))
@@ -508,10 +523,12 @@ def is_right(errors: int | None, status: int, cases: int) -> str:
 
 def watch_cases(tool: str, before: Iterable[Row] = (), backend: str = "sm90") -> Row:
     """The tool on a backend's cases; `before` are its rows of planted faults, without which no report is accepted."""
-    reported = any(row.ok and row.accepted for row in before if (row.tool, row.program) == (tool, "handover"))
+    rows = [row for row in before if row.ok and (row.tool, row.program) == (tool, "handover")]
+    reported = {(access.file, access.line) for row in rows for race in row.accepted for access in race}
+    alike = tuple(source for source, name in ALIKE.items() if reported & places(PLANTED, name))
     which = "quick" if tool in QUICK else "all"
     command = [sys.executable, str(Path(__file__).resolve()), "--cases", which, "--backend", backend]
-    return watch(tool, f"cases {backend}", command, is_right, (DECODE, DECODE_FP8) if reported else ())
+    return watch(tool, f"cases {backend}", command, is_right, alike)
 
 
 def main(arguments: list[str]) -> int:

@@ -11,15 +11,15 @@ from test_backends import python
 from torch import Tensor
 from torch.nn.functional import pad
 
-from flashmla_ops import backends, get_mla_metadata
+from flashmla_ops import get_mla_metadata
 from flashmla_ops.backends import values
-from flashmla_ops.testing import make_append_case, make_decode_case, make_merge_case
+from flashmla_ops.testing import make_append_case, make_decode_case, make_merge_case, quantized
 
 
 def calls(device: str = "cpu") -> dict[str, dict]:
     """A good call of each op: bf16, 2 rows, 4 query heads on 2 key heads where there are such."""
     decode = make_decode_case([70, 3], h_q=4, h_k=2, device=device)
-    plan = dict(zip(("tile_scheduler_metadata", "num_splits"), get_mla_metadata(*decode.plan_args), strict=True))
+    plan = planned(decode.cache_seqlens)
     plan_args = list(zip(("cache_seqlens", "num_heads_per_head_k", "num_heads_k"), decode.plan_args, strict=True))
     return {
         "get_mla_metadata": dict(plan_args),
@@ -28,6 +28,11 @@ def calls(device: str = "cpu") -> dict[str, dict]:
         "concat_and_cache_mla": make_append_case(3, device=device).kwargs(),
         "merge_attn_states": make_merge_case(2, 3, 4, device=device).kwargs(),
     }
+
+
+def planned(cache_seqlens: Tensor, num_heads_per_head_k: int = 2, num_heads_k: int = 2) -> dict[str, Tensor]:
+    plan = get_mla_metadata(cache_seqlens, num_heads_per_head_k, num_heads_k)
+    return dict(zip(("tile_scheduler_metadata", "num_splits"), plan, strict=True))
 
 
 def run(op: str, call: dict):
@@ -240,12 +245,11 @@ def test_strides_that_mean_nothing_are_not_refused(target):
     call = calls(target.device)["fwd_kvcache_mla"]
     alone = {name: t[:1] for name, t in call.items() if name in ("q", "block_table", "cache_seqlens")}
     alone["q"] = alone["q"].as_strided(alone["q"].shape, (7, 3, *alone["q"].stride()[2:]))  # [1, 1, h_q, d_qk]
-    alone["num_splits"] = call["num_splits"][:2]
-    run("fwd_kvcache_mla", call | alone)
+    run("fwd_kvcache_mla", call | alone | planned(alone["cache_seqlens"]))
     run("fwd_kvcache_mla", call | {"block_table": pad(call["block_table"], (0, 1))[:, :-1]})
-    empty = {name: call[name][:0] for name in ("block_table", "cache_seqlens")} | {"num_splits": call["num_splits"][:1]}
+    empty = {name: call[name][:0] for name in ("block_table", "cache_seqlens")}
     empty["q"] = call["q"].as_strided((0, 1, 4, 576), (3, 5, 7, 9))
-    run("fwd_kvcache_mla", call | empty)
+    run("fwd_kvcache_mla", call | empty | planned(empty["cache_seqlens"]))
 
 
 # ------------------------------------------------------------------------------------------------------------- gradient
@@ -302,7 +306,34 @@ VALUES = [
     (
         "concat_and_cache_mla",
         {"slot_mapping": lambda t: 0 * t + 7},
-        "slot_mapping: expected each slot once, got 7 more",
+        "slot_mapping: expected each slot once, got 7 more than once, at 0 and 1",
+    ),
+    # the plan of a batch of as many rows, of other lengths: of fewer tiles, without keys, rows exchanged
+    (
+        "fwd_kvcache_mla",
+        {"cache_seqlens": with_value(0, 60)},
+        "tile_scheduler_metadata: expected part . .* these 2 rows .*, got row .*: plan again",
+    ),
+    (
+        "fwd_kvcache_mla",
+        {"cache_seqlens": with_value(1, 0)},
+        "tile_scheduler_metadata: expected part . .*got row 1 .0 keys, 0 tiles.*, tile 1: plan again",
+    ),
+    (
+        "fwd_kvcache_mla",
+        {"cache_seqlens": lambda t: t.flip(0), "block_table": lambda t: t.flip(0)},
+        "tile_scheduler_metadata: expected part . .* these 2 rows .*, got row .*: plan again",
+    ),
+    ("fwd_kvcache_mla", {"num_splits": with_value(1, 9)}, "num_splits: expected . at 1, .*, got 9"),
+    (
+        "fwd_kvcache_mla",
+        {"tile_scheduler_metadata": lambda t: 0 * t},
+        "tile_scheduler_metadata: expected part 0 .* to end after row 0, tile 0, .*, got row 0 .*, tile 0",
+    ),
+    (
+        "fwd_kvcache_mla",
+        {"tile_scheduler_metadata": lambda t: 0 * t - 1},
+        "tile_scheduler_metadata: expected .* ends before row 0",
     ),
 ]
 
@@ -320,6 +351,67 @@ def test_good_values_pass_the_checks(target, monkeypatch, op):
     run(op, calls(target.device)[op])
 
 
+def fp8_call(op: str, kv_format: str, device: str) -> dict:
+    """A good call over an fp8 cache."""
+    decode = quantized(make_decode_case([70, 3], h_q=4, device=device, poison=False), kv_format)
+    if op == "fwd_kvcache_mla":
+        return decode.kwargs()
+    append = make_append_case(3, device=device)
+    scale = {"kv_scale": decode.kv_scale} if decode.kv_scale is not None else {}
+    return append.kwargs() | scale | {"kv_cache": torch.zeros_like(decode.kv_cache)}
+
+
+@pytest.mark.fp8
+@pytest.mark.parametrize("op", ["fwd_kvcache_mla", "concat_and_cache_mla"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0, -1.0])
+def test_debug_refuses_a_scale_that_is_none(target, monkeypatch, op, value):
+    """Without it such scales are taken as they are."""
+    call = fp8_call(op, "fp8_tensor", target.device)
+    call["kv_scale"] = torch.full_like(call["kv_scale"], value)
+    run(op, {name: t.clone() if isinstance(t, Tensor) else t for name, t in call.items()})
+    monkeypatch.setattr(values, "DEBUG", True)
+    check_refused(op, call, f"kv_scale: expected a finite value above 0, got {value}")
+
+
+@pytest.mark.fp8
+def test_debug_names_the_key_whose_scale_is_nan(target, monkeypatch):
+    """Of the scales in the cache those of keys that are read are checked, and no others."""
+    monkeypatch.setattr(values, "DEBUG", True)
+    call = fp8_call("fwd_kvcache_mla", "fp8", target.device)
+    page, past = int(call["block_table"][0, 1]), int(call["block_table"][1, 0])
+    scales = call["kv_cache"][..., 512:528].view(torch.float32)  # [num_pages, page_size, 1, 4]
+    scales[past, 3:] = float("nan")  # beyond the 3 keys of row 1
+    run("fwd_kvcache_mla", call)
+    scales[page, 5, 0, 2] = float("nan")
+    message = f"kv_cache: expected finite .*, got nan in page {page}, token 5, block 2: key 69 of row 0"
+    check_refused("fwd_kvcache_mla", call, message)
+
+
+def test_debug_refuses_a_capture(target, monkeypatch):
+    """There are no values then: every op that would check them says so."""
+    prepared = calls(target.device)
+    monkeypatch.setattr(values, "DEBUG", True)
+    monkeypatch.setattr(values, "_capturing", lambda device: True)
+    monkeypatch.setattr(values, "_on_cuda", lambda t: True)
+    for op, call in prepared.items():
+        if op != "merge_attn_states":
+            check_refused(op, call, "FLASHMLA_DEBUG: expected calls outside of CUDA graphs, got one while .* captured")
+
+
+@pytest.mark.gpu
+def test_debug_refuses_a_plan_for_other_heads(target, monkeypatch):
+    """It would be executed, and right, on fewer or more parts than this call should use."""
+    if target.device == "cpu":
+        pytest.skip("a CPU uses as many parts for any heads")
+    case = make_decode_case([50_000, 7_000], h_q=128, device=target.device)
+    plan = planned(case.cache_seqlens, 16, 1)
+    run("fwd_kvcache_mla", case.kwargs() | plan)
+    monkeypatch.setattr(values, "DEBUG", True)
+    run("fwd_kvcache_mla", case.kwargs() | planned(*case.plan_args))
+    message = r"tile_scheduler_metadata: expected the plan for this call's heads .* \d+ parts, got one of \d+ parts"
+    check_refused("fwd_kvcache_mla", case.kwargs() | plan, message)
+
+
 @pytest.mark.parametrize("setting, expected", [(None, False), ("", False), ("0", False), ("1", True)])
 def test_the_environment_switches_the_checks_on(setting, expected):
     environment = {} if setting is None else {"FLASHMLA_DEBUG": setting}
@@ -329,20 +421,22 @@ def test_the_environment_switches_the_checks_on(setting, expected):
 
 
 @pytest.mark.gpu
-def test_a_capture_is_not_checked(monkeypatch):
-    """Reading a value would end it. What is captured is replayed with other values anyway."""
-    if (status := backends.ALL["sm90"].status()) != "ready":
-        pytest.skip(f"sm90: {status}")
-    for op, call in calls("cuda").items():  # loads the kernels, which a capture may not
+def test_a_capture_is_refused_with_its_reason(target, monkeypatch):
+    """And what was captured with the checks off is replayed unchecked."""
+    if target.device == "cpu":
+        pytest.skip(f"{target.name} runs on the CPU here: nothing is captured")
+    for op, call in calls(target.device).items():  # loads the kernels, which a capture may not
         run(op, call)
-    monkeypatch.setattr(values, "DEBUG", True)
-    call = changed("cuda", "fwd_kvcache_mla", {"cache_seqlens": with_value(1, 257)})
-    append = changed("cuda", "concat_and_cache_mla", {"slot_mapping": with_value(1, -2)})
+    call = calls(target.device)["fwd_kvcache_mla"]
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out, lse = run("fwd_kvcache_mla", call)
-        run("concat_and_cache_mla", append)
-    call["cache_seqlens"][1] = 3
+    monkeypatch.setattr(values, "DEBUG", True)
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        reason = "FLASHMLA_DEBUG: expected calls outside of CUDA graphs, got one while a graph is captured"
+        with pytest.raises(RuntimeError, match=reason):
+            run("fwd_kvcache_mla", call)
+        out.mul_(1)  # an empty graph would warn
     graph.replay()
     for actual, expected in zip((out, lse), run("fwd_kvcache_mla", call), strict=True):
         assert torch.equal(actual, expected)

@@ -226,14 +226,14 @@ def test_append_with_odd_scales(target, kv_scale):
 
 
 def quantized(
-    case: DecodeCase, layout: CacheFormat, cache_dtype: torch.dtype, target: Target
+    case: DecodeCase, layout: CacheFormat, cache_dtype: torch.dtype, target: Target, round_scale: bool = True
 ) -> tuple[dict, DecodeCase]:
     """A call over the case's cache in fp8, and the case over what that stands for: in q's dtype, but with one scale for
     all on other backends than the CPU's, where it is the softmax and the results that are scaled."""
     d_v, d_rope, device = case.head_dim_v, case.q.shape[-1] - case.head_dim_v, case.q.device
     kv_scale = scale_of(layout)
     tokens = case.kv_cache.cpu().reshape(-1, d_v + d_rope).split([d_v, d_rope], 1)
-    cache = layout.quantize(*tokens, kv_scale, True).view(*case.kv_cache.shape[:-1], -1)
+    cache = layout.quantize(*tokens, kv_scale, round_scale).view(*case.kv_cache.shape[:-1], -1)
     dtype = torch.float32 if layout.scaled and target.name != "cpu" else case.q.dtype
     plain = layout.dequantize(cache, d_v, d_rope, kv_scale, dtype).to(device)
     kv_scale = None if kv_scale is None else kv_scale.to(device)
@@ -248,7 +248,8 @@ def test_decoding_is_that_of_the_dequantised_cache(target, name, data):
     """Half of the calls peaked, what must not be read NaN; with a plan and without. Within the error that is allowed
     to decoding of that cache; on the CPU, which does just that, equal."""
     case = make_decode_case(**data.draw(decode_calls(target)))
-    fp8, plain = quantized(case, FP8[name], data.draw(st.sampled_from(BYTE_DTYPES)), target)
+    round_scale = data.draw(st.booleans(), label="round_scale")
+    fp8, plain = quantized(case, FP8[name], data.draw(st.sampled_from(BYTE_DTYPES)), target, round_scale)
     plan = {}
     if data.draw(st.booleans(), label="with plan"):
         made = get_mla_metadata(*case.plan_args)
@@ -288,9 +289,62 @@ def test_error_against_the_unquantised_cache(target):
         assert ((out - exact).norm() / exact.norm()).item() < limit, name
 
 
+HEADS = (16, 64)  # few rows have a kernel of their own
+
+
+@pytest.mark.parametrize("h_q", HEADS)
+@pytest.mark.parametrize("scale", [-0.3, 0.7, 127.9, 200.0, 1e9, 1e38, 0.0, -0.0, 1e-40, 2.0**-149])
+def test_a_token_s_scales_may_be_any_numbers(target, h_q, scale):
+    """Negative, of many digits, great, zero or subnormal: `dequantize` says what they mean. Values are small, and few
+    where scales are great, so that results are finite and do not hang on a score's last digits."""
+    dtype = torch.bfloat16 if torch.bfloat16 in target.dtypes else torch.float32  # fp16 ends at 65504
+    case = make_decode_case([200, 130], h_q=h_q, dtype=dtype, poison=False)
+    fp8, _ = quantized(case, BLOCKS, torch.uint8, target, round_scale=False)
+    tokens = [(0, 0, 7), (0, 3, 7), (1, 1, 0), (1, 2, 1)]  # row, page of it, token
+    for row, page, token in tokens:
+        bytes_ = fp8["kv_cache"][int(case.block_table[row, page]), token, 0]
+        bytes_[:512] = bytes_[:512] & 0x87 | 0x18  # 2^-4 to 2^-3
+        if abs(scale) > 1:
+            bytes_[:512] = 0
+            bytes_[3:512:50] = 0x01 if scale > 1e20 else 0x21
+        bytes_[512:528] = torch.tensor([scale, 0.01, scale, 0.02]).view(torch.uint8)
+    backends.use_backend("cpu")
+    expected = fwd_kvcache_mla(**fp8)
+    assert all(t.isfinite().all() for t in expected)
+    backends.use_backend(target.name)
+    actual = fwd_kvcache_mla(**{k: v.to(target.device) if isinstance(v, Tensor) else v for k, v in fp8.items()})
+    for a, e in zip(actual, expected, strict=True):
+        a, e = a.cpu().float(), e.float()
+        torch.testing.assert_close(a, e, rtol=0.02, atol=0.01 * e.abs().amax(-1).min().item())
+
+
+@pytest.mark.parametrize("h_q", HEADS)
+@pytest.mark.parametrize("scale", [NAN, INF, -INF])
+def test_a_token_s_scale_that_is_no_number_makes_its_row_nan(target, h_q, scale):
+    case = make_decode_case([200, 130], h_q=h_q, dtype=target.dtypes[0], poison=False, device=target.device)
+    fp8, _ = quantized(case, BLOCKS, torch.uint8, target)
+    row = fp8["kv_cache"][int(case.block_table[1, 1]), 5, 0]
+    row[516:520] = torch.tensor([scale], device=row.device).view(torch.uint8)
+    out, lse = fwd_kvcache_mla(**fp8)
+    assert out[1].isnan().all() and lse[1].isnan().all()
+    assert out[0].isfinite().all() and lse[0].isfinite().all()
+
+
+@pytest.mark.parametrize("h_q", HEADS)
+@pytest.mark.parametrize("kv_scale", [NAN, INF, -INF])
+def test_one_scale_that_is_no_number_makes_all_nan(target, h_q, kv_scale):
+    """Scores are infinite or NaN, the greatest of them not -inf: and so are lse and results."""
+    case = make_decode_case([200, 130], h_q=h_q, dtype=target.dtypes[0], poison=False, device=target.device)
+    fp8, _ = quantized(case, ONE_SCALE, torch.uint8, target)
+    out, lse = fwd_kvcache_mla(**fp8 | {"kv_scale": torch.tensor(kv_scale, device=target.device)})
+    assert out.isnan().all() and lse.isnan().all()
+
+
 @pytest.mark.parametrize("name", FP8)
-def test_nan_in_a_key_shows_in_its_row_only(target, name):
-    case = make_decode_case([200, 130], dtype=target.dtypes[0], poison=False, device=target.device)
+@pytest.mark.parametrize("h_q", HEADS)
+def test_nan_in_a_key_shows_in_its_row_only(target, name, h_q):
+    """Of causal calls in all queries of the row: those that do not see the key may be NaN too."""
+    case = make_decode_case([200, 130], h_q=h_q, dtype=target.dtypes[0], poison=False, device=target.device)
     fp8, _ = quantized(case, FP8[name], torch.uint8, target)
     page, token = int(case.block_table[1, 1]), 5
     fp8["kv_cache"][page, token, 0, 77] = 0x7F

@@ -65,18 +65,17 @@ def test_reports_are_parsed_in_every_form():
 
 @pytest.mark.parametrize("source", HANDOVERS, ids=lambda source: source.name)
 def test_hand_overs_are_found_in_the_sources(source):
-    lines = source.read_text().splitlines()
-    for name in [name for names in HANDOVERS[source] for name in names]:
-        found = sanitize.function_lines(source.read_text(), name)
-        body = lines[found.start - 1 : found.stop - 1]
+    for file, name in [sanitize.located(source, name) for names in HANDOVERS[source] for name in names]:
+        found = sanitize.function_lines(file.read_text(), name)
+        body = file.read_text().splitlines()[found.start - 1 : found.stop - 1]
         assert name in body[0] and body[-1].endswith("}") and len(body) < 40
         assert "shared" in "".join(body) and sum(line.startswith("__device__") for line in body) == 1
 
 
 def handed_over(source=DECODE, names=("leave_base", "take_base")) -> list[Access]:
     """A report of a write and a read in these functions."""
-    left, taken = (sanitize.function_lines(source.read_text(), name) for name in names)
-    return [Access("Write", source.name, left[-1]), Access("Read", source.name, taken[-1])]
+    places = (sanitize.places(source, name) for name in names)
+    return [Access(kind, *max(lines)) for kind, lines in zip(("Write", "Read"), places, strict=True)]
 
 
 def test_only_hand_overs_are_accepted():

@@ -96,11 +96,12 @@ struct Pages {
 
     // Read from the table: -1 past the segment and for pages that do not exist, which is outside the tensor map and
     // reads as zeros.
-    __device__ int page_of(int tile) const {
-        if (tile >= segment.end) return -1;
-        const int page = params.block_table[segment.row * params.table_stride + column_of(tile)];
-        return page >= 0 && page < params.num_pages ? page : -1;
+    __device__ int page_of(int tile) const { return checked(entry_of(tile)); }
+    // The two steps of that, for who need not wait for the table yet.
+    __device__ int entry_of(int tile) const {
+        return tile >= segment.end ? -1 : params.block_table[segment.row * params.table_stride + column_of(tile)];
     }
+    __device__ int checked(int entry) const { return entry >= 0 && entry < params.num_pages ? entry : -1; }
     // The tile's first token in its page.
     __device__ int token_of(int tile) const { return (tile - column_of(tile) * tiles_per_page) * kTile; }
 

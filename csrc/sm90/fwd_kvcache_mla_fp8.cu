@@ -1,5 +1,6 @@
 // fwd_kvcache_mla over caches in fp8: what fwd_kvcache_mla.cu computes, from the same plan, on the values that the
-// cache's rows stand for (flashmla_ops/kv_cache.py), in T: bf16 or fp16.
+// cache's rows stand for (flashmla_ops/kv_cache.py), in T: bf16 or fp16. Up to 16 query rows a key head are
+// fwd_kvcache_mla_fp8_few_rows.cu's.
 //
 // Keys pass through registers on their way to shared memory, where they become T. So a third of the warps convert, and
 // the tensor cores' part is simpler than there: one warpgroup scores all tiles, and there is time for that, since a
@@ -15,17 +16,14 @@
 // Shared memory, in slices of 64 x 64 values (8 KB, wgmma.cuh): Q 9, two key tiles 2 x 9. A tile's ninth slice holds
 // the 64 rope values; once the tile is scored, its P takes that place.
 //
-// From e4m3 to T: sign, exponent and mantissa shifted to their places there make a number that is too small by a power
-// of two (2^120 for bf16, 2^8 for fp16), subnormals too; one product with the scale makes it right. The instruction
-// that converts e4m3 would take longer. A scale of many digits has a second, smaller product: what T's first has left
-// out. So values are those of CacheFormat.dequantize, but for the last place now and then where scales are no powers of
-// two. One scale for all is left to the softmax's scale and to the results.
+// Values become T as e4m3.cuh has it. One scale for all is left to the softmax's scale and to the results.
 //
 // Safety. As in fwd_kvcache_mla.cu. Tokens past a row's length, and of pages outside the cache, become zeros and are
 // not read.
 
 #include <cuda/ptx>
 
+#include "e4m3.cuh"
 #include "fwd_kvcache_mla.cuh"
 #include "row_tile.cuh"
 #include "softmax.cuh"
@@ -45,9 +43,9 @@ constexpr int kConverterWarps = 4;
 constexpr int kThreads = kConsumers + 32 * kConverterWarps;
 constexpr int kTokens = kTile / kConverterWarps;  // a converter's of a tile
 constexpr int kTogether = 2;              // of them: one alone is a chain of instructions that wait for each other
-constexpr int kScorerRegisters = 208;     // O takes 128, S 32, P 16
+constexpr int kScorerRegisters = 200;     // O takes 128, S 32, P 16
 constexpr int kFollowerRegisters = 160;   // O 128
-constexpr int kConverterRegisters = 136;  // rows 64 to 80
+constexpr int kConverterRegisters = 144;  // rows 64 to 80
 
 template <typename T>
 struct SharedStorage {
@@ -74,91 +72,7 @@ struct Place {
     }
 };
 
-// ---------------------------------------------------------------------------------------------------- from e4m3 to T
-
-// Where a pair of e4m3 values goes in a pair of T's, from two lanes of 16 bits that have a byte each and its sign
-// above.
-template <typename T>
-constexpr bool kIsBF16 = std::is_same_v<T, __nv_bfloat16>;
-template <typename T>
-constexpr int kShift = kIsBF16<T> ? 4 : 7;
-template <typename T>
-constexpr uint32_t kPlaces = kIsBF16<T> ? 0x87f087f0 : 0xbf80bf80;
-template <typename T>
-constexpr float kUnit = kIsBF16<T> ? 0x1p120f : 0x1p8f;  // what the pair is too small by
-constexpr float kGreatestScale = 128.f;                  // below it, scale * kUnit is a number of T
-
-template <typename T>
-using Pair = std::conditional_t<kIsBF16<T>, __nv_bfloat162, __half2>;
-
-template <typename T>
-__device__ __forceinline__ Pair<T> as_pair(uint32_t bits) {
-    Pair<T> pair;
-    memcpy(&pair, &bits, 4);
-    return pair;
-}
-template <typename Pair>
-__device__ __forceinline__ uint32_t as_bits(const Pair& pair) {
-    uint32_t bits;
-    memcpy(&bits, &pair, 4);
-    return bits;
-}
-
-// scale * kUnit as two numbers of T, a great one in the lower half and what it leaves.
-template <typename T>
-__device__ __forceinline__ uint32_t factors_of(float scale) {
-    const float factor = scale * kUnit<T>, great = __low2float(as_pair<T>(pack<T>(factor, 0.f)));
-    return pack<T>(factor, factor - great);
-}
-
-// Whether one of four bytes is e4m3's NaN, which has all bits but the sign.
-__device__ __forceinline__ uint32_t nans(uint32_t word) { return ((word & 0x7f7f7f7f) + 0x01010101) & 0x80808080; }
-
-// 16 values of a row times factors_of(scale), or times kUnit: two chunks of 8 in T. NaN makes all of them NaN, as the
-// row's score is.
-template <typename T, bool kScaled>
-__device__ __forceinline__ void convert(const uint4& bytes, uint32_t factors, uint4 (&chunks)[2]) {
-    const uint32_t words[4] = {bytes.x, bytes.y, bytes.z, bytes.w};
-    Pair<T> great = as_pair<T>(ptx::permute(factors, 0, 0x1010));
-    const Pair<T> small = as_pair<T>(ptx::permute(factors, 0, 0x3232));
-    if (nans(bytes.x) | nans(bytes.y) | nans(bytes.z) | nans(bytes.w)) great = as_pair<T>(0x7fff7fff);
-    uint32_t packed[8];
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-        const int first = i % 2 * 2;  // byte of the word
-        const uint32_t signs =
-            ptx::permute(words[i / 2], 0, (9 + first) << 12 | (1 + first) << 8 | (8 + first) << 4 | first);
-        const Pair<T> pair = as_pair<T>(signs << kShift<T> & kPlaces<T>);
-        packed[i] = as_bits(kScaled ? __hfma2(pair, great, __hmul2(pair, small)) : __hmul2(pair, great));
-    }
-    chunks[0] = {packed[0], packed[1], packed[2], packed[3]};
-    chunks[1] = {packed[4], packed[5], packed[6], packed[7]};
-}
-
-// The same by way of fp32, for scales that no T has.
-template <typename T>
-__device__ __forceinline__ void convert_slowly(const uint4& bytes, float scale, uint4 (&chunks)[2]) {
-    convert<T, false>(bytes, factors_of<T>(1.f), chunks);
-    uint32_t* words = reinterpret_cast<uint32_t*>(chunks);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-        const Pair<T> pair = as_pair<T>(words[i]);
-        words[i] = pack<T>(__low2float(pair) * scale, __high2float(pair) * scale);
-    }
-}
-
-// 8 bf16 values in T.
-template <typename T>
-__device__ __forceinline__ uint4 convert_bf16(const uint4& values) {
-    if constexpr (std::is_same_v<T, __nv_bfloat16>) return values;
-    const uint32_t words[4] = {values.x, values.y, values.z, values.w};
-    uint32_t packed[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        packed[i] = pack<T>(__uint_as_float(words[i] << 16), __uint_as_float(words[i] & 0xffff0000));
-    }
-    return {packed[0], packed[1], packed[2], packed[3]};
-}
+// ------------------------------------------------------------------------------------------------------ shared memory
 
 template <typename T>
 __device__ __forceinline__ void store_chunk(T* slice, int row, int chunk, const uint4& values) {
@@ -193,6 +107,7 @@ struct Rows;
 template <typename T>
 struct Rows<T, CacheFormat::kFp8Blocks> {
     static constexpr bool kScaled = true;
+    static constexpr int kBytes = 656;
     uint4 latents[kTokens];
     uint4 rope[kTokens / 4];   // of token 4 i + lane / 8: 8 values
     float scale[kTokens / 8];  // of token 8 i + lane / 4: block lane % 4
@@ -234,6 +149,7 @@ struct Rows<T, CacheFormat::kFp8Blocks> {
 template <typename T>
 struct Rows<T, CacheFormat::kFp8Tensor> {
     static constexpr bool kScaled = false;
+    static constexpr int kBytes = 576;
     uint4 latents[kTokens];
     uint4 rope[kTokens / 8];  // of token 8 i + lane / 4: 16 values
 
@@ -246,12 +162,12 @@ struct Rows<T, CacheFormat::kFp8Tensor> {
         }
     }
     __device__ bool usual() const { return true; }
-    __device__ void factors(uint32_t (&mine)[kTokens / 8]) const { mine[0] = mine[1] = factors_of<T>(1.f); }
+    __device__ void factors(uint32_t (&)[kTokens / 8]) const {}
     __device__ void store_rope(T* slice, int lane, int first) const {
 #pragma unroll
         for (int i = 0; i < kTokens / 8; ++i) {
             uint4 chunks[2];
-            convert<T, false>(rope[i], factors_of<T>(1.f), chunks);
+            convert<T>(rope[i], chunks);
             const int row = first + 8 * i + lane / 4;
             store_chunk(slice, row, lane % 4 * 2, chunks[0]);
             store_chunk(slice, row, lane % 4 * 2 + 1, chunks[1]);
@@ -276,23 +192,29 @@ __device__ __forceinline__ void store_latents(uint32_t to, int row, const uint4 
     ptx::store_in_order((to ^ row % 8 * 16 ^ 16) + row * 128, chunks[1]);
 }
 
-// Queries in T are copied asynchronously; finish_queries waits for that. Those in e4m3 are converted: q_scale and
-// kv_scale come into the softmax's scale.
+// Queries are copied asynchronously while the first tile is converted; finish_queries waits for that, and converts
+// those in e4m3: q_scale and kv_scale come into the softmax's scale. Their chunks, of 16 values, first lie where half
+// of these goes: four lanes have those of a row in a slice.
+struct Fp8QueryChunk {
+    static constexpr int kOfRow = kDimQK / 16, kStep = 32 * kConverterWarps;
+    int row, slice, chunk;
+
+    __device__ explicit Fp8QueryChunk(int i) : row(i / kOfRow), slice(i % kOfRow / 4), chunk(i % 4) {}
+};
+
 template <typename T, bool kFp8Queries>
 __device__ __forceinline__ void start_queries(const FwdParams& params, SharedStorage<T>& shared, const RowTile& rows,
                                               const Segment& segment, int warp, uint32_t phase) {
     const int lane = threadIdx.x % 32;
+    using Stored = std::conditional_t<kFp8Queries, uint8_t, T>;
     wait(&shared.queries_freed, phase ^ 1);
     if constexpr (kFp8Queries) {
-        constexpr int kChunks = kDimQK / 16;
 #pragma unroll 1
-        for (int i = warp * 32 + lane; i < rows.count(params) * kChunks; i += 32 * kConverterWarps) {
-            const int row = i / kChunks, chunk = i % kChunks;
-            uint4 chunks[2];
-            const uint8_t* from = query_row<uint8_t>(params, rows, segment.row, row);
-            convert<T, false>(__ldcg(reinterpret_cast<const uint4*>(from) + chunk), factors_of<T>(1.f), chunks);
-            store_chunk(shared.sQ[chunk / 4], row, chunk % 4 * 2, chunks[0]);
-            store_chunk(shared.sQ[chunk / 4], row, chunk % 4 * 2 + 1, chunks[1]);
+        for (int i = warp * 32 + lane; i < rows.count(params) * Fp8QueryChunk::kOfRow; i += Fp8QueryChunk::kStep) {
+            const Fp8QueryChunk at(i);
+            const uint8_t* from =
+                query_row<uint8_t>(params, rows, segment.row, at.row) + i % Fp8QueryChunk::kOfRow * 16;
+            ptx::cp_async_16(ptx::shared_address(shared.sQ[at.slice]) + wgmma::swizzled(at.row, at.chunk), from);
         }
     } else {
         const int chunk = lane % 8;
@@ -306,13 +228,36 @@ __device__ __forceinline__ void start_queries(const FwdParams& params, SharedSto
             }
         }
     }
+    if (segment.more && warp * 32 + lane < rows.count(params)) {  // the next row's to L2
+        ptx::prefetch_bulk_l2(query_row<Stored>(params, rows, segment.row + 1, warp * 32 + lane),
+                              kDimQK * sizeof(Stored));
+    }
 }
 
-template <typename T>
-__device__ __forceinline__ void finish_queries(SharedStorage<T>& shared) {
+template <typename T, bool kFp8Queries>
+__device__ __forceinline__ void finish_queries(const FwdParams& params, SharedStorage<T>& shared, const RowTile& rows,
+                                               int warp) {
+    const int lane = threadIdx.x % 32;
     ptx::cp_async_wait_all();
+    if constexpr (kFp8Queries) {
+        const int count = rows.count(params) * Fp8QueryChunk::kOfRow;
+#pragma unroll 1
+        for (int first = warp * 32; first < count; first += Fp8QueryChunk::kStep) {
+            const Fp8QueryChunk at(first + lane);
+            const bool there = first + lane < count;
+            const char* slice = reinterpret_cast<const char*>(shared.sQ[at.slice]);
+            uint4 bytes = {}, chunks[2];
+            if (there) bytes = *reinterpret_cast<const uint4*>(slice + wgmma::swizzled(at.row, at.chunk));
+            __syncwarp();  // all four have read
+            convert<T>(bytes, chunks);
+            if (there) {
+                store_chunk(shared.sQ[at.slice], at.row, at.chunk * 2, chunks[0]);
+                store_chunk(shared.sQ[at.slice], at.row, at.chunk * 2 + 1, chunks[1]);
+            }
+        }
+    }
     __syncwarp();
-    if (threadIdx.x % 32 == 0) cuda::ptx::mbarrier_arrive(&shared.queries_landed);
+    if (lane == 0) cuda::ptx::mbarrier_arrive(&shared.queries_landed);
 }
 
 // A tile whose scales are not usual, read again: nothing that has to be fast.
@@ -336,7 +281,7 @@ __device__ __forceinline__ void convert_keys(const FwdParams& params, SharedStor
     const int lane = threadIdx.x % 32, first = warp * kTokens;
     const Pages pages(params, segment);
     Rows<T, kFormat> held;
-    int next_page = pages.page_of(segment.begin + 1);
+    int next_entry = pages.entry_of(segment.begin + 1);
     {
         const TokenRows from(params, rows, pages, segment.begin, pages.page_of(segment.begin), warp);
         held.load_scales(from, lane);
@@ -353,32 +298,40 @@ __device__ __forceinline__ void convert_keys(const FwdParams& params, SharedStor
     for (int tile = segment.begin; tile < segment.end; ++tile, place.next()) {
         auto& to = shared.sK[place.stage];
         const uint32_t latents = latents_address(to, lane) + first * 128;
-        const TokenRows from(params, rows, pages, tile + 1, next_page, warp);  // of page -1, so none, after the last
-        next_page = pages.page_of(tile + 2);                                   // looked up a tile ahead
+        // of page -1, so none, after the last
+        const TokenRows from(params, rows, pages, tile + 1, pages.checked(next_entry), warp);
+        next_entry = pages.entry_of(tile + 2);  // looked up a tile ahead
         uint32_t factors[kTokens / 8];
         held.factors(factors);
         const bool usual = held.usual();
         held.load_scales(from, lane);
         const uint8_t* at = from.first + lane * 16;  // counted up: 16 addresses would not fit in registers
         wait(&shared.freed[place.stage], place.phase ^ 1);
-        const auto factors_of_row = [&](int token) {
-            return Rows<T, kFormat>::kScaled ? __shfl_sync(~0u, factors[token / 8], token % 8 * 4 + lane / 8)
-                                             : factors[0];
+        // the latents, each token's successor asked for as soon as it is converted
+        const auto convert_latents = [&]<int kProducts>() {
+#pragma unroll
+            for (int token = 0; token < kTokens; token += kTogether) {
+                uint4 chunks[kTogether][2];
+#pragma unroll
+                for (int i = 0; i < kTogether; ++i) {
+                    const int t = token + i;
+                    const uint32_t both = kProducts == 0 ? 0 : __shfl_sync(~0u, factors[t / 8], t % 8 * 4 + lane / 8);
+                    convert<T, kProducts>(swap_halves(held.latents[t], swapped(lane)), both, chunks[i]);
+                }
+#pragma unroll
+                for (int i = 0; i < kTogether; ++i) store_latents(latents, token + i, chunks[i]);
+#pragma unroll
+                for (int i = 0; i < kTogether; ++i, at += from.stride) {
+                    held.latents[token + i] = ptx::load_in_order(at, from.has(token + i));
+                }
+            }
         };
-#pragma unroll
-        for (int token = 0; token < kTokens; token += kTogether) {
-            uint4 chunks[kTogether][2];
-#pragma unroll
-            for (int i = 0; i < kTogether; ++i) {
-                convert<T, Rows<T, kFormat>::kScaled>(swap_halves(held.latents[token + i], swapped(lane)),
-                                                      factors_of_row(token + i), chunks[i]);
-            }
-#pragma unroll
-            for (int i = 0; i < kTogether; ++i) store_latents(latents, token + i, chunks[i]);
-#pragma unroll
-            for (int i = 0; i < kTogether; ++i, at += from.stride) {
-                held.latents[token + i] = ptx::load_in_order(at, from.has(token + i));
-            }
+        if constexpr (!Rows<T, kFormat>::kScaled) {
+            convert_latents.template operator()<0>();
+        } else if (__all_sync(~0u, (factors[0] | factors[1]) >> 16 << 1 == 0)) {  // powers of two, mostly
+            convert_latents.template operator()<1>();
+        } else {
+            convert_latents.template operator()<2>();
         }
         if constexpr (Rows<T, kFormat>::kScaled) {
             if (!usual) {
@@ -389,7 +342,14 @@ __device__ __forceinline__ void convert_keys(const FwdParams& params, SharedStor
         held.load_rope(from, lane);
         __syncwarp();
         if (lane == 0) cuda::ptx::mbarrier_arrive(&shared.landed[place.stage]);
-        if (tile == segment.begin) finish_queries(shared);
+        if (tile == segment.begin) finish_queries<T, kFp8Queries>(params, shared, rows, warp);
+        // the rows after the next to L2, so that what a tile waits for does not come from memory
+        if (params.cache_stride_token == Rows<T, kFormat>::kBytes) {
+            const TokenRows after(params, rows, pages, tile + 2, pages.checked(next_entry), warp);
+            if (lane == 0 && after.count > 0) {
+                ptx::prefetch_bulk_l2(after.first, min(after.count, kTokens) * Rows<T, kFormat>::kBytes);
+            }
+        }
     }
 }
 
@@ -425,7 +385,8 @@ __device__ __forceinline__ void score(SharedStorage<T>& shared, const Place& pla
     wgmma::commit();
 }
 
-// Leaves P of the tile in `stage` for the follower, in the rope slice, with what it is relative to and its sums.
+// Leaves P of the tile in `stage` for the follower, in the rope slice, with what it is relative to and its sums. The
+// follower's fence, after the barrier, is what its wgmma needs to read P.
 template <typename T>
 __device__ __forceinline__ void leave_probabilities(SharedStorage<T>& shared, const Consumer& me, int stage,
                                                     const float (&base)[2], const float (&sum)[2],
@@ -437,7 +398,6 @@ __device__ __forceinline__ void leave_probabilities(SharedStorage<T>& shared, co
     }
     ptx::named_barrier(kWarpgroupOf, kWarpgroup);  // all of the warpgroup has read the rope slice
     store_probabilities(me, rP, shared.sK[stage][kRope]);
-    cuda::ptx::fence_proxy_async(cuda::ptx::space_shared);
     ptx::named_barrier_arrive(kStored + stage, kConsumers);
 }
 
@@ -523,7 +483,7 @@ __device__ __forceinline__ void attend_follower(SharedStorage<T>& shared, const 
 }
 
 // What became of a segment, from a warpgroup's accumulators to memory, by way of its half of the last tile's V.
-template <typename T>
+template <typename Out, typename T>
 __device__ __forceinline__ void store(const FwdParams& params, SharedStorage<T>& shared, const RowTile& rows,
                                       const Consumer& me, const Segment& segment, int warpgroup, float out_scale,
                                       Place& place, Softmax& softmax, float (&rO)[128]) {
@@ -538,7 +498,7 @@ __device__ __forceinline__ void store(const FwdParams& params, SharedStorage<T>&
     if (segment.place >= 0) {
         store_share(params, rows, me, segment.place, warpgroup, lse_log2, rO);
     } else {
-        store_rows<T>(params, rows, me, segment.row, warpgroup, lse_log2, rO, staging);
+        store_rows<Out>(params, rows, me, segment.row, warpgroup, lse_log2, rO, staging);
     }
     release(me, &shared.freed[place.stage]);
     place.next();
@@ -551,7 +511,7 @@ __device__ __forceinline__ Consumer consumer() {
     return {__shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32 % 4, 0), ptx::lane()};
 }
 
-template <typename T, CacheFormat kFormat, bool kFp8Queries>
+template <typename T, typename Out, CacheFormat kFormat, bool kFp8Queries>
 __global__ void __launch_bounds__(kThreads, 1) fwd_kvcache_mla_fp8_kernel(const __grid_constant__ FwdParams params) {
     extern __shared__ __align__(1024) uint8_t shared_bytes[];
     SharedStorage<T>& shared = *reinterpret_cast<SharedStorage<T>*>(shared_bytes);
@@ -579,22 +539,22 @@ __global__ void __launch_bounds__(kThreads, 1) fwd_kvcache_mla_fp8_kernel(const 
         ptx::increase_registers<kScorerRegisters>();
         const float scale_log2 = params.softmax_scale_log2 * kv_scale * (kFp8Queries ? __ldg(params.q_scale) : 1.f);
         for_each_segment(params, shared.parts, [&](const Segment& segment) {
-            if (segment.begin == segment.end) return store_nothing<T, kConsumers>(params, rows, segment);
+            if (segment.begin == segment.end) return store_nothing<Out, kConsumers>(params, rows, segment);
             float rO[128] = {};  // [64, 256] of the warpgroup
             Softmax softmax;
             const Consumer me = consumer();
             attend_scorer(params, shared, rows, me, segment, scale_log2, place, queries_phase, softmax, rO);
-            store(params, shared, rows, me, segment, 0, kv_scale, place, softmax, rO);
+            store<Out>(params, shared, rows, me, segment, 0, kv_scale, place, softmax, rO);
         });
     } else if (warp < kConsumerWarps) {
         ptx::decrease_registers<kFollowerRegisters>();
         for_each_segment(params, shared.parts, [&](const Segment& segment) {
-            if (segment.begin == segment.end) return store_nothing<T, kConsumers>(params, rows, segment);
+            if (segment.begin == segment.end) return store_nothing<Out, kConsumers>(params, rows, segment);
             float rO[128] = {};
             Softmax softmax;
             const Consumer me = consumer();
             attend_follower(shared, me, segment, place, softmax, rO);
-            store(params, shared, rows, me, segment, 1, kv_scale, place, softmax, rO);
+            store<Out>(params, shared, rows, me, segment, 1, kv_scale, place, softmax, rO);
         });
     } else {
         ptx::decrease_registers<kConverterRegisters>();
@@ -608,9 +568,9 @@ __global__ void __launch_bounds__(kThreads, 1) fwd_kvcache_mla_fp8_kernel(const 
 
 // ---------------------------------------------------------------------------------------------------------- launcher
 
-template <typename T, CacheFormat kFormat, bool kFp8Queries>
+template <typename T, typename Out, CacheFormat kFormat, bool kFp8Queries>
 void launch(const FwdParams& params, cudaStream_t stream) {
-    constexpr auto kKernel = fwd_kvcache_mla_fp8_kernel<T, kFormat, kFp8Queries>;
+    constexpr auto kKernel = fwd_kvcache_mla_fp8_kernel<T, Out, kFormat, kFp8Queries>;
     constexpr int kSharedBytes = sizeof(SharedStorage<T>);
     static_assert(kSharedBytes <= 227 * 1024);
     allow_shared_bytes<kKernel>(kSharedBytes, "fwd_kvcache_mla: shared memory");
@@ -620,14 +580,16 @@ void launch(const FwdParams& params, cudaStream_t stream) {
 
 template <typename T>
 void launch(const FwdParams& params, cudaStream_t stream) {
-    params.format == CacheFormat::kFp8Blocks ? launch<T, CacheFormat::kFp8Blocks, false>(params, stream)
-                                             : launch<T, CacheFormat::kFp8Tensor, false>(params, stream);
+    params.format == CacheFormat::kFp8Blocks ? launch<T, T, CacheFormat::kFp8Blocks, false>(params, stream)
+                                             : launch<T, T, CacheFormat::kFp8Tensor, false>(params, stream);
 }
 
 }  // namespace
 
 void fwd_kvcache_mla_fp8(const FwdParams& params, cudaStream_t stream) {
-    if (params.q_scale != nullptr) return launch<__nv_bfloat16, CacheFormat::kFp8Tensor, true>(params, stream);
+    if (params.rows <= kFewRows) return fwd_kvcache_mla_fp8_few_rows(params, stream);
+    // e4m3 on both sides: fp16 has all its values, and the machine converts to it
+    if (params.q_scale != nullptr) return launch<__half, __nv_bfloat16, CacheFormat::kFp8Tensor, true>(params, stream);
     params.dtype == DType::kBF16 ? launch<__nv_bfloat16>(params, stream) : launch<__half>(params, stream);
 }
 

@@ -39,6 +39,30 @@ __device__ __forceinline__ void stmatrix_x4_trans(uint32_t to, uint32_t m0, uint
                  : "memory");
 }
 
+// The same from shared memory. "ldmatrix"
+__device__ __forceinline__ void ldmatrix_x4(uint32_t from, uint32_t (&m)[4]) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
+                 : "r"(from)
+                 : "memory");
+}
+
+// d [16, 8] += a [16, 16] b [8, 16]^T, of a warp, in fragments. "mma"
+template <bool kBF16>
+__device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+#define FLASHMLA_MMA_M16N8K16(TYPE)                                            \
+    asm("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE                 \
+        ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                       \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
+    if constexpr (kBF16) {
+        FLASHMLA_MMA_M16N8K16("bf16");
+    } else {
+        FLASHMLA_MMA_M16N8K16("f16");
+    }
+#undef FLASHMLA_MMA_M16N8K16
+}
+
 // A barrier among the CTA's first arrivals of `threads` threads; barrier 0 is __syncthreads's. "bar.sync"
 __device__ __forceinline__ void named_barrier(int barrier, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
@@ -93,6 +117,22 @@ __device__ __forceinline__ float exp2_approx(float x) {
 __device__ __forceinline__ uint32_t permute(uint32_t low, uint32_t high, uint32_t selector) {
     uint32_t result;
     asm("prmt.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(low), "r"(high), "r"(selector));
+    return result;
+}
+
+// The lower or upper two of four e4m3 values in fp16. "cvt"
+template <int kHalf>
+__device__ __forceinline__ uint32_t fp16_of_e4m3(uint32_t word) {
+    uint32_t result;
+    if constexpr (kHalf == 0) {
+        asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %1;\ncvt.rn.f16x2.e4m3x2 %0, low;\n}\n"
+            : "=r"(result)
+            : "r"(word));
+    } else {
+        asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %1;\ncvt.rn.f16x2.e4m3x2 %0, high;\n}\n"
+            : "=r"(result)
+            : "r"(word));
+    }
     return result;
 }
 

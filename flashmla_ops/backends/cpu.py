@@ -1,7 +1,7 @@
 """The CPU backend: vectorised torch, one function per op. It serves CPU tensors of every shape in the contract.
 
 It always checks values, which other backends cannot do without waiting for the device (values.py): lengths beyond the
-table, pages outside the cache and bad slots raise here, before anything is written.
+table, pages outside the cache, bad slots and plans for other rows raise here, before anything is written.
 """
 
 from typing import NamedTuple
@@ -10,8 +10,23 @@ import torch
 from torch import Tensor
 
 from ..kv_cache import format_of
-from ..plan import CPU_PARTS, FIRST_ROW, FIRST_TILE, LAST_ROW, LAST_TILE, MAX_PARTS, TILE, make_plan, row_cost
-from .values import check_lengths, check_lengths_and_pages, check_slots
+from ..plan import (
+    CPU_PARTS,
+    CPU_PLACES,
+    FIRST_ROW,
+    FIRST_TILE,
+    FLAGS,
+    INVARIANT,
+    LAST_ROW,
+    LAST_TILE,
+    MAX_PARTS,
+    TILE,
+    make_invariant_plan,
+    make_plan,
+    row_cost,
+    unit_tiles,
+)
+from .values import check_concat_and_cache_mla, check_fwd_kvcache_mla, check_lengths
 
 BLOCK_BYTES = 128 << 20  # working set of one block of rows and queries
 STEP_KEYS = 4096  # keys gathered in one step, over all rows: 9 MB of 576 fp32, which stays in a last-level cache
@@ -37,9 +52,14 @@ def get_mla_metadata(
     cache_seqlens: Tensor,
     num_heads_per_head_k: int,
     num_heads_k: int,
+    batch_invariant: bool = False,
 ) -> None:
     check_lengths(cache_seqlens)
-    plan, splits = make_plan(cache_seqlens, CPU_PARTS, row_cost(num_heads_per_head_k))
+    cost = row_cost(num_heads_per_head_k)
+    if batch_invariant:
+        plan, splits = make_invariant_plan(cache_seqlens, CPU_PARTS, CPU_PLACES, cost)
+    else:
+        plan, splits = make_plan(cache_seqlens, CPU_PARTS, cost)
     tile_scheduler_metadata.copy_(plan)
     num_splits.copy_(splits)
 
@@ -84,7 +104,7 @@ def fwd_kvcache_mla(
     kv_scale: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # out [b, s_q, h_q, d_v], lse [b, h_q, s_q]
     """Blocks of rows x queries, as many as fit in BLOCK_BYTES, each an online softmax over its rows' chunks."""
-    check_lengths_and_pages(kv_cache, block_table, cache_seqlens)
+    check_fwd_kvcache_mla(q, kv_cache, block_table, cache_seqlens, d_v, plan, q_scale, kv_scale)
     b, s_q, h_q, d_qk = q.shape
     out_dtype = q.dtype
     if q_scale is not None:  # q in e4m3: neither it nor the keys are rounded any further
@@ -92,6 +112,9 @@ def fwd_kvcache_mla(
     keys = Keys(kv_cache, d_v, d_qk - d_v, kv_scale, q.dtype)
     out, lse = q.new_empty(b, s_q, h_q, d_v, dtype=out_dtype), q.new_empty(b, h_q, s_q, dtype=torch.float32)
     if out.numel() == 0:
+        return out, lse
+    if plan is not None and int(plan[0][0, FLAGS]) & INVARIANT:
+        _attend_invariantly(q, keys, block_table, cache_seqlens, softmax_scale, causal, out, lse)
         return out, lse
     lengths = cache_seqlens.long()
     shortest, longest = (int(v) for v in lengths.aminmax())
@@ -224,6 +247,84 @@ def _accumulate(scores: Tensor, v: Tensor, m: Tensor, l: Tensor, acc: Tensor) ->
     m.copy_(m_new)
 
 
+# --------------------------------------------------------------------------- fwd_kvcache_mla under an invariant plan
+
+INVARIANT_QUERIES = 16  # of a row at a time, so that results which wait to be merged stay small
+
+State = tuple[Tensor, Tensor]  # of one query over some keys: out [h_k, h_q / h_k, d_v], normalised, and lse [h_k, ..]
+
+
+def _attend_invariantly(
+    q: Tensor,
+    keys: Keys,
+    block_table: Tensor,
+    cache_seqlens: Tensor,
+    softmax_scale: float,
+    causal: bool,
+    out: Tensor,
+    lse: Tensor,
+) -> None:
+    """Units and their tree as plan.py defines them; which part has which unit makes no difference, so nobody asks.
+
+    One query and one unit at a time: a matrix product's bits depend on its sizes, and these are h_q / h_k, dims and the
+    unit's keys, whatever the batch and s_q. Its operands are tensors of their own, aligned alike.
+    """
+    s_q, h_q = q.shape[1:3]
+    h_k = keys.kv_cache.shape[2]
+    for row, length in enumerate(cache_seqlens.tolist()):
+        unit_keys = TILE * unit_tiles(-(-length // TILE))
+        for first in range(0, s_q, INVARIANT_QUERIES):
+            block = range(first, min(first + INVARIANT_QUERIES, s_q))
+            pending: list[list[tuple[int, State | None]]] = [
+                [] for _ in block
+            ]  # of each query: (level, nodes) in order
+            for unit, begin in enumerate(range(0, length, unit_keys)):
+                position = torch.arange(begin, min(begin + unit_keys, length))
+                kv = _gather(keys, block_table[row : row + 1], position[None])  # [h_k, w, d_qk]
+                for nodes, i in zip(pending, block, strict=True):
+                    visible = (length - s_q + 1 + i if causal else length) - begin
+                    one = q[row, i].unflatten(0, (h_k, -1)).float() * softmax_scale
+                    _push(nodes, unit, _attend_unit(one, kv, keys.d_v, visible) if visible > 0 else None)
+            for nodes, i in zip(pending, block, strict=True):
+                state = None
+                for _, left in reversed(nodes):
+                    state = _merge(left, state)
+                if state is None:
+                    out[row, i], lse[row, :, i] = 0, float("inf")
+                else:
+                    out[row, i], lse[row, :, i] = state[0].reshape(h_q, -1).to(out.dtype), state[1].reshape(h_q)
+
+
+def _attend_unit(q: Tensor, kv: Tensor, d_v: int, visible: int) -> State:
+    """One query [h_k, h_q / h_k, d_qk] over the first `visible` keys of a unit [h_k, w, d_qk], at least one."""
+    scores = torch.bmm(q, kv.transpose(1, 2))  # as it lies: a copy the other way round sums in one chain
+    scores[..., visible:] = float("-inf")
+    m = scores.amax(-1, keepdim=True)
+    p = (scores - m).exp_()
+    total = p.sum(-1, keepdim=True)
+    return torch.bmm(p, kv[..., :d_v].contiguous()) / total, (m + total.log())[..., 0]
+
+
+def _merge(left: State | None, right: State | None) -> State | None:
+    """None is what saw no key."""
+    if left is None or right is None:
+        return right if left is None else left
+    m = torch.maximum(left[1], right[1])
+    left_weight, right_weight = (left[1] - m).exp_(), (right[1] - m).exp_()
+    total = left_weight + right_weight
+    out = left[0] * (left_weight / total)[..., None] + right[0] * (right_weight / total)[..., None]
+    return out, m + total.log()
+
+
+def _push(nodes: list[tuple[int, State | None]], unit: int, state: State | None, merge=_merge) -> None:
+    """Adds the next unit, and merges every node of the tree that it completes."""
+    level = 0
+    while unit >> level & 1:
+        state = merge(nodes.pop()[1], state)
+        level += 1
+    nodes.append((level, state))
+
+
 # ---------------------------------------------------------------------------------------------- concat_and_cache_mla
 
 
@@ -231,7 +332,7 @@ def concat_and_cache_mla(
     kv_cache: Tensor, kv_c: Tensor, k_pe: Tensor, slot_mapping: Tensor, kv_scale: Tensor | None, round_scale: bool
 ) -> None:
     num_pages, page_size = kv_cache.shape[:2]
-    check_slots(slot_mapping, num_pages * page_size)
+    check_concat_and_cache_mla(slot_mapping, num_pages * page_size, kv_scale)
     token = (slot_mapping >= 0).nonzero()[:, 0]
     slot = slot_mapping[token]
     page, offset = slot // page_size, slot % page_size

@@ -5,6 +5,7 @@ is first asked for, and what went wrong then is kept as the reason that users ar
 """
 
 import functools
+import struct
 from pathlib import Path
 
 import torch
@@ -35,6 +36,8 @@ def status() -> str:
 
 
 def refusal(op: str, tensor: Tensor, **facts) -> str | None:
+    if facts.get("batch_invariant"):
+        return "its kernels do not merge a row's units in a fixed order (batch_invariant): the cpu backend does"
     if tensor.device.type != "cuda":
         return f"it serves CUDA tensors only, this one is on {tensor.device}"
     if reason := _no_library():
@@ -53,9 +56,13 @@ def _no_library() -> str | None:
         reason = BUILD_REPORT.read_text().strip() if BUILD_REPORT.exists() else "the package was never built with nvcc"
         return f"the compiled library is missing ({reason}): reinstall with `pip install --no-build-isolation .`"
     try:
+        if truncated := _truncated(LIBRARY):
+            raise OSError(truncated)
         torch.ops.load_library(LIBRARY)
-    except OSError as error:
-        return f"the compiled library does not load ({error}): reinstall with `pip install --no-build-isolation .`"
+        torch.ops.flashmla_sm90.cuda_versions  # noqa: B018  what a library of something else lacks
+    except (OSError, AttributeError) as error:
+        why = error.__cause__ or error  # the loader's own message, where torch puts another one before it
+        return f"the compiled library does not load ({why}): reinstall with `pip install --no-build-isolation .`"
     if not torch.cuda.is_available():
         return "torch finds no usable NVIDIA GPU and driver on this machine: see torch.cuda.is_available()"
     driver, runtime = torch.ops.flashmla_sm90.cuda_versions()
@@ -65,6 +72,18 @@ def _no_library() -> str | None:
             f"{_version(runtime)}: update the driver, or reinstall where nvcc is {driver // 1000}.x"
         )
     return None
+
+
+def _truncated(library: Path) -> str | None:
+    """The loader maps what an ELF file's headers promise: of one that ends before, a read would end the process."""
+    size = library.stat().st_size
+    with library.open("rb") as file:
+        header = file.read(64)
+    if len(header) < 64 or header[:4] != b"\x7fELF":
+        return f"{library.name}, {size} bytes, is no ELF file"
+    (sections,), (entry, count) = struct.unpack_from("<Q", header, 40), struct.unpack_from("<HH", header, 58)
+    needed = sections + entry * count  # the table of sections stands last
+    return f"{library.name} is truncated: {size} of {needed} bytes" if size < needed else None
 
 
 def _version(number: int) -> str:
@@ -133,11 +152,13 @@ def fwd_kvcache_mla(
     q_scale: Tensor | None,
     kv_scale: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # out [b, s_q, h_q, d_v], lse [b, h_q, s_q]
-    if values.DEBUG:
-        values.check_lengths_and_pages(kv_cache, block_table, cache_seqlens)
     _, s_q, h_q, _ = q.shape
     h_k = kv_cache.shape[2]
     parts = _parts(q.device, max(s_q * h_q // h_k, 1), h_k)
+    if values.DEBUG:
+        values.check_fwd_kvcache_mla(
+            q, kv_cache, block_table, cache_seqlens, head_dim_v, plan, q_scale, kv_scale, parts
+        )
     metadata = None if plan is None else plan[0]
     # a plan that is given may come from elsewhere, and use more parts than this machine would
     plan_parts = parts if plan is None else MAX_PARTS
@@ -150,7 +171,7 @@ def concat_and_cache_mla(
     kv_cache: Tensor, kv_c: Tensor, k_pe: Tensor, slot_mapping: Tensor, kv_scale: Tensor | None, round_scale: bool
 ) -> None:
     if values.DEBUG:
-        values.check_slots(slot_mapping, kv_cache.shape[0] * kv_cache.shape[1])
+        values.check_concat_and_cache_mla(slot_mapping, kv_cache.shape[0] * kv_cache.shape[1], kv_scale)
     torch.ops.flashmla_sm90.concat_and_cache_mla.default(kv_cache, kv_c, k_pe, slot_mapping, kv_scale, round_scale)
 
 

@@ -9,6 +9,7 @@ Nothing is tuned at run time: how fwd_kvcache_mla is cut up is read from the tab
 import contextlib
 import functools
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -39,6 +40,8 @@ def status() -> str:
 
 
 def refusal(op: str, tensor: Tensor, **facts) -> str | None:
+    if facts.get("batch_invariant"):
+        return "its kernels do not merge a row's units in a fixed order (batch_invariant): the cpu backend does"
     if reason := _no_triton():
         return reason
     if tensor.is_cpu and not _interpreted():
@@ -109,9 +112,17 @@ def _parts(device: torch.device, num_heads_per_head_k: int, num_heads_k: int) ->
     return max_parts(multiprocessors, row_tiles(num_heads_per_head_k, num_heads_k))
 
 
-def _on(device: torch.device) -> contextlib.AbstractContextManager:
-    """Triton launches on the current device, whatever its arguments are on."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+@contextlib.contextmanager
+def _launching(op: str, device: torch.device) -> Iterator[None]:
+    """Triton launches on the current device, whatever its arguments are on. What its compiler and the driver complain
+    about does not say which op it was."""
+    try:
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise RuntimeError(f"{op}: {error}") from error
 
 
 def _units(t: Tensor, *dims: int) -> list[int]:
@@ -139,7 +150,7 @@ def get_mla_metadata(
     if values.DEBUG or cache_seqlens.is_cpu:
         values.check_lengths(cache_seqlens)
     parts = _parts(cache_seqlens.device, num_heads_per_head_k, num_heads_k)
-    with _on(cache_seqlens.device):
+    with _launching("get_mla_metadata", cache_seqlens.device):
         _plan(tile_scheduler_metadata, num_splits, cache_seqlens, parts, row_cost(num_heads_per_head_k))
 
 
@@ -265,17 +276,20 @@ def fwd_kvcache_mla(
     q_scale: Tensor | None,
     kv_scale: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # out [b, s_q, h_q, d_v], lse [b, h_q, s_q]
-    if values.DEBUG or q.is_cpu:
-        values.check_lengths_and_pages(kv_cache, block_table, cache_seqlens)
     b, s_q, h_q, d_qk = q.shape
     num_pages, page_size, h_k, _ = kv_cache.shape
+    group = h_q // h_k
+    rows = s_q * group
+    parts = _parts(q.device, max(rows, 1), h_k)
+    if values.DEBUG or q.is_cpu:
+        values.check_fwd_kvcache_mla(
+            q, kv_cache, block_table, cache_seqlens, head_dim_v, plan, q_scale, kv_scale, parts
+        )
     out = q.new_empty(b, s_q, h_q, head_dim_v, dtype=torch.bfloat16 if q.dtype in BYTE_DTYPES else q.dtype)
     lse = q.new_empty(b, h_q, s_q, dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
     q, kv_cache, cache_format = _bytes(q), _bytes(kv_cache), _format(kv_cache, kv_scale)
-    group = h_q // h_k
-    rows = s_q * group
     config = config_of(_shared_kb(q.device), d_qk, head_dim_v, rows, cache_format != _kernels().PLAIN)
     block_v, block_r = blocks_of(d_qk, head_dim_v)
     blocks_per_head = -(-rows // config.block_m)
@@ -283,8 +297,8 @@ def fwd_kvcache_mla(
     max_len = min(block_table.shape[1] * page_size, INT32_KEYS) if num_pages else 0
 
     shared_rows = config.shared_rows(_is_hopper(q.device))
-    kernels, parts = _kernels(), _parts(q.device, rows, h_k)
-    with _on(q.device):
+    kernels = _kernels()
+    with _launching("fwd_kvcache_mla", q.device):
         if plan is None:
             metadata = cache_seqlens.new_empty(MAX_PARTS, COLUMNS)
             num_splits = cache_seqlens.new_empty(b + 1)
@@ -350,7 +364,7 @@ def concat_and_cache_mla(
     num_pages, page_size = kv_cache.shape[:2]
     num_slots = num_pages * page_size
     if values.DEBUG or kv_cache.is_cpu:
-        values.check_slots(slot_mapping, num_slots)
+        values.check_concat_and_cache_mla(slot_mapping, num_slots, kv_scale)
     n, d_v = kv_c.shape
     d_rope = k_pe.shape[1]
     if n == 0:
@@ -360,7 +374,7 @@ def concat_and_cache_mla(
     grid = (-(-n // tokens),)
     sizes = (n, num_slots, page_size, *_units(kv_cache, 0, 1), *_units(kv_c, 0), *_units(k_pe, 0))
     dims = {"D_V": d_v, "D_R": d_rope, "BLOCK_V": block_v, "BLOCK_R": _power_of_two(d_rope), "BLOCK_T": tokens}
-    with _on(kv_cache.device):
+    with _launching("concat_and_cache_mla", kv_cache.device):
         if kv_cache.dtype in BYTE_DTYPES:
             tensors = (_bytes(kv_cache), kv_c, k_pe, slot_mapping, kv_scale)
             _kernels().concat_and_cache_mla_fp8_kernel[grid](*tensors, *sizes, **dims, ROUND_SCALE=round_scale)
@@ -378,7 +392,7 @@ def merge_attn_states(out: Tensor, lse: Tensor, out_a: Tensor, lse_a: Tensor, ou
         return
     block_v = _power_of_two(d_v)
     block_rows = _rows_of(block_v)
-    with _on(out.device):
+    with _launching("merge_attn_states", out.device):
         _kernels().merge_attn_states_kernel[(-(-rows // block_rows),)](
             *(out, lse, out_a, lse_a, out_b, lse_b, rows, s_q, h_q),
             *_units(out_a, 0, 1, 2),

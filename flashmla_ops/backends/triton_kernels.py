@@ -127,8 +127,8 @@ def get_mla_metadata_kernel(
         end = (split + 1) * tiles // per_row
         _write_parts(plan, row < b, row, split * tiles // per_row, row, end, split)
         for start in range(0, b + 1, BLOCK):
-            row = start + tl.arange(0, BLOCK)
-            tl.store(num_splits + row, (row * per_row).to(tl.int32), mask=row <= b)
+            some = start + tl.arange(0, BLOCK)  # a name of its own: Triton's variables keep their types in loops
+            tl.store(num_splits + some, (some * per_row).to(tl.int32), mask=some <= b)
     else:
         tl.store(num_splits, 0)
         splits = tl.zeros([], tl.int64)
@@ -546,9 +546,9 @@ def fwd_kvcache_mla_combine_kernel(
                 share = _share_at(other, part, num_row_blocks, row_block, BLOCK_M, in_head)
                 lse_log2 = tl.load(shares_lse + share, mask=shared, other=-INF)
                 highest = tl.max(lse_log2, 0)
-                nothing = highest == -INF
-                base_2 = tl.where(nothing, 0.0, highest)
+                base_2 = tl.where(highest == -INF, 0.0, highest)
                 total = tl.sum(tl.exp2(lse_log2 - base_2), 0)
+                nothing = total == 0  # NaN is something
 
                 acc = tl.zeros([BLOCK_V], tl.float32)
                 for start in range(part, tl.max(tl.where(shared, other, 0), 0) + 1, BLOCK_S):

@@ -1,0 +1,225 @@
+"""Under an invariant plan a row's output and lse are the same bits whatever surrounds it; and they are right."""
+
+import os
+import random
+
+import pytest
+import reference
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import decode_calls, examples, lengths_of_many_rows, seeds
+from torch import Tensor
+
+from flashmla_ops import backends, fwd_kvcache_mla, get_mla_metadata, get_mla_metadata_, plan
+from flashmla_ops.testing import DecodeCase, check_decode, make_decode_case, quantized
+
+EXAMPLES = int(os.environ.get("FLASHMLA_EXAMPLES", 12))  # of the test that bits are the same
+MOST_KEYS = 2**15
+
+
+@pytest.fixture
+def invariant(target):
+    """The targets that serve such plans."""
+    lengths = torch.zeros(1, dtype=torch.int32, device=target.device)
+    reason = backends.ALL[target.name].refusal("get_mla_metadata", lengths, batch_invariant=True)
+    if reason:
+        pytest.skip(f"{target.name}: {reason}")
+    return target
+
+
+def attend(case: DecodeCase) -> tuple[Tensor, Tensor]:
+    planned = get_mla_metadata(*case.plan_args, batch_invariant=True)
+    return fwd_kvcache_mla(
+        **case.kwargs(), **dict(zip(("tile_scheduler_metadata", "num_splits"), planned, strict=True))
+    )
+
+
+def part_of(case: DecodeCase, rows: list[int], before: int = 0) -> DecodeCase:
+    """Some rows of a case, -1 being one of length 0, with `before` more queries in front of their own."""
+    known = [max(row, 0) for row in rows]
+    lengths = case.cache_seqlens[known] * torch.tensor([row >= 0 for row in rows]).to(case.q.device)
+    q = case.q[known]
+    q = torch.cat([torch.randn(len(rows), before, *q.shape[2:]).to(q), q], 1)
+    changed = {"q": q, "block_table": case.block_table[known], "cache_seqlens": lengths.int()}
+    return type(case)(**case.kwargs() | changed)
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
+@given(
+    lengths=st.lists(st.one_of(st.integers(0, 700), st.integers(0, MOST_KEYS)), min_size=1, max_size=5),
+    heads=st.sampled_from([(1, 1), (5, 1), (16, 1), (4, 2)]),
+    s_q=st.integers(1, 3),
+    kv_format=st.sampled_from(["plain", "plain", "fp8", "fp8_tensor"]),
+    peaked=st.sampled_from([None, "first", "last"]),
+    causal=st.booleans(),
+    seed=seeds,
+)
+@settings(max_examples=EXAMPLES)
+def test_bits_do_not_depend_on_what_surrounds_a_row(invariant, lengths, heads, s_q, kv_format, peaked, causal, seed):
+    """Alone, in any subset and order, twice, between padding, and with queries before its own: rows of up to 2^15 keys
+    together, in the smallest dims, and in DeepSeek's."""
+    rng = random.Random(seed)
+    while sum(lengths) > MOST_KEYS:
+        lengths[lengths.index(max(lengths))] //= 2
+    d_qk, d_v = rng.choice([invariant.dims[0], invariant.dims[-1]]) if kv_format == "plain" else invariant.dims[0]
+    sizes = {"s_q": s_q, "h_q": heads[0], "h_k": heads[1], "d_qk": d_qk, "d_v": d_v, "causal": causal, "seed": seed}
+    like = {"dtype": rng.choice(invariant.dtypes), "device": invariant.device, "poison": kv_format == "plain"}
+    case = make_decode_case(lengths, **sizes, peaked=peaked, **like)
+    if kv_format != "plain" and heads[1] == 1:
+        case = quantized(case, kv_format)
+    alone = [attend(part_of(case, [row])) for row in range(len(lengths))]
+    for _ in range(3):
+        rows = rng.choices([-1, *range(len(lengths))], k=rng.randint(1, 8))
+        before = rng.choice([0, 0, 1, 5]) if causal else 0
+        out, lse = attend(part_of(case, rows, before))
+        for place, row in enumerate(rows):
+            if row < 0:
+                assert not out[place].any() and lse[place].isposinf().all()
+            else:
+                assert same_bits(out[place, before:], alone[row][0][0]), (rows, row)
+                assert same_bits(lse[place, :, before:], alone[row][1][0]), (rows, row)
+
+
+@given(data=st.data())
+@settings(max_examples=examples(25))
+def test_as_near_to_float64_as_pytorch(invariant, data):
+    case = make_decode_case(**data.draw(decode_calls(invariant)))
+    check_decode(case, *attend(case), invariant.factor)
+
+
+@pytest.mark.parametrize("lengths", [[20_000, 0, 513, 512, 1], [40_000], [64 * 64 * 8 + 1, 64 * 64 * 8]])
+def test_long_rows_are_right(invariant, lengths):
+    """Of many units, the last one in part; at the length from which units grow."""
+    d_qk, d_v = min(invariant.dims)
+    like = {"dtype": invariant.dtypes[0], "device": invariant.device, "d_qk": d_qk, "d_v": d_v}
+    case = make_decode_case(lengths, h_q=4, peaked="middle", **like)
+    check_decode(case, *attend(case), invariant.factor)
+
+
+# ------------------------------------------------------------------------------------------------------------ the plan
+
+part_counts = st.one_of(st.integers(1, plan.MAX_PARTS), st.sampled_from([1, 16, 66, 132, 256]))
+
+
+@given(lengths=lengths_of_many_rows, num_parts=part_counts, places=st.sampled_from([0, 5, 64, 512, 1024]))
+@settings(max_examples=100)
+def test_a_plan_cuts_between_units_and_leaves_what_there_are_places_for(lengths, num_parts, places):
+    metadata, num_splits = plan.make_invariant_plan(torch.tensor(lengths, dtype=torch.int32), num_parts, places)
+    tiles = [-(-length // plan.TILE) for length in lengths]
+    covered, touched, left = [0] * len(lengths), [0] * len(lengths), 0
+    parts = reference.tiles_of_parts(metadata, lengths)
+    for part, columns in zip(parts, metadata.tolist(), strict=True):
+        if not part:
+            assert columns == [-1 if column == plan.LAST_ROW else 0 for column in range(plan.COLUMNS)]
+            continue
+        assert columns[plan.FIRST_SPLIT] == touched[columns[plan.FIRST_ROW]]
+        assert columns[plan.FLAGS] == plan.INVARIANT + 2 * left  # places are dealt in order
+        for row, share in part.items():
+            each = plan.unit_tiles(tiles[row])
+            assert share.start == covered[row] and (len(share) > 0 or tiles[row] == 0)
+            assert share.start % each == 0 and (share.stop % each == 0 or share.stop == tiles[row])
+            left += nodes_of(share.start // each, -(-share.stop // each), -(-tiles[row] // each))
+            covered[row] = share.stop
+            touched[row] += 1
+    assert covered == tiles and left <= places
+    assert num_splits.tolist() == [sum(touched[:row]) for row in range(len(lengths) + 1)]
+    assert sum(map(bool, parts)) <= num_parts
+
+
+def nodes_of(begin: int, end: int, units: int) -> int:
+    """The greatest nodes of a row's tree in units begin .. end - 1, counted one by one; none of a row that is whole."""
+    padded = 1 << max(units - 1, 0).bit_length()
+    end = padded if end == units else end
+    if (begin, end) == (0, padded):
+        return 0
+    count = 0
+    while begin < end:
+        size = 1
+        while begin % (2 * size) == 0 and begin + 2 * size <= end:
+            size *= 2
+        begin, count = begin + size, count + 1
+    return count
+
+
+@given(
+    lengths=lengths_of_many_rows,
+    num_parts=st.integers(1, plan.MAX_PARTS),
+    places=st.sampled_from([0, 5, 64, 512, 1024]),
+)
+@settings(max_examples=60)
+def test_every_plan_merges_the_same_tree(lengths, num_parts, places):
+    """Executed part by part, with what parts leave in their places: each row becomes the same expression of its units,
+    which is that of one worker who has the row to itself."""
+    lengths = lengths[:50]
+    metadata, _ = plan.make_invariant_plan(torch.tensor(lengths, dtype=torch.int32), num_parts, places)
+    results, used = reference.by_parts(metadata, lengths, lambda row, begin, end: (begin, end), lambda a, b: (a, b))
+    assert used <= places
+    for length, result in zip(lengths, results, strict=True):
+        assert result == tree_of(-(-length // plan.TILE))
+
+
+def tree_of(tiles: int):
+    """A row's tree by its definition: (left, right) of nodes, (first tile, end tile) of units, None without tiles."""
+    each = plan.unit_tiles(tiles)
+
+    def node(level: int, i: int):
+        if i * each << level >= tiles:
+            return None
+        if level == 0:
+            return i * each, min((i + 1) * each, tiles)
+        left, right = node(level - 1, 2 * i), node(level - 1, 2 * i + 1)
+        return left if right is None else (left, right)
+
+    return node(plan.MAX_UNITS.bit_length() - 1, 0)
+
+
+def test_the_cpu_merges_that_tree():
+    for units in range(1, plan.MAX_UNITS + 1):
+        tiles = units * plan.UNIT_TILES
+        nodes: list = []
+        for unit in range(units):
+            backends.cpu._push(nodes, unit, (unit * plan.UNIT_TILES, (unit + 1) * plan.UNIT_TILES), lambda a, b: (a, b))
+        result = None
+        for _, left in reversed(nodes):
+            result = left if result is None else (left, result)
+        assert result == tree_of(tiles)
+
+
+def test_loads_are_even_where_places_allow(invariant):
+    """128 rows for 132 parts, one for 66, 16 for 132: within a unit and a row's cost of equal."""
+    for lengths, parts, places in (([8192] * 128, 132, 1024), ([131_072], 66, 512), ([4096] * 16, 132, 1024)):
+        metadata, _ = plan.make_invariant_plan(torch.tensor(lengths, dtype=torch.int32), parts, places)
+        shares = [part for part in reference.tiles_of_parts(metadata, lengths) if part]
+        loads = [sum(map(len, part.values())) + plan.ROW_COST * len(part) for part in shares]
+        mean = (sum(lengths) // plan.TILE + plan.ROW_COST * len(lengths)) / parts
+        longest_unit = plan.unit_tiles(lengths[0] // plan.TILE)
+        assert max(loads) <= mean + longest_unit + 2 * plan.ROW_COST, (lengths[0], max(loads), mean)
+
+
+def test_planning_syncs_nothing():
+    lengths = torch.zeros(7, dtype=torch.int32, device="meta")
+    metadata, num_splits = plan.make_invariant_plan(lengths, 16, 1024)
+    assert metadata.shape == (plan.MAX_PARTS, plan.COLUMNS) and num_splits.shape == (8,)
+
+
+def test_planning_in_place_and_compiled(invariant):
+    """The option goes through the fake, and a replanned plan is the same."""
+    lengths = torch.tensor([5000, 0, 70], dtype=torch.int32, device=invariant.device)
+    expected = get_mla_metadata(lengths, 16, 1, batch_invariant=True)
+    compiled = torch.compile(get_mla_metadata, fullgraph=True, backend="aot_eager")
+    assert all(map(torch.equal, compiled(lengths, 16, 1, batch_invariant=True), expected))
+    in_place = dict(zip(("tile_scheduler_metadata", "num_splits"), get_mla_metadata(lengths, 16, 1), strict=True))
+    assert not torch.equal(in_place["tile_scheduler_metadata"], expected[0])
+    get_mla_metadata_(lengths, 16, 1, batch_invariant=True, **in_place)
+    assert all(map(torch.equal, in_place.values(), expected))
+
+
+@pytest.mark.parametrize("name", ["sm90", "triton"])
+def test_backends_that_do_not_serve_it_say_so(name):
+    lengths = torch.zeros(1, dtype=torch.int32)
+    reason = backends.ALL[name].refusal("get_mla_metadata", lengths, batch_invariant=True)
+    assert reason.startswith("its kernels do not merge a row's units in a fixed order")
