@@ -200,6 +200,7 @@ class Config(NamedTuple):
 #   (320, 64)  128 heads: (64, 64, 4, 5) 608, (64, 64, 4, 7) 618, (64, 64, 8, 7) 707
 #   (576, 16)  2048 keys: (16, 64, 8, 5) 138, (16, 64, 4, 5) 152, (16, 32, 8, 7) 171, (16, 32, 4, 9) 157
 #   (576, 32)  (32, 64, 8, 5) 535, (64, 64, 8, 3) 722, (32, 32, 8, 9) 843
+#   All but the best of (320, 32) and (576, 64) were timed while sums were made at every step: an order, not today's us.
 #   (576, 64)  128 heads: (64, 64, 8, 3) 1023, (64, 32, 8, 7) 1152. (64, 64, 8, 3) took 1276 with scores that were
 #              computed twice (see _segment), a sum over warps at every step and 64-bit addresses in a block of keys
 SHARED_KB = (99, 163, 227)
