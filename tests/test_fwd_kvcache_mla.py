@@ -70,6 +70,7 @@ def test_the_oracle_is_right(data):
         torch.testing.assert_close(fast, plain, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.large
 @pytest.mark.parametrize("page_size", [16, 32, 64, 128])
 @pytest.mark.parametrize("dims", ALL_DIMS[:6])
 def test_dims_and_page_sizes(target, dims, page_size):

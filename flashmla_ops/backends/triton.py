@@ -192,7 +192,9 @@ class Config(NamedTuple):
 #   - 8 warps: 512 columns of accumulators, and on Ampere the queries, are otherwise more than the registers hold.
 # tests/test_triton.py compiles each for the devices above, and holds it to their shared memory and to no spills among
 # the products. The last column has been timed, on an H100 with Triton 3.6 (us, 128 rows of about 8192 keys unless said
-# otherwise; `python -m flashmla_ops.benchmark --tune` repeats that on any device):
+# otherwise; `python -m flashmla_ops.benchmark --tune` repeats that on any device). Those of 16 rows, of (576, 32),
+# of 8 warps for 64 rows of fewer columns and all but the first two of (320, 32) were timed while sums over warps were
+# made at every step: they say the order, not today's us.
 #   (192, 16)  (16, 64, 4, 7) 168, (16, 64, 4, 9) 173, (16, 64, 8, 9) 184, (64, 64, 4, 7) 201
 #   (192, 64)  128 heads: (64, 64, 4, 9) 393, (64, 64, 4, 5) 395, (64, 64, 8, 9) 486, (64, 128, 4, 5) 514
 #   (320, 16)  (16, 64, 4, 7) 262, (16, 64, 8, 9) 269, (16, 64, 4, 9) 271, (64, 64, 4, 7) 346
