@@ -4,7 +4,12 @@
 // wasted.
 //
 // What is multiplied: T, bf16 or fp16 as the queries; with one scale for all P and V in fp16, which has V's values and
-// P more exactly than bf16; then queries in e4m3, and the keys for them, in fp16 too.
+// P down to 2^-16 more exactly than bf16 (below 2^-25 of the part's greatest it is 0: at most 4 thousandths of a result
+// in a part of 2^17 keys); then queries in e4m3, and the keys for them, in fp16 too.
+//
+// Limits, beyond what quantize() makes of activations. Queries in fp16: a token's scale above 65504 gives NaN, and one
+// of 128 or more leaves its warp's seven other keys fewer digits of scales below 2^-14. One scale for all, queries in
+// bf16: finite results need |q| below 2^67 and a kv_scale below 2^72. The kernel for more rows has none of these.
 //
 // Grid: (row tiles, parts at work at once), as there. 1 CTA a multiprocessor.
 //
