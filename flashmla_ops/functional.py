@@ -143,8 +143,8 @@ def fwd_kvcache_mla(
     Args:
         q: [b, s_q, h_q, d_qk] bf16, fp16 (CPU: also fp32), or float8_e4m3fn with q_scale, over a cache of fp8 with
             kv_scale; strides: innermost 1, others multiples of 16 bytes.
-        kv_cache: [num_pages, page_size, h_k, d_qk], q's dtype, strides as q's; page_size a multiple of 16. Or fp8 (CPU
-            and Hopper), in uint8 or float8_e4m3fn, whose format the last dimension tells (kv_cache.py): d_qk for one
+        kv_cache: [num_pages, page_size, h_k, d_qk], q's dtype, strides as q's; page_size a multiple of 16. Or fp8,
+            in uint8 or float8_e4m3fn, whose format the last dimension tells (kv_cache.py): d_qk for one
             kv_scale, d_v + 4 * ceil(d_v / 128) + 2 * (d_qk - d_v) up to a multiple of 16 (656 for 576, 512) for scales
             in the cache. Keys are dequantised to q's dtype.
         block_table: [b, max_pages] int32; entries past a row's last page are never read.
@@ -234,8 +234,11 @@ def flash_mla_with_kvcache(
 def _not_served(**given) -> None:
     for name, value in given.items():
         if value is not None:
-            what = "an fp8 cache" if name == "is_fp8_kvcache" else "sparse attention"
-            raise NotImplementedError(f"{name}: {what} is not served by flashmla_ops; leave it out for dense decoding")
+            if name == "is_fp8_kvcache":
+                raise NotImplementedError(f"{name}: this form does not take it; give fwd_kvcache_mla the fp8 cache")
+            raise NotImplementedError(
+                f"{name}: sparse attention is not served by flashmla_ops; leave it out for dense decoding"
+            )
 
 
 def concat_and_cache_mla(

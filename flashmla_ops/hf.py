@@ -3,6 +3,7 @@ modules.py's models. `load` and `save` are what DeepseekModel.from_pretrained an
 
 import dataclasses
 import json
+import re
 import sys
 import typing
 from collections.abc import Iterable, Iterator, Sequence
@@ -59,7 +60,7 @@ def load(directory, dtype: torch.dtype | None = None, device=None, mesh=None) ->
     Args:
         directory: of a DeepSeek V2, V3, R1 or Kimi K2 checkpoint.
         dtype: of the model; config.json's if None. The router stays fp32.
-        device: of the model; torch's default device if None.
+        device: of the model; if None the mesh's kind, or torch's default device without one.
         mesh: loads this rank's part of the model, parallelized over the DeviceMesh (parallel.py); what belongs to other
             ranks is not read, but for the tensors of which this one has a part.
     Raises:
@@ -85,7 +86,7 @@ def load(directory, dtype: torch.dtype | None = None, device=None, mesh=None) ->
     _check_shapes(directory, checkpoint, shapes, block)
     if mesh is not None:
         model = parallelize(model, mesh)
-    model.to_empty(device=device or torch.get_default_device())
+    model.to_empty(device=device or (torch.get_default_device() if mesh is None else mesh.device_type))
     for layer in model.layers:
         layer.attn.kv_scale.fill_(1.0)
     places = _places(model, checkpoint.files)
@@ -245,7 +246,9 @@ def _check_names(directory: Path, names: Iterable[str], places: Iterable[str], c
     if config.tie_word_embeddings:
         others = [name for name in others if name != "lm_head.weight"]
     # only multi-token-prediction layers, which follow the model's own, have an eh_proj
-    extra = {name.partition("eh_proj.")[0] for name in others if "eh_proj." in name}
+    after = re.compile(r"(model\.layers\.(\d+)\.).*eh_proj\.")
+    found = [match for name in others if (match := after.match(name))]
+    extra = {match[1] for match in found if int(match[2]) >= config.num_hidden_layers}
     skipped = [name for name in others if name.startswith(tuple(extra))]
     problems = {"lacks": sorted(set(places).difference(names)), "has unknown": sorted({*others} - {*skipped})}
     sentences = [f"{verb} {_listed(listed)}" for verb, listed in problems.items() if listed]
@@ -258,8 +261,11 @@ def _check_names(directory: Path, names: Iterable[str], places: Iterable[str], c
 def _check_counts(directory: Path, config: MLAConfig, num_tensors: int) -> None:
     """Every layer has tensors of its own, and experts share few: building more than these only to find that they lack
     tensors would take time without end."""
-    for name, most in (("num_hidden_layers", num_tensors), ("n_routed_experts", 64 * num_tensors)):
-        if (count := getattr(config, name)) > most:
+    layers, experts = config.num_hidden_layers, config.n_routed_experts
+    sparse = max(layers - config.first_k_dense_replace, 1)
+    counts = {"num_hidden_layers": (layers, num_tensors), "n_routed_experts": (experts, 64 * num_tensors // sparse)}
+    for name, (count, most) in counts.items():
+        if count > most:
             raise RuntimeError(f"{name}: expected at most what {num_tensors} tensors in {directory} hold, got {count}")
 
 
@@ -270,6 +276,10 @@ def _check_shapes(directory: Path, checkpoint: "_Checkpoint", shapes: dict[str, 
         if shape != expected and not (name.endswith(KV_SCALE) and shape == [1]):
             raise RuntimeError(f"{name}: expected shape {expected}, got {shape} in {directory}")
         if (scale := _scale_of(name)) in checkpoint.files:
+            if len(expected) < 2:
+                raise RuntimeError(
+                    f"{scale}: expected no scale of a tensor of shape {expected}, got one in {directory}"
+                )
             blocks, shape = [*expected[:-2], *_blocks(expected, block)], checkpoint.shape(scale)
             if shape != blocks:
                 raise RuntimeError(f"{scale}: expected shape {blocks}, got {shape} in {directory}")

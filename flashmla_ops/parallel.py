@@ -280,12 +280,12 @@ def merge_shares(outs: Tensor, lses: Tensor, dtype: torch.dtype) -> Tensor:
     Returns:
         [b, s_q, h, d_v] of `dtype`.
     """
-    lses = lses.where(lses.isfinite(), -torch.inf)
+    lses = lses.masked_fill(lses.isinf(), -torch.inf)  # NaN stays: it says that something is wrong
     largest = lses.amax(0).clamp_min(torch.finfo(lses.dtype).min)  # finite where no share has a key
     weights = (lses - largest).exp().transpose(2, 3)[..., None]  # [n, b, s_q, h, 1]
     total = weights.sum(0)
-    summed = (outs.float() * weights).where(weights > 0, 0).sum(0)
-    return (summed / total.where(total > 0, 1)).to(dtype)
+    summed = (outs.float() * weights).where(weights != 0, 0).sum(0)
+    return (summed / total.where(total != 0, 1)).to(dtype)
 
 
 class ContextParallel:
@@ -361,8 +361,10 @@ def new_cache(
             pages, cp pages and those of each sequence.
         options: PagedKVCache's others; the model's device, dtype and dimensions if they are left out.
     Raises:
-        RuntimeError: the mesh does not divide them evenly.
+        RuntimeError: the mesh does not divide them evenly, or the model is not parallelized.
     """
+    if model.parallel is None:
+        raise RuntimeError("model: expected a parallelized one, got a whole one: PagedKVCache makes its caches")
     layout, weight, config = model.parallel.layout, model.embed.weight, model.config
     sizes = {"num_pages": (num_pages, ("dp", "cp")), "max_batch_size": (max_batch_size, ("dp",))}
     sizes["max_pages_per_sequence"] = (max_pages_per_sequence, ("cp",))

@@ -14,8 +14,7 @@ plans (below), and the row-tile columns are 0 in a plan for even queries. Unused
 loop over their rows runs zero times.
 
 `num_splits` [b + 1] int32 is the exclusive prefix sum of the number of parts that touch each row. A row of length 0
-lies
-in exactly one part, with no tiles: somebody must write its (empty) output.
+lies in exactly one part, with no tiles: somebody must write its (empty) output.
 
 Properties, which tests/test_get_mla_metadata.py states over drawn lengths:
   - every tile of every row lies in exactly one part;

@@ -15,6 +15,8 @@ between ranks to make a call fit, since what would have to move may be a cache.
 The ops that write (concat_and_cache_mla, get_mla_metadata_) take local tensors only.
 """
 
+import math
+
 from torch import ops
 from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.experimental import register_sharding
@@ -42,9 +44,13 @@ def _layouts(name: str, layouts: dict[str, dict[str, object]], outputs: tuple[st
                 f"flashmla::{name}: expected, on mesh dimension {dim_name}, {ways}; got {_listed(placed, tensors)}"
             )
         for key, placement in placed.items():
-            if isinstance(placement, Shard) and tensors[key].shape[placement.dim] % mesh.size(dim):
+            if not isinstance(placement, Shard):
+                continue
+            dims = [d for d, other in enumerate(tensors[key].placements) if other == placement]
+            ranks = math.prod(mesh.size(d) for d in dims)
+            if tensors[key].shape[placement.dim] % ranks:
                 raise RuntimeError(
-                    f"{key}: expected dimension {placement.dim} to be a multiple of {mesh.size(dim)}, the size of mesh "
+                    f"{key}: expected dimension {placement.dim} to be a multiple of {ranks}, the ranks of mesh "
                     f"dimension {dim_name} over which it is sharded, got shape {list(tensors[key].shape)}"
                 )
     return [
@@ -91,13 +97,13 @@ def _merge_attn_states(out_a, lse_a, out_b, lse_b):
 
 
 @register_sharding(ops.flashmla.get_mla_metadata.default)
-def _get_mla_metadata(cache_seqlens, num_heads_per_head_k, num_heads_k):
+def _get_mla_metadata(cache_seqlens, num_heads_per_head_k, num_heads_k, **others):
     if any(placement != WHOLE for placement in cache_seqlens.placements):
         raise RuntimeError(
             f"cache_seqlens: expected every rank to hold all lengths, got {cache_seqlens.placements}: the plans of "
             "parts of a batch do not add up to one. Plan on local tensors: cache_seqlens.to_local()"
         )
-    return [([WHOLE, WHOLE], [WHOLE, None, None])]
+    return [([WHOLE, WHOLE], [WHOLE, None, None, *[None] * len(others)])]
 
 
 def _refuse_dtensors(name: str, written: str):

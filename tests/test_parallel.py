@@ -396,6 +396,11 @@ def test_merging_shares(n, seed):
         merged = merge_shares(outs, lses, dtype)
         assert merged.dtype == dtype
         assert relative_error(merged, exact, -1) <= torch.finfo(dtype).eps / 2 + 1e-5
+    lses[0, 1, 2, 0] = torch.nan  # of one query and head
+    merged = merge_shares(outs, lses, torch.float32)
+    assert merged[1, 0, 2].isnan().all() and merged.isnan().sum() == 32
+    lses[0, 1, 2, 0] = 0.0
+    outs.nan_to_num_()
     if n == 2:
         pair = merge_attn_states(outs[0], lses[0], outs[1], lses[1])[0]
         torch.testing.assert_close(merge_shares(outs, lses, torch.float32), pair, rtol=1e-5, atol=1e-6)

@@ -1,4 +1,4 @@
-"""The Triton backend: CUDA tensors on GPUs from Ampere on, in every dimension and page size of the contract.
+"""The Triton backend: CUDA tensors on GPUs from Ampere on, any page size, d_qk up to 576 and d_v up to 512.
 
 The kernels are triton_kernels.py's, which is imported, and triton with it, when a call first asks for this backend.
 Under Triton's interpreter (TRITON_INTERPRET=1) they run on CPU tensors, in fp16 and fp32: for tests.
