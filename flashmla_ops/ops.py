@@ -14,7 +14,7 @@ from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from . import backends
 from .kv_cache import BYTE_DTYPES, CACHE_DTYPES, PLAIN_DTYPES, CacheFormat, formats_of
-from .plan import COLUMNS, MAX_PARTS
+from .plan import COLUMNS, MAX_PARTS, is_invariant
 
 LIB = torch.library.Library("flashmla", "DEF")
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
@@ -185,8 +185,9 @@ def _metadata_error(cache_seqlens: Tensor, num_heads_per_head_k: int, num_heads_
     return error
 
 
-def _new_plan(cache_seqlens: Tensor) -> tuple[Tensor, Tensor]:
-    return cache_seqlens.new_empty(MAX_PARTS, COLUMNS), cache_seqlens.new_empty(cache_seqlens.shape[0] + 1)
+def _new_plan(cache_seqlens: Tensor, batch_invariant: bool) -> tuple[Tensor, Tensor]:
+    rows = MAX_PARTS + batch_invariant
+    return cache_seqlens.new_empty(rows, COLUMNS), cache_seqlens.new_empty(cache_seqlens.shape[0] + 1)
 
 
 def _make_plan(outputs, cache_seqlens, num_heads_per_head_k, num_heads_k, batch_invariant) -> None:
@@ -197,14 +198,14 @@ def _make_plan(outputs, cache_seqlens, num_heads_per_head_k, num_heads_k, batch_
 
 def _get_mla_metadata(cache_seqlens, num_heads_per_head_k, num_heads_k, *, batch_invariant=False):
     _refuse(_metadata_error(cache_seqlens, num_heads_per_head_k, num_heads_k))
-    outputs = _new_plan(cache_seqlens)
+    outputs = _new_plan(cache_seqlens, batch_invariant)
     _make_plan(outputs, cache_seqlens, num_heads_per_head_k, num_heads_k, batch_invariant)
     return outputs
 
 
 def _get_mla_metadata_fake(cache_seqlens, num_heads_per_head_k, num_heads_k, *, batch_invariant=False):
     _refuse(_metadata_error(cache_seqlens, num_heads_per_head_k, num_heads_k))
-    return _new_plan(cache_seqlens)
+    return _new_plan(cache_seqlens, batch_invariant)
 
 
 _define(
@@ -216,9 +217,11 @@ _define(
 )
 
 
-def _replan_error(cache_seqlens, num_heads_per_head_k, num_heads_k, tile_scheduler_metadata, num_splits) -> str | None:
+def _replan_error(
+    cache_seqlens, num_heads_per_head_k, num_heads_k, batch_invariant, tile_scheduler_metadata, num_splits
+) -> str | None:
     return _metadata_error(cache_seqlens, num_heads_per_head_k, num_heads_k) or _plan_shape_error(
-        tile_scheduler_metadata, num_splits, cache_seqlens, "cache_seqlens"
+        tile_scheduler_metadata, num_splits, cache_seqlens, "cache_seqlens", batch_invariant
     )
 
 
@@ -232,7 +235,7 @@ def _get_mla_metadata_(
     num_splits,
 ):
     plan = tile_scheduler_metadata, num_splits
-    _refuse(_replan_error(cache_seqlens, num_heads_per_head_k, num_heads_k, *plan))
+    _refuse(_replan_error(cache_seqlens, num_heads_per_head_k, num_heads_k, batch_invariant, *plan))
     _refuse_misaligned(("tile_scheduler_metadata", tile_scheduler_metadata))
     _make_plan(plan, cache_seqlens, num_heads_per_head_k, num_heads_k, batch_invariant)
 
@@ -246,7 +249,8 @@ def _get_mla_metadata__fake(
     tile_scheduler_metadata,
     num_splits,
 ):
-    _refuse(_replan_error(cache_seqlens, num_heads_per_head_k, num_heads_k, tile_scheduler_metadata, num_splits))
+    plan = tile_scheduler_metadata, num_splits
+    _refuse(_replan_error(cache_seqlens, num_heads_per_head_k, num_heads_k, batch_invariant, *plan))
 
 
 def _contiguous_plan(tile_scheduler_metadata: Tensor) -> str | None:
@@ -257,12 +261,12 @@ def _contiguous_plan(tile_scheduler_metadata: Tensor) -> str | None:
     return None
 
 
-def _plan_shape_error(tile_scheduler_metadata, num_splits, of: Tensor, like: str) -> str | None:
+def _plan_shape_error(tile_scheduler_metadata, num_splits, of: Tensor, like: str, batch_invariant: bool) -> str | None:
     """What is wrong with a plan for the rows of `of`, the argument called `like`."""
-    name, device = "tile_scheduler_metadata", of.device
+    name, device, kind = "tile_scheduler_metadata", of.device, ", batch_invariant=True" if batch_invariant else ""
     return (
         _misplaced(name, tile_scheduler_metadata, "[MAX_PARTS, COLUMNS]", torch.int32, device, like)
-        or _size(name, tile_scheduler_metadata, 0, MAX_PARTS, "as get_mla_metadata makes it")
+        or _size(name, tile_scheduler_metadata, 0, MAX_PARTS + batch_invariant, f"as get_mla_metadata makes it{kind}")
         or _size(name, tile_scheduler_metadata, 1, COLUMNS, "as get_mla_metadata makes it")
         or _contiguous_plan(tile_scheduler_metadata)
         or _misplaced("num_splits", num_splits, "[b + 1]", torch.int32, device, like)
@@ -325,7 +329,7 @@ def _plan_error(tile_scheduler_metadata, num_splits, q) -> str | None:
     if tile_scheduler_metadata is None or num_splits is None:
         missing = "tile_scheduler_metadata" if tile_scheduler_metadata is None else "num_splits"
         return f"{missing}: expected the other half of get_mla_metadata's plan (give both or neither), got None"
-    return _plan_shape_error(tile_scheduler_metadata, num_splits, q, "q")
+    return _plan_shape_error(tile_scheduler_metadata, num_splits, q, "q", _known(is_invariant(tile_scheduler_metadata)))
 
 
 def _fwd_kvcache_mla(
@@ -358,7 +362,9 @@ def _fwd_kvcache_mla(
     if backend is None or (tile_scheduler_metadata is None) != (num_splits is None):
         _refuse(_plan_error(tile_scheduler_metadata, num_splits, q))
     if backend is None:
-        backend = backends.choose("fwd_kvcache_mla", q, kv_cache=kv_cache, head_dim_v=head_dim_v)
+        invariant = tile_scheduler_metadata is not None and is_invariant(tile_scheduler_metadata)
+        facts = {"kv_cache": kv_cache, "head_dim_v": head_dim_v} | ({"batch_invariant": True} if invariant else {})
+        backend = backends.choose("fwd_kvcache_mla", q, **facts)
         _remember(signature, backend)
     plan = None if num_splits is None else (tile_scheduler_metadata, num_splits)
     return backend.fwd_kvcache_mla(

@@ -109,6 +109,7 @@ part_counts = st.one_of(st.integers(1, plan.MAX_PARTS), st.sampled_from([1, 16, 
 @settings(max_examples=100)
 def test_a_plan_cuts_between_units_and_leaves_what_there_are_places_for(lengths, num_parts, places):
     metadata, num_splits = plan.make_invariant_plan(torch.tensor(lengths, dtype=torch.int32), num_parts, places)
+    metadata, total = metadata[:-1], metadata[-1].tolist()
     tiles = [-(-length // plan.TILE) for length in lengths]
     covered, touched, left = [0] * len(lengths), [0] * len(lengths), 0
     parts = reference.tiles_of_parts(metadata, lengths)
@@ -126,6 +127,9 @@ def test_a_plan_cuts_between_units_and_leaves_what_there_are_places_for(lengths,
             covered[row] = share.stop
             touched[row] += 1
     assert covered == tiles and left <= places
+    assert total == [
+        plan.INVARIANT + 2 * left if i == plan.FLAGS else -(i == plan.LAST_ROW) for i in range(plan.COLUMNS)
+    ]
     assert num_splits.tolist() == [sum(touched[:row]) for row in range(len(lengths) + 1)]
     assert sum(map(bool, parts)) <= num_parts
 
@@ -203,7 +207,7 @@ def test_loads_are_even_where_places_allow(invariant):
 def test_planning_syncs_nothing():
     lengths = torch.zeros(7, dtype=torch.int32, device="meta")
     metadata, num_splits = plan.make_invariant_plan(lengths, 16, 1024)
-    assert metadata.shape == (plan.MAX_PARTS, plan.COLUMNS) and num_splits.shape == (8,)
+    assert metadata.shape == (plan.MAX_PARTS + 1, plan.COLUMNS) and num_splits.shape == (8,)
 
 
 def test_planning_in_place_and_compiled(invariant):
@@ -212,14 +216,32 @@ def test_planning_in_place_and_compiled(invariant):
     expected = get_mla_metadata(lengths, 16, 1, batch_invariant=True)
     compiled = torch.compile(get_mla_metadata, fullgraph=True, backend="aot_eager")
     assert all(map(torch.equal, compiled(lengths, 16, 1, batch_invariant=True), expected))
-    in_place = dict(zip(("tile_scheduler_metadata", "num_splits"), get_mla_metadata(lengths, 16, 1), strict=True))
+    other = get_mla_metadata(torch.zeros_like(lengths), 16, 1, batch_invariant=True)
+    in_place = dict(zip(("tile_scheduler_metadata", "num_splits"), other, strict=True))
     assert not torch.equal(in_place["tile_scheduler_metadata"], expected[0])
     get_mla_metadata_(lengths, 16, 1, batch_invariant=True, **in_place)
     assert all(map(torch.equal, in_place.values(), expected))
 
 
-@pytest.mark.parametrize("name", ["sm90", "triton"])
-def test_backends_that_do_not_serve_it_say_so(name):
-    lengths = torch.zeros(1, dtype=torch.int32)
-    reason = backends.ALL[name].refusal("get_mla_metadata", lengths, batch_invariant=True)
-    assert reason.startswith("its kernels do not merge a row's units in a fixed order")
+@pytest.mark.parametrize("invariant_first", [True, False])
+def test_one_kind_of_plan_is_not_replaced_by_the_other(target, invariant_first):
+    """A captured graph that reads it has the other kind's kernels."""
+    lengths = torch.tensor([5000], dtype=torch.int32, device=target.device)
+    made = plan.make_invariant_plan if invariant_first else plan.make_plan
+    metadata, num_splits = made(lengths, 16, *([1024] if invariant_first else []))
+    with pytest.raises(RuntimeError, match=rf"expected dimension 0 to be {256 + (not invariant_first)} "):
+        get_mla_metadata_(
+            lengths,
+            16,
+            1,
+            batch_invariant=not invariant_first,
+            tile_scheduler_metadata=metadata,
+            num_splits=num_splits,
+        )
+
+
+def test_sm90_says_which_caches_it_does_not_serve_so():
+    q = torch.zeros(1, 1, 16, 576, dtype=torch.bfloat16)
+    cache = torch.zeros(1, 64, 1, 656, dtype=torch.uint8)
+    reason = backends.sm90._no_call(q, cache, 512, batch_invariant=True)
+    assert reason.startswith("its fp8 kernels do not merge a row's units in a fixed order (batch_invariant)")

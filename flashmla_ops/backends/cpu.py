@@ -15,12 +15,11 @@ from ..plan import (
     CPU_PLACES,
     FIRST_ROW,
     FIRST_TILE,
-    FLAGS,
-    INVARIANT,
     LAST_ROW,
     LAST_TILE,
     MAX_PARTS,
     TILE,
+    is_invariant,
     make_invariant_plan,
     make_plan,
     row_cost,
@@ -113,7 +112,7 @@ def fwd_kvcache_mla(
     out, lse = q.new_empty(b, s_q, h_q, d_v, dtype=out_dtype), q.new_empty(b, h_q, s_q, dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
-    if plan is not None and int(plan[0][0, FLAGS]) & INVARIANT:
+    if plan is not None and is_invariant(plan[0]):
         _attend_invariantly(q, keys, block_table, cache_seqlens, softmax_scale, causal, out, lse)
         return out, lse
     lengths = cache_seqlens.long()

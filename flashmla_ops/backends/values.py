@@ -18,7 +18,17 @@ import torch
 from torch import Tensor
 
 from ..kv_cache import Fp8Blocks, format_of
-from ..plan import FIRST_SPLIT, LAST_ROW, TILE, make_plan, row_cost
+from ..plan import (
+    FIRST_SPLIT,
+    LAST_ROW,
+    TILE,
+    is_invariant,
+    make_invariant_plan,
+    make_plan,
+    places,
+    row_cost,
+    row_tiles,
+)
 
 DEBUG = os.environ.get("FLASHMLA_DEBUG", "") not in ("", "0")
 
@@ -49,7 +59,7 @@ def check_fwd_kvcache_mla(
         _check_plan(*plan, cache_seqlens)
     if DEBUG:
         if plan is not None and parts is not None:
-            _check_heads(plan[0], cache_seqlens, parts, q.shape[1] * q.shape[2] // kv_cache.shape[2])
+            _check_heads(plan[0], cache_seqlens, parts, q.shape[1] * q.shape[2] // kv_cache.shape[2], kv_cache.shape[2])
         _check_scale("q_scale", q_scale)
         _check_scale("kv_scale", kv_scale)
         if isinstance(format_of(kv_cache, d_v, q.shape[3] - d_v), Fp8Blocks):
@@ -138,8 +148,14 @@ def _check_plan(metadata: Tensor, num_splits: Tensor, cache_seqlens: Tensor) -> 
         )
 
 
-def _check_heads(metadata: Tensor, cache_seqlens: Tensor, parts: int, num_heads_per_head_k: int) -> None:
-    own = make_plan(cache_seqlens, parts, row_cost(num_heads_per_head_k))[0]
+def _check_heads(
+    metadata: Tensor, cache_seqlens: Tensor, parts: int, num_heads_per_head_k: int, num_heads_k: int
+) -> None:
+    cost = row_cost(num_heads_per_head_k)
+    if is_invariant(metadata):
+        own = make_invariant_plan(cache_seqlens, parts, places(row_tiles(num_heads_per_head_k, num_heads_k)), cost)[0]
+    else:
+        own = make_plan(cache_seqlens, parts, cost)[0]
     expected, got = (int((t[:, LAST_ROW] >= 0).sum()) for t in (own, metadata))
     if expected != got:
         raise RuntimeError(

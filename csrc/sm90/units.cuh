@@ -1,0 +1,130 @@
+// Batch-invariant plans (flashmla_ops/plan.py): a row is cut into units of tiles, whose results are merged two by two
+// in a tree, both by the row's length alone. So a row's bits depend on nothing else: not on which part has which unit,
+// nor on how many nodes of the tree a part merges itself.
+//
+// A part goes through its units in order and keeps the nodes of the tree that it has so far, the greatest ones that lie
+// in its units, as a stack. A new unit is merged with those that it completes. What is left at the end of its share of
+// a row are nodes for fwd_kvcache_mla_merge_nodes.cu, which does the same over all parts.
+//
+// A node is a normalised output in fp32 and its lse, base 2, in the workspace: those that are left in the places that
+// the plan gives the part, others in places of the CTA's own. All as it lay in registers: a thread reads what it wrote.
+#pragma once
+
+#include <algorithm>
+
+#include "fwd_kvcache_mla.cuh"
+#include "ptx.cuh"
+#include "row_tile.cuh"
+
+namespace flashmla::sm90 {
+
+// Nodes that units begin .. end - 1 make. Up to the last multiple of the greatest power of two that the range crosses,
+// and from there on, there is one for each bit of the distance.
+__device__ __forceinline__ int count_nodes(int begin, int end) {
+    if (begin >= end) return 0;
+    const int bit = 31 - __clz(begin ^ end), middle = end >> bit << bit;
+    return __popc(middle - begin) + __popc(end - middle);
+}
+
+// A row's units. Its last nodes are whole, however few units they have: the tree ends at `padded`.
+struct Units {
+    int each, count, padded;
+
+    __device__ explicit Units(int tiles) {
+        each = max(kUnitTiles, (tiles + kMaxUnits - 1) / kMaxUnits);
+        count = (tiles + each - 1) / each;
+        padded = count <= 1 ? 1 : 1 << (32 - __clz(count - 1));
+    }
+    __device__ int end_of(int unit) const { return unit >= count ? padded : unit; }
+};
+
+// One unit of a part's share of a row.
+struct Unit : Segment {
+    int end_unit;  // where the nodes end that end with this unit
+    int nodes;     // of the part's share, before this unit
+    int merges;    // of them are merged with it, the last one first
+    int leaves;    // nodes that the share leaves, from `place` on; 0 if the row is whole
+};
+
+// Calls body(unit) for the units of the CTA's parts, in order; for a row without tiles once.
+template <typename Body>
+__device__ __forceinline__ void for_each_unit(const FwdParams& params, const Part (&parts)[kMaxParts], Body&& body) {
+    for (int index = blockIdx.y; index < params.plan_parts; index += gridDim.y) {
+        const Part& p = parts[index];
+        if (p.empty()) continue;
+        int place = min(flagged_place(params, index), params.places);
+        for (int row = p.first_row; row <= p.last_row; ++row) {
+            Unit unit;
+            unit.row = row;
+            unit.length = clamped_length(params, row);
+            unit.more = row < p.last_row;
+            const int tiles = num_tiles(unit.length);
+            const Units units(tiles);
+            const int end_tile = row == p.last_row ? min(p.last_tile, tiles) : tiles;
+            const int begin = p.continues(row) ? p.first_tile / units.each : 0;
+            const int end = (end_tile + units.each - 1) / units.each;
+            const bool whole = begin == 0 && end == units.count;
+            unit.leaves = whole ? 0 : count_nodes(begin, units.end_of(end));
+            unit.place = whole ? -1 : place;
+            place += unit.leaves;
+            unit.leaves = min(unit.leaves, max(params.places - unit.place, 0));  // of a plan for other lengths
+            int i = begin;
+            do {
+                if (i >= end && tiles > 0) break;
+                unit.begin = min(i * units.each, tiles);
+                unit.end = min(unit.begin + units.each, tiles);
+                unit.starts = i == begin;
+                unit.ends = i + 1 >= end;
+                unit.end_unit = units.end_of(i + 1);
+                unit.nodes = count_nodes(begin, i);
+                unit.merges = unit.nodes + 1 - count_nodes(begin, unit.end_unit);
+                body(unit);
+            } while (++i < end);
+        }
+    }
+}
+
+// Where the node at `index` of a share's nodes lies in the workspace, in tiles. `own`: those of the CTA's own places
+// that are in use at once are kOwnPlaces at most.
+__device__ __forceinline__ int64_t tile_of_node(const FwdParams& params, const RowTile& rows, const Unit& unit,
+                                                int index) {
+    if (index < unit.leaves) return tile_at(params, unit.place + index, rows.index());
+    const int own = min(index - unit.leaves, kOwnPlaces - 1);
+    return int64_t{params.places} * params.row_tiles + (blockIdx.y * kOwnPlaces + own) * gridDim.x + blockIdx.x;
+}
+
+// Lists a node that is left, for fwd_kvcache_mla_merge_nodes.cu. One thread of all row tiles'.
+__device__ __forceinline__ void list_node(const FwdParams& params, const Unit& unit, int index) {
+    if (index < unit.leaves) params.nodes[unit.place + index] = make_int2(unit.row, unit.end_unit);
+}
+
+// After a thread's stores of a node, which the warp reads later.
+__device__ __forceinline__ void node_stored() {
+    __threadfence_block();
+    __syncwarp();
+}
+
+template <bool kInvariant, typename Body>
+__device__ __forceinline__ void for_each_share(const FwdParams& params, const Part (&parts)[kMaxParts], Body&& body) {
+    if constexpr (kInvariant) {
+        for_each_unit(params, parts, body);
+    } else {
+        for_each_segment(params, parts, body);
+    }
+}
+
+// Calls launch(params, grid). CTAs have places of their own, so there are kLaunchRowTiles at once; more row tiles take
+// several launches, in which every CTA has whole rows.
+template <bool kInvariant, typename Launch>
+void for_each_launch(const FwdParams& params, Launch&& launch) {
+    if constexpr (kInvariant) {
+        FwdParams these = params;
+        for (int& first = these.first_row_tile; first < params.row_tiles; first += kLaunchRowTiles) {
+            launch(these, dim3(std::min(params.row_tiles - first, kLaunchRowTiles), params.grid_parts));
+        }
+    } else {
+        launch(params, dim3(params.row_tiles, params.grid_parts));
+    }
+}
+
+}  // namespace flashmla::sm90
