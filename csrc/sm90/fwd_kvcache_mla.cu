@@ -467,7 +467,7 @@ __device__ __forceinline__ bool merge_unit(const FwdParams& params, const RowTil
         --node;
         add_share(params, rows, me, tile_of_node(params, rows, unit, node), warpgroup, lse_log2, rO, staging);
     }
-    if (unit.ends && unit.place < 0) return true;
+    if (unit.ends && unit.leaves == 0) return true;
     store_pair_share(params, rows, me, tile_of_node(params, rows, unit, node), warpgroup, lse_log2, rO);
     node_stored();
     if (rows.index() == 0 && threadIdx.x == 0) list_node(params, unit, node);

@@ -361,7 +361,7 @@ __device__ __forceinline__ bool merge_unit(const FwdParams& params, const RowTil
             }
         }
     }
-    if (unit.ends && unit.place < 0) return true;
+    if (unit.ends && unit.leaves == 0) return true;
     const int64_t tile = tile_of_node(params, rows, unit, node);
     float4* to = node_at(params, me, tile, warpgroup);
 #pragma unroll
@@ -483,7 +483,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     extern __shared__ __align__(1024) uint8_t shared_bytes[];
     SharedStorage<T>& shared = *reinterpret_cast<SharedStorage<T>*>(shared_bytes);
     const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // uniform, and known to be
-    const RowTile rows(params, kRows, kInvariant ? params.first_row_tile : 0);
+    RowTile rows(params, kRows, kInvariant ? params.first_row_tile : 0);
+    if (!kInvariant) rows.first_row = 0;  // a head has one row tile
 
     if (threadIdx.x == 0) {
         if (params.max_len > 0) ptx::prefetch_tensor_map(&cache);

@@ -38,48 +38,47 @@ struct Units {
     __device__ int end_of(int unit) const { return unit >= count ? padded : unit; }
 };
 
-// One unit of a part's share of a row.
+// One unit of a part's share of a row. Of a row without tiles the only one.
 struct Unit : Segment {
     int end_unit;  // where the nodes end that end with this unit
-    int nodes;     // of the part's share, before this unit
+    int nodes;     // of the share, before this unit
     int merges;    // of them are merged with it, the last one first
-    int leaves;    // nodes that the share leaves, from `place` on; 0 if the row is whole
+    int leaves;    // nodes that the share leaves, from `leaf` on; 0 if the row is whole
+    int leaf;      // in the places of the plan
 };
 
-// Calls body(unit) for the units of the CTA's parts, in order; for a row without tiles once.
+// Calls body(unit) for the units of the CTA's parts, in order.
 template <typename Body>
 __device__ __forceinline__ void for_each_unit(const FwdParams& params, const Part (&parts)[kMaxParts], Body&& body) {
     for (int index = blockIdx.y; index < params.plan_parts; index += gridDim.y) {
         const Part& p = parts[index];
         if (p.empty()) continue;
-        int place = min(flagged_place(params, index), params.places);
-        for (int row = p.first_row; row <= p.last_row; ++row) {
-            Unit unit;
-            unit.row = row;
-            unit.length = clamped_length(params, row);
-            unit.more = row < p.last_row;
+        Unit unit;
+        unit.place = -1;
+        unit.leaf = min(flagged_place(params, index), params.places);
+        unit.leaves = 0;
+        for (unit.row = p.first_row; unit.row <= p.last_row; ++unit.row) {
+            unit.leaf += unit.leaves;
+            unit.length = clamped_length(params, unit.row);
+            unit.more = unit.row < p.last_row;
             const int tiles = num_tiles(unit.length);
             const Units units(tiles);
-            const int end_tile = row == p.last_row ? min(p.last_tile, tiles) : tiles;
-            const int begin = p.continues(row) ? p.first_tile / units.each : 0;
+            const int end_tile = unit.more ? tiles : min(p.last_tile, tiles);
             const int end = (end_tile + units.each - 1) / units.each;
-            const bool whole = begin == 0 && end == units.count;
-            unit.leaves = whole ? 0 : count_nodes(begin, units.end_of(end));
-            unit.place = whole ? -1 : place;
-            place += unit.leaves;
-            unit.leaves = min(unit.leaves, max(params.places - unit.place, 0));  // of a plan for other lengths
-            int i = begin;
-            do {
-                if (i >= end && tiles > 0) break;
+            const int first = p.continues(unit.row) ? p.first_tile / units.each : 0;
+            const bool whole = first == 0 && end == units.count;
+            unit.leaves = whole ? 0 : count_nodes(first, units.end_of(end));
+            unit.leaves = min(unit.leaves, max(params.places - unit.leaf, 0));  // fewer: a plan of other lengths
+            for (int i = first; i < max(end, tiles == 0); ++i) {
                 unit.begin = min(i * units.each, tiles);
                 unit.end = min(unit.begin + units.each, tiles);
-                unit.starts = i == begin;
+                unit.starts = i == first;
                 unit.ends = i + 1 >= end;
                 unit.end_unit = units.end_of(i + 1);
-                unit.nodes = count_nodes(begin, i);
-                unit.merges = unit.nodes + 1 - count_nodes(begin, unit.end_unit);
+                unit.nodes = count_nodes(first, i);
+                unit.merges = unit.nodes + 1 - count_nodes(first, unit.end_unit);
                 body(unit);
-            } while (++i < end);
+            }
         }
     }
 }
@@ -88,14 +87,14 @@ __device__ __forceinline__ void for_each_unit(const FwdParams& params, const Par
 // that are in use at once are kOwnPlaces at most.
 __device__ __forceinline__ int64_t tile_of_node(const FwdParams& params, const RowTile& rows, const Unit& unit,
                                                 int index) {
-    if (index < unit.leaves) return tile_at(params, unit.place + index, rows.index());
+    if (index < unit.leaves) return tile_at(params, unit.leaf + index, rows.index());
     const int own = min(index - unit.leaves, kOwnPlaces - 1);
     return int64_t{params.places} * params.row_tiles + (blockIdx.y * kOwnPlaces + own) * gridDim.x + blockIdx.x;
 }
 
 // Lists a node that is left, for fwd_kvcache_mla_merge_nodes.cu. One thread of all row tiles'.
 __device__ __forceinline__ void list_node(const FwdParams& params, const Unit& unit, int index) {
-    if (index < unit.leaves) params.nodes[unit.place + index] = make_int2(unit.row, unit.end_unit);
+    if (index < unit.leaves) params.nodes[unit.leaf + index] = make_int2(unit.row, unit.end_unit);
 }
 
 // After a thread's stores of a node, which the warp reads later.
