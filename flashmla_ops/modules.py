@@ -53,7 +53,7 @@ class MLAConfig:
     rope_interleave: pairs that turn together are neighbours in the projections' output (else: a half apart).
     rope_write_interleaved: they are neighbours in queries and cache, too (V2); scores do not depend on it.
     n_routed_experts 0: every layer is dense; else the first first_k_dense_replace layers are.
-    batch_invariant, which config.json does not have: decode plans with `get_mla_metadata(batch_invariant=True)`, so that
+    batch_invariant, not of config.json: decode plans with `get_mla_metadata(..., batch_invariant=True)`, so that
     a row's attention is the same bits whatever the batch. The rest of a layer is torch's, and is not: see the README.
     """
 
