@@ -188,13 +188,20 @@ def nodes_left(begin: Tensor, end: Tensor, units: Tensor) -> Tensor:
     """
     powers = 2 ** torch.arange(MAX_UNITS.bit_length(), device=begin.device)
     bits = (torch.arange(2 * MAX_UNITS + 1, device=begin.device)[:, None] // powers % 2).sum(1)
-    padded = powers[torch.searchsorted(powers, units.clamp_min(1))]
-    end = torch.where(end == units, padded, end)  # the row's last nodes are whole, however few units they have
-    # the greatest power of two that divides a number in begin + 1 .. end
-    crossed = torch.where(begin[..., None] // powers < end[..., None] // powers, powers, 0).amax(-1)
+    # the row's last node is whole, however few units it has: the greatest with the last unit that begins in the range
+    last = _greatest_crossed(begin - 1, units - 1, powers)
+    whole = (units - 1).clamp_min(0) // last.clamp_min(1) * last + last
+    end, all_units = torch.where(end == units, whole, end), (begin == 0) & (end == units)
+    crossed = _greatest_crossed(begin, end, powers)
     middle = end // crossed.clamp_min(1) * crossed
     left = bits[(middle - begin).clamp_min(0)] + bits[(end - middle).clamp_min(0)]
-    return torch.where((begin >= end) | ((begin == 0) & (end == padded)), 0, left)
+    return torch.where((begin >= end) | all_units, 0, left)
+
+
+def _greatest_crossed(low: Tensor, high: Tensor, powers: Tensor) -> Tensor:
+    """The greatest of `powers` that divides a number in low + 1 .. high; 0 of no number."""
+    crossed = low[..., None].div(powers, rounding_mode="floor") < high[..., None].div(powers, rounding_mode="floor")
+    return torch.where(crossed, powers, 0).amax(-1)
 
 
 def make_invariant_plan(

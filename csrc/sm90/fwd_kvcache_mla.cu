@@ -139,7 +139,8 @@ __device__ __forceinline__ void finish_queries(SharedStorage<T>& shared) {
 
 // One warp: its share of the segment's queries, and its portion of every other tile, each as soon as its place is free.
 // One copy a half: the instruction takes uniform registers, so that copies by several lanes are issued one by one.
-template <typename T>
+// Units leave L2 to their nodes, which are as much as the keys of two of them, for all CTAs: 34 MB.
+template <typename T, bool kInvariant>
 __device__ __forceinline__ void load(const FwdParams& params, const CacheMaps& cache, SharedStorage<T>& shared,
                                      const RowTile& rows, const Segment& segment, int warp, Phases& phases) {
     if (segment.begin == segment.end) return;
@@ -163,8 +164,12 @@ __device__ __forceinline__ void load(const FwdParams& params, const CacheMaps& c
                                                  landed, slices * wgmma::kSliceBytes);
             const auto copy = [&](const CUtensorMap& map, int slice) {
                 const int32_t where[5] = {0, pages.token_of(tile), slice, rows.head, page};
-                cuda::ptx::cp_async_bulk_tensor(cuda::ptx::space_cluster, cuda::ptx::space_global,
-                                                shared.sK[stage][slice], &map, where, landed);
+                if constexpr (kInvariant) {
+                    ptx::copy_box_evict_first(shared.sK[stage][slice], &map, where, landed);
+                } else {
+                    cuda::ptx::cp_async_bulk_tensor(cuda::ptx::space_cluster, cuda::ptx::space_global,
+                                                    shared.sK[stage][slice], &map, where, landed);
+                }
             };
             const auto prefetch = [&](const CUtensorMap& map, int slice) {
                 const int32_t where[5] = {0, pages.token_of(tile + 2), slice, rows.head, next_page};
@@ -552,7 +557,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         ptx::decrease_registers<kProducerRegisters>();
         const int producer = warp - kConsumerWarps;
         for_each_share<kInvariant>(params, shared.parts, [&](const Segment& segment) {
-            load(params, cache, shared, rows, segment, producer, phases);
+            load<T, kInvariant>(params, cache, shared, rows, segment, producer, phases);
         });
         if (!kInvariant && producer == 0 && blockIdx.x == 0) list_split_rows(params, shared.parts);
     }

@@ -5,8 +5,9 @@
 // one's row, and where in the row it ends.
 //
 // Grid: as many CTAs as fit at once, which share the rows' items. An item is kThreads vectors of a row's tile, one a
-// thread, as decode kernels' threads stored them: four floats, two query rows x two columns. A thread goes through the
-// row's nodes and keeps those that wait for their sibling in a stack of its own, in shared memory.
+// thread, as decode kernels' threads stored them: four floats, two query rows x two columns. A thread brings a few
+// nodes at a time to shared memory, goes through them, and keeps those that wait for their sibling in a stack of its
+// own. Loops stay loops: what takes long otherwise is to fetch instructions.
 
 #include <algorithm>
 
@@ -54,21 +55,30 @@ struct Node {
 };
 
 struct SharedStorage {
-    int first[kWorkspaceTiles + 1];  // places where rows begin, and the end
+    float4 out[kAtOnce][kThreads];
+    float lse_log2[kAtOnce][2][kThreads];
+    float4 stack[kOwnPlaces][kThreads];
+    float2 stack_lse[kOwnPlaces][kThreads];
+    uint16_t first[kWorkspaceTiles + 1];  // places where rows begin, and the end
+    uint8_t ends[kWorkspaceTiles];        // units of the row up to the end of the node in each place
     int begun[kWarps];
-    Node stack[kOwnPlaces][kThreads];
 };
 
 // ---------------------------------------------------------------------------------------------------- device helpers
 
-// Fills shared.first and returns the number of rows.
+// Fills shared.first and shared.ends, and returns the number of rows.
 __device__ int list_rows(const FwdParams& params, SharedStorage& shared, int places) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     int rows = 0;
+#pragma unroll 1
     for (int base = 0; base < places; base += kThreads) {
         const int place = base + threadIdx.x;
-        const bool begins =
-            place < places && (place == 0 || __ldcg(params.nodes + place).x != __ldcg(params.nodes + place - 1).x);
+        bool begins = false;
+        if (place < places) {
+            const int2 node = __ldcg(params.nodes + place);
+            begins = place == 0 || node.x != __ldcg(params.nodes + place - 1).x;
+            shared.ends[place] = static_cast<uint8_t>(node.y);
+        }
         const uint32_t votes = __ballot_sync(~0u, begins);
         if (lane == 0) shared.begun[warp] = __popc(votes);
         __syncthreads();
@@ -77,20 +87,31 @@ __device__ int list_rows(const FwdParams& params, SharedStorage& shared, int pla
             if (w < warp) before += shared.begun[w];
             rows += shared.begun[w];
         }
-        if (begins) shared.first[before + __popc(votes & ((1u << lane) - 1))] = place;
+        if (begins) shared.first[before + __popc(votes & ((1u << lane) - 1))] = static_cast<uint16_t>(place);
         __syncthreads();
     }
-    if (threadIdx.x == 0) shared.first[rows] = places;
+    if (threadIdx.x == 0) shared.first[rows] = static_cast<uint16_t>(places);
     __syncthreads();
     return rows;
 }
 
+// Brings the thread's vectors of `count` nodes from `place` on to shared memory.
 template <typename Layout>
-__device__ __forceinline__ Node load_node(const FwdParams& params, int place, int row_tile, int v) {
+__device__ __forceinline__ void load_nodes(const FwdParams& params, SharedStorage& shared, int place, int count,
+                                           int row_tile, int v) {
     const int64_t tile = tile_at(params, place, row_tile);
-    const float4* out = reinterpret_cast<const float4*>(params.partial_out) + tile * (Layout::kTileRows * kDimV / 4);
+    const float4* out =
+        reinterpret_cast<const float4*>(params.partial_out) + tile * (Layout::kTileRows * kDimV / 4) + v;
     const float* lse = share_lse(params, tile);
-    return {__ldcg(out + v), {__ldcg(lse + Layout::row(v, 0)), __ldcg(lse + Layout::row(v, 3))}};
+#pragma unroll 1
+    for (int i = 0; i < count; ++i) {
+        ptx::cp_async_16(ptx::shared_address(&shared.out[i][threadIdx.x]), out);
+        ptx::cp_async_4(ptx::shared_address(&shared.lse_log2[i][0][threadIdx.x]), lse + Layout::row(v, 0));
+        ptx::cp_async_4(ptx::shared_address(&shared.lse_log2[i][1][threadIdx.x]), lse + Layout::row(v, 3));
+        out += int64_t{params.row_tiles} * (Layout::kTileRows * kDimV / 4);
+        lse += int64_t{params.row_tiles} * kRowTile;
+    }
+    ptx::cp_async_wait_all();
 }
 
 template <typename Layout>
@@ -108,26 +129,22 @@ template <typename Layout>
 __device__ __forceinline__ Node merge_row(const FwdParams& params, SharedStorage& shared, int begin, int end,
                                           int row_tile, int v) {
     Node node;
-    int depth = 0, unit = 0;
+    int depth = 0;
 #pragma unroll 1
-    for (int place = begin; place < end; place += kAtOnce) {
-        Node loaded[kAtOnce];
-        int ends[kAtOnce];
-#pragma unroll
-        for (int i = 0; i < kAtOnce; ++i) {
-            const int at = min(place + i, end - 1);
-            loaded[i] = load_node<Layout>(params, at, row_tile, v);
-            ends[i] = __ldcg(params.nodes + at).y;
+    for (int place = begin; place < end; ++place) {
+        const int i = (place - begin) % kAtOnce;
+        if (i == 0) load_nodes<Layout>(params, shared, place, min(kAtOnce, end - place), row_tile, v);
+        node.out = shared.out[i][threadIdx.x];
+        node.lse_log2 = {shared.lse_log2[i][0][threadIdx.x], shared.lse_log2[i][1][threadIdx.x]};
+        const int nodes = count_nodes(0, shared.ends[place]);
+#pragma unroll 1
+        while (depth >= nodes && depth > 0) {
+            --depth;
+            merge<Layout>(node, {shared.stack[depth][threadIdx.x], shared.stack_lse[depth][threadIdx.x]});
         }
-#pragma unroll
-        for (int i = 0; i < kAtOnce; ++i) {
-            if (place + i >= end) break;
-            node = loaded[i];
-            unit = max(ends[i], unit + 1);  // as it is, but for a plan of other lengths
-            const int nodes = count_nodes(0, unit);
-            while (depth >= nodes && depth > 0) merge<Layout>(node, shared.stack[--depth][threadIdx.x]);
-            if (place + i + 1 < end && depth < kOwnPlaces) shared.stack[depth++][threadIdx.x] = node;
-        }
+        depth = min(depth, kOwnPlaces - 1);  // as it is, but for a plan of other lengths
+        shared.stack[depth][threadIdx.x] = node.out;
+        shared.stack_lse[depth++][threadIdx.x] = node.lse_log2;
     }
     return node;
 }
@@ -136,21 +153,24 @@ template <typename T, typename Layout>
 __device__ __forceinline__ void store_row(const FwdParams& params, int batch_row, int row_tile, int v,
                                           const Node& node) {
     const HeadTile in_head(params, row_tile);
-    const float out[4] = {node.out.x, node.out.y, node.out.z, node.out.w};
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        const int at = in_head.tile * Layout::kTileRows + Layout::row(v, i);
+    for (int r = 0; r < 2; ++r) {
+        const int at = in_head.tile * Layout::kTileRows + Layout::row(v, 3 * r);
         if (at >= params.rows) continue;
         const QueryRow row(params, at);
-        const int h = in_head.head * params.group + row.g;
-        const int column = Layout::column(v, i);
+        const int h = in_head.head * params.group + row.g, column = Layout::column(v, r);
         T* to = static_cast<T*>(params.out) + ((int64_t{batch_row} * params.s_q + row.s) * params.h_q + h) * kDimV;
-        to[column] = static_cast<T>(out[i]);
-        if (column == 0) {
-            const float lse = Layout::head(i) == 0 ? node.lse_log2.x : node.lse_log2.y;
-            params.lse[(int64_t{batch_row} * params.h_q + h) * params.s_q + row.s] =
-                lse == -INFINITY ? INFINITY : lse * kLn2;
+        if constexpr (Layout::head(1) == 0) {
+            *reinterpret_cast<uint32_t*>(to + Layout::column(v, 2 * r)) =
+                r == 0 ? pack<T>(node.out.x, node.out.y) : pack<T>(node.out.z, node.out.w);
+        } else {
+            to[column] = static_cast<T>(r == 0 ? node.out.x : node.out.y);
+            to[Layout::column(v, r + 2)] = static_cast<T>(r == 0 ? node.out.z : node.out.w);
         }
+        if (Layout::column(v, 0) != 0) continue;
+        const float lse = r == 0 ? node.lse_log2.x : node.lse_log2.y;
+        params.lse[(int64_t{batch_row} * params.h_q + h) * params.s_q + row.s] =
+            lse == -INFINITY ? INFINITY : lse * kLn2;
     }
 }
 
@@ -159,8 +179,8 @@ __device__ __forceinline__ void store_row(const FwdParams& params, int batch_row
 template <typename T, typename Layout>
 __global__ void __launch_bounds__(kThreads, kCtasPerSm) fwd_kvcache_mla_merge_nodes_kernel(const FwdParams params) {
     __shared__ SharedStorage shared;
+    cudaTriggerProgrammaticLaunchCompletion();  // what is launched early waits for the end of this grid
     cudaGridDependencySynchronize();
-    cudaTriggerProgrammaticLaunchCompletion();
     const int used = flagged_place(params, kMaxParts), places = used <= params.places ? used : 0;
     if (places == 0) return;
     constexpr int kPerTile = Layout::kTileRows * kDimV / 4 / kThreads;

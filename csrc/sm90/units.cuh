@@ -35,12 +35,18 @@ struct Units {
         count = (tiles + each - 1) / each;
         padded = count <= 1 ? 1 : 1 << (32 - __clz(count - 1));
     }
-    __device__ int end_of(int unit) const { return unit >= count ? padded : unit; }
+    // Where the greatest nodes that lie in units first .. end - 1 end.
+    __device__ int end_of_nodes(int first, int end) const {
+        if (end < count) return end;
+        if (first == 0) return padded;
+        const int level = 31 - __clz((count - 1) ^ (first - 1));  // of the last one
+        return ((count - 1 >> level) + 1) << level;
+    }
 };
 
 // One unit of a part's share of a row. Of a row without tiles the only one.
 struct Unit : Segment {
-    int end_unit;  // where the nodes end that end with this unit
+    int end_unit;  // where in the row's tree the nodes end that end with this unit
     int nodes;     // of the share, before this unit
     int merges;    // of them are merged with it, the last one first
     int leaves;    // nodes that the share leaves, from `leaf` on; 0 if the row is whole
@@ -67,16 +73,16 @@ __device__ __forceinline__ void for_each_unit(const FwdParams& params, const Par
             const int end = (end_tile + units.each - 1) / units.each;
             const int first = p.continues(unit.row) ? p.first_tile / units.each : 0;
             const bool whole = first == 0 && end == units.count;
-            unit.leaves = whole ? 0 : count_nodes(first, units.end_of(end));
+            unit.leaves = whole ? 0 : count_nodes(first, units.end_of_nodes(first, end));
             unit.leaves = min(unit.leaves, max(params.places - unit.leaf, 0));  // fewer: a plan of other lengths
             for (int i = first; i < max(end, tiles == 0); ++i) {
                 unit.begin = min(i * units.each, tiles);
                 unit.end = min(unit.begin + units.each, tiles);
                 unit.starts = i == first;
                 unit.ends = i + 1 >= end;
-                unit.end_unit = units.end_of(i + 1);
+                unit.end_unit = units.end_of_nodes(0, i + 1);
                 unit.nodes = count_nodes(first, i);
-                unit.merges = unit.nodes + 1 - count_nodes(first, unit.end_unit);
+                unit.merges = unit.nodes + 1 - count_nodes(first, units.end_of_nodes(first, i + 1));
                 body(unit);
             }
         }
