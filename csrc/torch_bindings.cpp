@@ -92,7 +92,7 @@ void get_mla_metadata_op(Tensor tile_scheduler_metadata, Tensor num_splits, cons
 // A call under a batch-invariant plan (sm90/units.cuh), of which all else is known. Which kernel serves it and what its
 // row tiles are goes by h_q / h_k, never by s_q or the batch.
 void fwd_kvcache_mla_invariant(FwdParams params, const Tensor& like, cudaStream_t stream) {
-    const int64_t max_units = std::min(kMaxUnits, params.max_len / (kTile * kUnitTiles) + 1);
+    const int64_t max_units = std::min(kMaxUnits, params.max_len / (kTile * kLeastUnit) + 1);
     // of a row tile of the planner, as plan.py's `places`
     params.places = static_cast<int>(std::min(int64_t{kWorkspaceTiles / params.row_tiles}, params.b * max_units));
     params.batch_invariant = true;
@@ -103,10 +103,11 @@ void fwd_kvcache_mla_invariant(FwdParams params, const Tensor& like, cudaStream_
     const int64_t own = int64_t{std::min(params.row_tiles, kLaunchRowTiles)} * params.grid_parts * kOwnPlaces;
     const int64_t tiles = int64_t{params.places} * params.row_tiles + own;
     // partial_out, partial_lse, nodes: in floats
-    Tensor workspace = new_empty({tiles * (tile_rows * kDimV + kRowTile) + 2 * params.places}, ScalarType::Float, like);
+    Tensor workspace =
+        new_empty({tiles * (tile_rows * kDimV + 2 * kRowTile) + 2 * params.places}, ScalarType::Float, like);
     params.partial_out = static_cast<float*>(workspace.data_ptr());
     params.partial_lse = params.partial_out + tiles * tile_rows * kDimV;
-    params.nodes = reinterpret_cast<int2*>(params.partial_lse + tiles * kRowTile);
+    params.nodes = reinterpret_cast<int2*>(params.partial_lse + tiles * 2 * kRowTile);
     const auto kernel = params.few_rows ? sm90::fwd_kvcache_mla_few_rows : sm90::fwd_kvcache_mla;
     kernel(params, stream);
     if (params.places > 0) sm90::fwd_kvcache_mla_merge_nodes(params, stream);
