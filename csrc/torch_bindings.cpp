@@ -151,12 +151,13 @@ std::tuple<Tensor, Tensor> fwd_kvcache_mla_op(const Tensor q, const Tensor kv_ca
     const int64_t split_parts =
         plan_parts == 1 || invariant ? 0 : std::min({plan_parts, possible_parts, kWorkspaceTiles / (2 * row_tiles)});
     const int64_t places = 2 * split_parts * row_tiles * kRowTile;
-    // A machine's own plan gives rows num_parts / b parts, more or less. Where most are split in two, and shares are
-    // large, merging them in the decode kernel saves more than clearing the counters costs (csrc/NOTES.md).
+    // A machine's own plan gives rows num_parts / b parts, more or less. Where most parts have a row's end and another's
+    // begin, and rows have several row tiles, merging the two shares of a row in the decode kernel saves more than
+    // clearing the counters costs (csrc/NOTES.md).
     const CacheFormat format = kv_cache.element_size() > 1 ? CacheFormat::kPlain
                                : kv_scale.has_value()      ? CacheFormat::kFp8Tensor
                                                            : CacheFormat::kFp8Blocks;
-    const bool mostly_pairs = num_parts < 2 * b && rows >= kRowTile && format == CacheFormat::kPlain;
+    const bool mostly_pairs = num_parts < b && rows > kRowTile && format == CacheFormat::kPlain;
     const int64_t arrivals = mostly_pairs ? 2 * split_parts * row_tiles : 0;
     // partial_out, partial_lse, arrivals, split_rows, scratch: in floats
     constexpr int64_t kScratch = 4;
