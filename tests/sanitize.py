@@ -249,6 +249,10 @@ def decode_cases() -> Iterator[Case]:
         # the combine kernel's instances on a Hopper, which go by batch and query rows
         for b, h_q in ((5, 16), (9, 16), (20, 16), (40, 16), (2, 32), (7, 64), (16, 20), (20, 64)):
             yield decode_case({"lengths": (300,) * b, "h_q": h_q, "dtype": dtype}, "own", True)
+        # batch-invariant: rows of several units, in several parts
+        for h_q, s_q in ((16, 1), (16, 3), (128, 2)):
+            call = {"lengths": (0, 300, 3000, 65), "h_q": h_q, "s_q": s_q, "causal": True, "dtype": dtype}
+            yield decode_case(call, "invariant", (h_q, s_q) != (16, 3))
         for other in others:
             call = {"lengths": LENGTHS, "h_q": 20, "causal": True, "dtype": dtype} | other
             yield decode_case(call, "own", other == {"page_size": 128} or "strided" in other)
@@ -260,7 +264,7 @@ def decode_cases() -> Iterator[Case]:
 
 
 def decode_case(call: dict, plan: str | int, quick: bool, kv_format: str | None = None) -> Case:
-    """A call of make_decode_case's arguments; the plan: none, the op's own, or one of so many parts."""
+    """A call of make_decode_case's arguments; the plan: none, the op's own, batch-invariant, or one of so many parts."""
 
     def run(device: str) -> None:
         case = make_decode_case(**call)
@@ -277,9 +281,9 @@ def decode_case(call: dict, plan: str | int, quick: bool, kv_format: str | None 
 def run_decode(exact: DecodeCase, call: dict, device: str, plan: str | int) -> None:
     """Runs the call, whose result must be that of `exact`, a case on the CPU."""
     planned = ()
-    if plan == "own":
+    if plan in ("own", "invariant"):
         _, *heads = exact.plan_args
-        planned = get_mla_metadata(call["cache_seqlens"], *heads)
+        planned = get_mla_metadata(call["cache_seqlens"], *heads, batch_invariant=plan == "invariant")
     elif plan != "none":
         planned = [moved(t, device) for t in make_plan(exact.cache_seqlens, plan)]
     out, lse = fwd_kvcache_mla(**call, **dict(zip(("tile_scheduler_metadata", "num_splits"), planned, strict=False)))
