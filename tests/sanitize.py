@@ -264,7 +264,7 @@ def decode_cases() -> Iterator[Case]:
 
 
 def decode_case(call: dict, plan: str | int, quick: bool, kv_format: str | None = None) -> Case:
-    """A call of make_decode_case's arguments; the plan: none, the op's own, batch-invariant, or one of so many parts."""
+    """A call of make_decode_case's arguments; the plan: none, the op's own, invariant, or one of so many parts."""
 
     def run(device: str) -> None:
         case = make_decode_case(**call)
