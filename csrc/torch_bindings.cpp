@@ -92,7 +92,7 @@ void get_mla_metadata_op(Tensor tile_scheduler_metadata, Tensor num_splits, cons
 // A call under a batch-invariant plan (sm90/units.cuh), of which all else is known. Which kernel serves it and what its
 // row tiles are goes by h_q / h_k, never by s_q or the batch.
 void fwd_kvcache_mla_invariant(FwdParams params, const Tensor& like, cudaStream_t stream) {
-    const int64_t max_units = std::min(kMaxUnits, params.max_len / (kTile * kLeastUnit) + 1);
+    const int64_t max_units = std::min(kMaxUnits, params.max_len / (kTile * kUnitTiles) + 1);
     // of a row tile of the planner, as plan.py's `places`
     params.places = static_cast<int>(std::min(int64_t{kWorkspaceTiles / params.row_tiles}, params.b * max_units));
     params.batch_invariant = true;
@@ -151,9 +151,9 @@ std::tuple<Tensor, Tensor> fwd_kvcache_mla_op(const Tensor q, const Tensor kv_ca
     const int64_t split_parts =
         plan_parts == 1 || invariant ? 0 : std::min({plan_parts, possible_parts, kWorkspaceTiles / (2 * row_tiles)});
     const int64_t places = 2 * split_parts * row_tiles * kRowTile;
-    // A machine's own plan gives rows num_parts / b parts, more or less. Where most parts have a row's end and another's
-    // begin, and rows have several row tiles, merging the two shares of a row in the decode kernel saves more than
-    // clearing the counters costs (csrc/NOTES.md).
+    // A machine's own plan gives rows num_parts / b parts, more or less. Where most parts have a row's end and
+    // another's begin, and rows have several row tiles, merging the two shares of a row in the decode kernel saves more
+    // than clearing the counters costs (csrc/NOTES.md).
     const CacheFormat format = kv_cache.element_size() > 1 ? CacheFormat::kPlain
                                : kv_scale.has_value()      ? CacheFormat::kFp8Tensor
                                                            : CacheFormat::kFp8Blocks;

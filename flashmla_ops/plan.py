@@ -157,9 +157,7 @@ def _on_line(tiles: Tensor, total: Tensor, parts: Tensor, row_cost: int) -> tupl
 # alone, log2(MAX_UNITS) at most at either end, to whoever merges the parts. Left to right, one after the other, would
 # be no such tree: then a part that goes on with a row could merge nothing, and would leave every unit.
 
-# Tiles of a unit: results of fewer cost more to merge than their keys to read. But short rows have four units, of
-# LEAST_UNIT tiles or more, so that they keep more workers busy.
-UNIT_TILES, LEAST_UNIT = 8, 4
+UNIT_TILES = 8  # of a unit at least: results of fewer tiles cost more to merge than their keys to read
 MAX_UNITS = 64  # of a row: as many workers as one row keeps busy
 # Bit of FLAGS; the bits above are the part's first place for the nodes that it leaves. In the plan's row MAX_PARTS,
 # which is empty otherwise, they are the number of places that all parts use.
@@ -177,10 +175,15 @@ def places(num_row_tiles: int) -> int:
 
 
 def unit_tiles(tiles):
-    """C, the tiles of a unit of a row of so many (an int or a tensor of them)."""
+    """C, the tiles of a unit of a row of so many (an int or a tensor of them).
+
+    UNIT_TILES; in rows that have more than 16 such units as many as make 16 of it, up to twice UNIT_TILES; in the
+    longest rows what MAX_UNITS asks for.
+    """
+    sixteenth, least = -(-tiles // 16), -(-tiles // MAX_UNITS)
     if isinstance(tiles, Tensor):
-        return ((tiles + 3) // 4).clamp(LEAST_UNIT, UNIT_TILES).maximum((tiles + MAX_UNITS - 1) // MAX_UNITS)
-    return max(min(max(LEAST_UNIT, -(-tiles // 4)), UNIT_TILES), -(-tiles // MAX_UNITS))
+        return sixteenth.clamp(UNIT_TILES, 2 * UNIT_TILES).maximum(least)
+    return max(UNIT_TILES, min(2 * UNIT_TILES, sixteenth), least)
 
 
 def nodes_left(begin: Tensor, end: Tensor, units: Tensor) -> Tensor:

@@ -471,12 +471,9 @@ __device__ __forceinline__ bool merge_unit(const FwdParams& params, const RowTil
     }
     if (unit.ends && unit.leaves == 0) return true;
     const int64_t tile = tile_of_node(params, rows, unit, node);
-#ifdef KEEP_NODES
-    store_pair_share<true>(params, rows, me, tile, node_lse(params, tile) + warpgroup * kRowTile, warpgroup, lse_log2,
-                           rO);
-#else
-    store_pair_share(params, rows, me, tile, node_lse(params, tile) + warpgroup * kRowTile, warpgroup, lse_log2, rO);
-#endif
+    // L2 keeps nodes longer than keys: they are read again a unit later (csrc/NOTES.md)
+    float* lse = node_lse(params, tile) + warpgroup * kRowTile;
+    store_pair_share<true>(params, rows, me, tile, lse, warpgroup, lse_log2, rO);
     node_stored();
     if (rows.index() == 0 && threadIdx.x == 0) list_node(params, unit, node);
     return false;

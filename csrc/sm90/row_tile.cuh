@@ -228,7 +228,7 @@ __device__ __forceinline__ void store_share(const FwdParams& params, const RowTi
 }
 
 // A share of a pair, as it is, to a tile of the workspace, and its lse [64 rows]: either share may be in registers when
-// they are merged, to the same bits.
+// they are merged, to the same bits. kKeep: L2 is to keep it.
 template <bool kKeep = false>
 __device__ __forceinline__ void store_pair_share(const FwdParams& params, const RowTile& rows, const Consumer& me,
                                                  int64_t tile, float* lse, int warpgroup, const float (&lse_log2)[2],

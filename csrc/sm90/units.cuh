@@ -31,11 +31,7 @@ struct Units {
     int each, count, padded;
 
     __device__ explicit Units(int tiles) {
-#ifdef UNIT_SQRT
-        each = max(min(max(static_cast<int>(sqrtf(static_cast<float>(tiles))), 4), 16), (tiles + 63) / 64);
-#else
-        each = max(min(kUnitTiles, max(kLeastUnit, (tiles + 3) / 4)), (tiles + kMaxUnits - 1) / kMaxUnits);
-#endif
+        each = max(max(kUnitTiles, min(2 * kUnitTiles, (tiles + 15) / 16)), (tiles + kMaxUnits - 1) / kMaxUnits);
         count = (tiles + each - 1) / each;
         padded = count <= 1 ? 1 : 1 << (32 - __clz(count - 1));
     }

@@ -25,7 +25,6 @@ FIRST_SPLIT = tl.constexpr(_plan.FIRST_SPLIT)
 FLAGS = tl.constexpr(_plan.FLAGS)
 MIN_TILES = tl.constexpr(_plan.MIN_TILES)
 UNIT_TILES = tl.constexpr(_plan.UNIT_TILES)
-LEAST_UNIT = tl.constexpr(_plan.LEAST_UNIT)
 MAX_UNITS = tl.constexpr(_plan.MAX_UNITS)
 OWN_PLACES = tl.constexpr(_plan.MAX_UNITS.bit_length() - 1)  # nodes of a row that wait at once for one that is to come
 SHARES_PER_TILE = tl.constexpr(_plan.SHARES_PER_TILE)
@@ -210,7 +209,7 @@ def _length_of(cache_seqlens, row, max_len):
 @triton.jit
 def _units_of(tiles):
     """Of a row: the tiles of a unit, and the units."""
-    each = tl.minimum(tl.maximum((tiles + 3) // 4, LEAST_UNIT), UNIT_TILES)
+    each = tl.maximum(tl.minimum((tiles + 15) // 16, 2 * UNIT_TILES), UNIT_TILES)
     each = tl.maximum(each, (tiles + MAX_UNITS - 1) // MAX_UNITS)
     return each, (tiles + each - 1) // each
 
