@@ -99,6 +99,7 @@ void fwd_kvcache_mla_invariant(FwdParams params, const Tensor& like, cudaStream_
     params.few_rows = params.group <= kFewRows;
     const int tile_rows = params.few_rows ? kFewRows : kRowTile;
     params.row_tiles = params.h_k * ((params.rows + tile_rows - 1) / tile_rows);
+    if (params.row_tiles > kLaunchRowTiles) params.places = 0;  // of several launches: rows are whole then
     params.grid_parts = std::clamp(multiprocessors() / params.row_tiles, 1, kMaxParts);
     const int64_t own = int64_t{std::min(params.row_tiles, kLaunchRowTiles)} * params.grid_parts * kOwnPlaces;
     const int64_t tiles = int64_t{params.places} * params.row_tiles + own;

@@ -38,6 +38,9 @@
 // depends on which CTAs run at once. All other shares are merged by fwd_kvcache_mla_combine.cu. A plan that uses more
 // parts than the workspace has room for is executed unsplit: each row by the part that holds its first tile.
 //
+// Under a batch-invariant plan segments are units of fixed tiles, and results are merged in a fixed tree (units.cuh):
+// an instance of its own.
+//
 // Safety. Lengths clamp to what the block table reaches, pages outside the cache arrive as zeros, columns past a row's
 // length are masked and their V rows zeroed. What the plan says is clamped to the batch and to each row's tiles.
 

@@ -15,6 +15,9 @@
 // Query rows are a thread's columns here: a warpgroup's accumulators give it the rows 8 j + 2 (lane % 4) + {0, 1}, and
 // of what runs along the 64 rows of the product (keys; columns of V) the two at warp * 16 + lane / 4 + {0, 8}.
 
+// Under a batch-invariant plan (units.cuh) it serves up to 16 heads a key head whatever s_q is, in row tiles of 16
+// rows.
+
 #include <cuda/ptx>
 
 #include "fwd_kvcache_mla.cuh"
