@@ -46,6 +46,8 @@ def get_mla_metadata(
     *,
     num_q_tokens_per_head_k: int | None = None,
     batch_invariant: bool = False,
+    cu_seqlens_q: Tensor | None = None,
+    max_seqlen_q: int | None = None,
 ) -> tuple[Tensor, Tensor] | tuple[FlashMLASchedMeta, None]:
     """Plans a decode step: which worker attends to which keys. Make it once a step and share it between layers.
 
@@ -53,19 +55,20 @@ def get_mla_metadata(
 
     Args:
         cache_seqlens: [b] int32, keys in each row, those of this step included.
-        num_heads_per_head_k: s_q * h_q / h_k (num_q_tokens_per_head_k is another name of it).
+        num_heads_per_head_k: s_q * h_q / h_k, with cu_seqlens_q h_q / h_k (num_q_tokens_per_head_k is another name).
         num_heads_k: h_k.
         num_heads_q, topk, is_fp8_kvcache: accepted for FlashMLA's 2025-09 form; sparse attention is not served.
         batch_invariant: a plan under which a row's output and lse are the same bits whatever the other rows are, how
             many, in which order, and however many queries stand before its own, within one backend and architecture
             (and on the CPU one number of threads). It holds for calls that are given this plan. CPU only; it is slower,
             as every query is worked on alone.
+        cu_seqlens_q, max_seqlen_q: as of `fwd_kvcache_mla`, for a call of it that is given them.
     Returns:
         tile_scheduler_metadata [256, 8] int32, num_splits [b + 1] int32.
         Called with nothing (FlashMLA's 2026 form): (FlashMLASchedMeta(), None), and each call plans for itself.
     Raises:
         RuntimeError: bad shape, dtype or head count; on the CPU, and on CUDA under FLASHMLA_DEBUG=1, also a negative
-            length.
+            length or numbers of queries below 0 or above max_seqlen_q.
         NotImplementedError: topk or an fp8 cache is asked for, or batch_invariant where no backend serves it.
     """
     _not_served(topk=topk, is_fp8_kvcache=is_fp8_kvcache or None)
@@ -83,6 +86,8 @@ def get_mla_metadata(
         if value is None:
             raise RuntimeError(f"{name}: expected a value (give {', '.join(given)}, or nothing), got None")
     options = {"batch_invariant": True} if batch_invariant else {}
+    if cu_seqlens_q is not None or max_seqlen_q is not None:
+        options |= {"cu_seqlens_q": cu_seqlens_q, "max_seqlen_q": max_seqlen_q}
     return torch.ops.flashmla.get_mla_metadata.default(cache_seqlens, num_heads_per_head_k, num_heads_k, **options)
 
 
@@ -92,6 +97,8 @@ def get_mla_metadata_(
     num_heads_k: int,
     *,
     batch_invariant: bool = False,
+    cu_seqlens_q: Tensor | None = None,
+    max_seqlen_q: int | None = None,
     tile_scheduler_metadata: Tensor,
     num_splits: Tensor,
 ) -> None:
@@ -100,7 +107,8 @@ def get_mla_metadata_(
     For a plan that is made outside a captured CUDA graph which reads it: replan in place, then replay.
 
     Args:
-        cache_seqlens, num_heads_per_head_k, num_heads_k, batch_invariant: as of `get_mla_metadata`.
+        cache_seqlens, num_heads_per_head_k, num_heads_k, batch_invariant, cu_seqlens_q, max_seqlen_q: as of
+            `get_mla_metadata`.
         tile_scheduler_metadata: [256, 8] int32, overwritten. num_splits: [b + 1] int32, overwritten.
     Raises:
         RuntimeError: what is wrong with which argument; nothing is written then.
@@ -110,6 +118,8 @@ def get_mla_metadata_(
         num_heads_per_head_k,
         num_heads_k,
         batch_invariant=batch_invariant,
+        cu_seqlens_q=cu_seqlens_q,
+        max_seqlen_q=max_seqlen_q,
         tile_scheduler_metadata=tile_scheduler_metadata,
         num_splits=num_splits,
     )
@@ -128,6 +138,8 @@ def fwd_kvcache_mla(
     *,
     q_scale: Tensor | None = None,
     kv_scale: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    max_seqlen_q: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of s_q queries a row over that row's keys in a paged cache, whose first head_dim_v elements are values.
 
@@ -140,9 +152,13 @@ def fwd_kvcache_mla(
     j <= cache_seqlens[r] - s_q + i. A query that sees no key (length 0, or before the start) gets out = 0, lse = +inf.
     Key j of row r lies in page block_table[r, j // page_size], at j % page_size. Absorbed MLA: arXiv 2405.04434, 2.1.2.
 
+    With `cu_seqlens_q` rows have different numbers of queries, also none: row r's are cu_seqlens_q[r] ..
+    cu_seqlens_q[r + 1] - 1 of q's total_q, and their number takes the place of s_q above. Queries from
+    cu_seqlens_q[b] on are nobody's and see no key: a captured call of fixed total_q may have such.
+
     Args:
         q: [b, s_q, h_q, d_qk] bf16, fp16 (CPU: also fp32), or float8_e4m3fn with q_scale, over a cache of fp8 with
-            kv_scale; strides: innermost 1, others multiples of 16 bytes.
+            kv_scale; strides: innermost 1, others multiples of 16 bytes. With cu_seqlens_q [total_q, h_q, d_qk].
         kv_cache: [num_pages, page_size, h_k, d_qk], q's dtype, strides as q's; page_size a multiple of 16. Or fp8,
             in uint8 or float8_e4m3fn, whose format the last dimension tells (kv_cache.py): d_qk for one
             kv_scale, d_v + 4 * ceil(d_v / 128) + 2 * (d_qk - d_v) up to a multiple of 16 (656 for 576, 512) for scales
@@ -154,12 +170,15 @@ def fwd_kvcache_mla(
         tile_scheduler_metadata, num_splits: the plan of `get_mla_metadata`; without it the call plans for itself.
         q_scale, kv_scale: one fp32 value each, by which what is stored is multiplied; for fp8 q, and caches of one
             scale, only.
+        cu_seqlens_q: [b + 1] int32, the queries of the rows before: from 0, not decreasing, at most total_q.
+        max_seqlen_q: of any row, at least 1; the kernel is chosen by it, and of a row with more queries only so many
+            are computed. A bound above the truth costs little, unless it crosses 16 query rows a key head.
     Returns:
         out [b, s_q, h_q, d_v] in q's dtype (bf16 for fp8 q) and lse [b, h_q, s_q] fp32 (natural logarithm), both
-        contiguous.
+        contiguous. With cu_seqlens_q [total_q, h_q, d_v] and [h_q, total_q].
     Raises:
-        RuntimeError: what is wrong with which tensor; on the CPU, and on CUDA under FLASHMLA_DEBUG=1, also a length or
-            a page number out of range.
+        RuntimeError: what is wrong with which tensor; on the CPU, and on CUDA under FLASHMLA_DEBUG=1, also a length, a
+            page number or a value of cu_seqlens_q out of range.
         NotImplementedError: no backend serves this call; the message says why not.
     """
     if softmax_scale is None:
@@ -176,6 +195,9 @@ def fwd_kvcache_mla(
         num_splits,
     )
     op = torch.ops.flashmla.fwd_kvcache_mla.default
+    if cu_seqlens_q is not None or max_seqlen_q is not None:
+        uneven = {"cu_seqlens_q": cu_seqlens_q, "max_seqlen_q": max_seqlen_q}
+        return op(*call, q_scale=q_scale, kv_scale=kv_scale, **uneven)
     if q_scale is None and kv_scale is None:  # most calls: the dispatcher takes a microsecond for keywords
         return op(*call)
     return op(*call, q_scale=q_scale, kv_scale=kv_scale)

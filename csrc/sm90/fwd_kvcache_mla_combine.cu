@@ -269,18 +269,30 @@ __device__ __forceinline__ Merged<Layout, kVectors> merge_warps(SharedStorage<La
     return merged;
 }
 
-// A lane's rows to memory: row `row` of key head `head`, from column `column` on, and what follows in the layout.
+// A lane's rows to memory: row `row` of key head `head`, from column `column` on, and what follows in the layout. Of
+// uneven queries: of the block that the split row is of.
 template <typename T, typename Layout, int kVectors>
-__device__ __forceinline__ void store_merged(const FwdParams& params, int batch_row, int head, int row, int column,
-                                             bool with_lse, bool rehearsal, const Merged<Layout, kVectors>& merged) {
+__device__ __forceinline__ void store_merged(const FwdParams& params, const SplitRow& split, int head, int row,
+                                             int column, bool with_lse, bool rehearsal,
+                                             const Merged<Layout, kVectors>& merged) {
+    int64_t first_query = int64_t{split.row} * params.s_q;
+    int rows = params.rows;
+    int64_t lse_begin = int64_t{split.row} * params.h_q * params.s_q, lse_stride = params.s_q;
+    if (params.cu_seqlens_q != nullptr && !rehearsal) {
+        const RowQueries queries(params, split.row);
+        first_query = lse_begin = queries.first;
+        lse_stride = params.total_q;
+        rows = queries.count * params.group;
+        row += Blocks(params, split.part).last * RowTile::block_rows(params);
+    }
 #pragma unroll
     for (int r = 0; r < Layout::kRows; ++r) {
         const int at = row + 8 * r;
-        if (at >= params.rows) return;
+        if (at >= rows) return;
         const QueryRow in_head(params, at);
         const int h = head * params.group + in_head.g;
-        const int64_t out_row = (int64_t{batch_row} * params.s_q + in_head.s) * params.h_q + h;
-        const int64_t lse_row = (int64_t{batch_row} * params.h_q + h) * params.s_q + in_head.s;
+        const int64_t out_row = (first_query + in_head.s) * params.h_q + h;
+        const int64_t lse_row = lse_begin + h * lse_stride + in_head.s;
         T* out = rehearsal ? static_cast<T*>(params.scratch) : static_cast<T*>(params.out) + out_row * kDimV + column;
         float* lse = rehearsal ? static_cast<float*>(params.scratch) : params.lse + lse_row;
         const float sum = merged.sum[r], scale = sum == 0.f ? 0.f : __fdividef(1.f, sum);
@@ -331,6 +343,11 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) fwd_kvcache_mla_combine_
             const int in_head = in_row - head * groups_per_head, in_tile = in_head % groups_per_tile;
             const int row_tile = head * (params.row_tiles / params.h_k) + in_head / groups_per_tile;
             const SplitRow split = shared.rows[split_row];
+            if (params.cu_seqlens_q != nullptr && !rehearsal) {  // the row may have fewer query rows than others
+                const int first = Blocks(params, split.part).last * RowTile::block_rows(params);
+                const int rows = RowQueries(params, split.row).count * params.group - first;
+                if (in_head * Layout::kGroup >= rows) continue;
+            }
             const uint4* vectors =
                 reinterpret_cast<const uint4*>(share_at(params, 0, row_tile)) + Layout::vector(in_tile, v, lane);
             const typename Layout::Heads heads(params, row_tile, Layout::row(in_tile, lane), v);
@@ -338,7 +355,7 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) fwd_kvcache_mla_combine_
             if constexpr (kTogether > 1) merged = merge_warps(shared, merged);
             if (member == 0) {
                 const int column = Layout::column(v, lane);
-                store_merged<T>(params, split.row, head, Layout::row(in_head, lane), column, column == 0, rehearsal,
+                store_merged<T>(params, split, head, Layout::row(in_head, lane), column, column == 0, rehearsal,
                                 merged);
             }
         }

@@ -167,12 +167,12 @@ __device__ __forceinline__ void score(SharedStorage<T>& shared, Place place, flo
 }
 
 // Scales the scores of tile `tile`, and sets those of keys that a query row does not see to -inf.
-__device__ __forceinline__ void scale_and_mask(const FwdParams& params, const Consumer& me, const Segment& segment,
-                                               int tile, float (&rS)[kRows / 2]) {
+__device__ __forceinline__ void scale_and_mask(const FwdParams& params, const RowTile& rows, const Consumer& me,
+                                               const Segment& segment, int tile, float (&rS)[kRows / 2]) {
     // an instruction of its own: fused with the subtraction of the base, the greatest exponent would not be 0
 #pragma unroll
     for (int k = 0; k < kRows / 2; ++k) rS[k] = __fmul_rn(rS[k], params.softmax_scale_log2);
-    const int seen_by_all = params.causal ? segment.length - params.s_q + 1 : segment.length;
+    const int seen_by_all = params.causal ? segment.length - rows.num_queries(params) + 1 : segment.length;
     if (!__any_sync(~0u, (tile + 1) * kTile > seen_by_all)) return;
 #pragma unroll
     for (int h = 0; h < kRows / 4; ++h) {
@@ -296,7 +296,7 @@ __device__ __forceinline__ void store_rows(const FwdParams& params, const RowTil
         for (int i = me.warp * 32 + me.lane; i < rows.count(params) * 8; i += kWarpgroup) {
             const QueryRow row(params, i / 8);
             const int64_t h = rows.head * params.group + row.g, chunk = i % 8;
-            T* to = static_cast<T*>(params.out) + ((int64_t{batch_row} * params.s_q + row.s) * params.h_q + h) * kDimV;
+            T* to = static_cast<T*>(params.out) + (rows.query_at(params, batch_row, row.s) * params.h_q + h) * kDimV;
             reinterpret_cast<int4*>(to + (warpgroup * kBlocks + b) * 64)[chunk] =
                 *reinterpret_cast<const int4*>(reinterpret_cast<const char*>(staging) + wgmma::swizzled(i / 8, chunk));
         }
@@ -351,7 +351,7 @@ __device__ __forceinline__ void attend(const FwdParams& params, SharedStorage<T>
             values[b] = warpgroup == 0 ? shared.ring[slots[first]][b % kPortionSlices]
                                        : shared.ring[slots[second]][(kBlocks + b) % kPortionSlices];
         }
-        scale_and_mask(params, me, segment, tile, rS);
+        scale_and_mask(params, rows, me, segment, tile, rS);
         softmax_of<T>(shared, me, warpgroup, rS, softmax, [&](const float (&factor)[kRows / 4]) { scale(rO, factor); });
         const int valid = segment.length - tile * kTile;
         if (__any_sync(~0u, valid < kTile)) zero_values(me, values, valid);
@@ -407,14 +407,14 @@ __device__ __forceinline__ void attend(const FwdParams& params, SharedStorage<T>
         if (!has_lse || r >= rows.count(params)) continue;
         const QueryRow row(params, r);
         const int64_t head = rows.head * params.group + row.g;
-        params.lse[(int64_t{segment.row} * params.h_q + head) * params.s_q + row.s] =
+        params.lse[rows.lse_at(params, segment.row, head, row.s)] =
             lse_log2[h] == -INFINITY ? INFINITY : lse_log2[h] * kLn2;
     }
 }
 
 // ------------------------------------------------------------------------------------------------------------ kernel
 
-template <typename T>
+template <typename T, bool kUneven>
 __global__ void __launch_bounds__(kThreads, 1)
     fwd_kvcache_mla_few_rows_kernel(const __grid_constant__ FwdParams params,
                                     const __grid_constant__ CUtensorMap cache) {
@@ -435,33 +435,37 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     cudaGridDependencySynchronize();  // nothing above reads what an earlier kernel wrote
     cudaTriggerProgrammaticLaunchCompletion();
-    if (warp >= kConsumerWarps) prefetch_tables(params, threadIdx.x - kConsumers, kThreads - kConsumers);
-    read_plan(params, shared.parts);
+    if (warp >= kConsumerWarps) prefetch_tables<kUneven>(params, threadIdx.x - kConsumers, kThreads - kConsumers);
+    read_plan<kUneven>(params, shared.parts);
 
     if (warp < kConsumerWarps) {
         Place place;
         uint32_t phase = 0;
-        for_each_segment(params, shared.parts, [&](const Segment& segment) {
+        for_each_segment<kUneven>(params, shared.parts, rows, [&](const Segment& segment, const RowTile& rows) {
             attend(params, shared, rows, segment, warp / (kConsumerWarps / 2), place, phase);
         });
     } else if (warp == kConsumerWarps) {
         Place place;
-        for_each_segment(params, shared.parts,
-                         [&](const Segment& segment) { load_keys(params, cache, shared, rows, segment, place); });
+        for_each_segment<kUneven>(params, shared.parts, rows, [&](const Segment& segment, const RowTile& rows) {
+            load_keys(params, cache, shared, rows, segment, place);
+        });
     } else {
         uint32_t phase = 0;
-        for_each_segment(params, shared.parts, [&](const Segment& segment) {
+        for_each_segment<kUneven>(params, shared.parts, rows, [&](const Segment& segment, const RowTile& rows) {
             load_queries(params, shared, rows, segment, warp - kConsumerWarps - 1, phase);
         });
-        if (warp == kConsumerWarps + 1 && blockIdx.x == 0) list_split_rows(params, shared.parts);
+        if (warp == kConsumerWarps + 1 && blockIdx.x == 0) list_split_rows<kUneven>(params, shared.parts);
+        if constexpr (kUneven) {
+            if (warp == kConsumerWarps + 2) store_unclaimed<T>(params);
+        }
     }
 }
 
 // ---------------------------------------------------------------------------------------------------------- launcher
 
-template <typename T>
+template <typename T, bool kUneven>
 void launch(const FwdParams& params, cudaStream_t stream) {
-    constexpr auto kKernel = fwd_kvcache_mla_few_rows_kernel<T>;
+    constexpr auto kKernel = fwd_kvcache_mla_few_rows_kernel<T, kUneven>;
     constexpr int kSharedBytes = sizeof(SharedStorage<T>);
     static_assert(kSharedBytes <= 227 * 1024);
     // no page, no key: every length is then 0, and nothing reads through the map
@@ -474,7 +478,12 @@ void launch(const FwdParams& params, cudaStream_t stream) {
 }  // namespace
 
 void fwd_kvcache_mla_few_rows(const FwdParams& params, cudaStream_t stream) {
-    params.dtype == DType::kBF16 ? launch<__nv_bfloat16>(params, stream) : launch<__half>(params, stream);
+    const bool bf16 = params.dtype == DType::kBF16;
+    if (params.cu_seqlens_q != nullptr) {
+        bf16 ? launch<__nv_bfloat16, true>(params, stream) : launch<__half, true>(params, stream);
+    } else {
+        bf16 ? launch<__nv_bfloat16, false>(params, stream) : launch<__half, false>(params, stream);
+    }
 }
 
 }  // namespace flashmla::sm90
