@@ -333,6 +333,14 @@ struct BlocksOf {
     }
 };
 
+// The last bit that is set up to bit `end`; there is one.
+__device__ int last_bit(const uint32_t (&words)[kWords], int end) {
+    int word = end / 32;
+    uint32_t bits = words[word] & (~0u >> (31 - end % 32));
+    while (bits == 0 && word > 0) bits = words[--word];
+    return word * 32 + 31 - __clz(bits);
+}
+
 // The number of bits set in words 0 .. up to bit `end`, exclusive.
 __device__ int bits_below(const uint32_t (&words)[kWords], int end) {
     int count = 0;
@@ -380,19 +388,27 @@ __global__ void __launch_bounds__(kManyThreads)
     __syncthreads();
 
     if (const int each = shared.parts_of_block; each > 0) {
-        for (int part = threadIdx.x; part < kMaxParts; part += blockDim.x) {
-            if (part >= all_blocks * each) write_part(params, part, kNoWork, 0);
-        }
-        int part = static_cast<int>(blocks_before) * each;
-        for (int row = first_row; row < end_row; ++row) {
+        int64_t block = blocks_before;
+        for (int row = first_row; row < end_row; ++row) {  // which mark their first block
             const BlocksOf of(params, row);
-            for (int block = 0; block < of.blocks; ++block) {
-                for (int split = 0; split < each; ++split, ++part) {
-                    const int from = split * int64_t{of.tiles} / each, to = (split + 1) * int64_t{of.tiles} / each;
-                    write_part(params, part, {row, from, row, to}, split, block, block);
-                }
+            if (of.blocks > 0) {
+                atomicOr(&shared.marked[block / 32], 1u << block % 32);
+                shared.marked_row[block] = row;
             }
-            params.num_splits[row + 1] = part;
+            block += of.blocks;
+            params.num_splits[row + 1] = static_cast<int>(block) * each;
+        }
+        __syncthreads();
+        for (int part = threadIdx.x; part < kMaxParts; part += blockDim.x) {
+            const int of_part = part / each, split = part - of_part * each;
+            if (of_part >= all_blocks) {
+                write_part(params, part, kNoWork, 0);
+                continue;
+            }
+            const int first = last_bit(shared.marked, of_part), row = shared.marked_row[first];
+            const int64_t tiles = num_tiles(params, row);
+            const int from = split * tiles / each, to = (split + 1) * tiles / each;
+            write_part(params, part, {row, from, row, to}, split, of_part - first, of_part - first);
         }
         return;
     }
@@ -416,10 +432,7 @@ __global__ void __launch_bounds__(kManyThreads)
     for (int i = threadIdx.x; i <= kMaxParts; i += blockDim.x) {
         Cut cut = {params.b, 0, 0, 0};
         if (i < line.parts && total > 0) {
-            int word = i / 32;
-            uint32_t marked = shared.marked[word] & (~0u >> (31 - i % 32));
-            while (marked == 0) marked = shared.marked[--word];
-            const int mark = word * 32 + 31 - __clz(marked);
+            const int mark = last_bit(shared.marked, i);
             cut.row = shared.marked_row[mark];
             const BlocksOf of(params, cut.row);
             const int64_t in_row = i * total / line.parts - shared.marked_begin[mark];
