@@ -202,12 +202,14 @@ WRONG = {
 }
 
 
+@pytest.mark.parametrize("debug", [False, True])
 @pytest.mark.parametrize("name", WRONG)
-def test_wrong_numbers_of_queries(target, name):
+def test_wrong_numbers_of_queries(target, name, debug, monkeypatch):
     """An error that names them where values are checked; harmless elsewhere."""
+    monkeypatch.setattr(backends.values, "DEBUG", debug)
     changed, message = WRONG[name]
     case = small_case(target, **changed)
-    if target.device == "cpu" or backends.values.DEBUG:
+    if target.device == "cpu" or debug:
         with pytest.raises(RuntimeError, match=message):
             run(case)
         if name != "beyond q":  # a plan knows of no q
