@@ -451,12 +451,13 @@ class World:
 
     def capture(self, step: dict) -> None:
         """A graph of a plan and the call that uses it."""
-        step = step | {"strided": False}
-        q = self.queries(step).to(self.device)
-        call = self.decode_call(q, step, None) | {"block_table": self.cache.block_table}
+        step = step | {"strided": False} | ({"s_q": 3} if step["queries"] else {})
+        q, options = self.packed(self.queries(step), step)
+        q = q.to(self.device)
+        call = self.decode_call(q, step, None) | {"block_table": self.cache.block_table} | options
 
         def planned() -> tuple[Tensor, Tensor]:
-            return ops.fwd_kvcache_mla(**call | dict(zip(PLAN, self.plan(step["s_q"]), strict=True)))
+            return ops.fwd_kvcache_mla(**call | dict(zip(PLAN, self.plan(step["s_q"], **options), strict=True)))
 
         planned()  # loads the kernels
         torch.cuda.synchronize()
@@ -477,10 +478,11 @@ class World:
         if self.captured is None:
             return
         graph, q, captured, (out, lse) = self.captured
-        q.copy_(self.queries(captured | {"seed": step["seed"]}))
+        whole = self.queries(captured | {"seed": step["seed"]})
+        q.copy_(self.packed(whole, captured)[0])
         out.fill_(float("nan"))
         graph.replay()
-        self.check(q, captured, out, lse)
+        self.check(whole, captured, out, lse)
         self.check_state()
 
     # --------------------------------------------------------------------------------------------------- hostile calls
