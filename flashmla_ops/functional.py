@@ -7,8 +7,8 @@ names the tensor, what was expected and what came, before anything is written.
 Values are bad input too: a length below 0 or beyond the table, a page outside the cache, a slot out of range or given
 twice, cu_seqlens_q that decreases or goes beyond q, a plan for other rows. They raise on the CPU, and on CUDA if
 FLASHMLA_DEBUG=1 is set when flashmla_ops is imported: each call then waits for the device. Otherwise on CUDA lengths
-clamp to the table and cu_seqlens_q to q, bad pages read as zeros, bad slots are skipped, queries that are then nobody's
-may keep what memory held, and a plan for other rows gives wrong numbers. Under FLASHMLA_DEBUG=1 scales that are not finite
+clamp to the table and cu_seqlens_q to q (queries that no row has then keep what memory held), bad pages read as zeros,
+bad slots are skipped, and a plan for other rows gives wrong numbers. Under FLASHMLA_DEBUG=1 scales that are not finite
 and above 0 and plans for other heads raise too, and calls that are being captured into a CUDA graph are refused.
 """
 
