@@ -29,7 +29,6 @@ using torch::stable::Tensor;
 // ----------------------------------------------------------------------------------------------------------- helpers
 
 constexpr int kVectorBytes = 16;
-constexpr int64_t kWorkspaceTiles = 1024;  // of 64 x 512 fp32: 128 MiB
 constexpr int64_t kDimV = 512;
 
 DType dtype_of(const Tensor& t) {
@@ -101,6 +100,29 @@ void get_mla_metadata_op(Tensor tile_scheduler_metadata, Tensor num_splits, cons
                      on.stream);
 }
 
+// A call under a batch-invariant plan (sm90/units.cuh), of which all else is known. Which kernel serves it and what its
+// row tiles are goes by h_q / h_k, never by s_q or the batch.
+void fwd_kvcache_mla_invariant(FwdParams params, const Tensor& like, cudaStream_t stream) {
+    const int64_t max_units = std::min(kMaxUnits, params.max_len / (kTile * kUnitTiles) + 1);
+    // of a row tile of the planner, as plan.py's `places`
+    params.places = static_cast<int>(std::min(int64_t{kWorkspaceTiles / params.row_tiles}, params.b * max_units));
+    params.batch_invariant = true;
+    params.few_rows = params.group <= kFewRows;
+    const int tile_rows = params.few_rows ? kFewRows : kRowTile;
+    params.row_tiles = params.h_k * ((params.rows + tile_rows - 1) / tile_rows);
+    params.grid_parts = std::clamp(multiprocessors() / params.row_tiles, 1, kMaxParts);
+    const int64_t own = int64_t{std::min(params.row_tiles, kLaunchRowTiles)} * params.grid_parts * kOwnPlaces;
+    const int64_t tiles = int64_t{params.places} * params.row_tiles + own;
+    // partial_out, partial_lse, nodes: in floats
+    Tensor workspace = new_empty({tiles * (tile_rows * kDimV + kRowTile) + 2 * params.places}, ScalarType::Float, like);
+    params.partial_out = static_cast<float*>(workspace.data_ptr());
+    params.partial_lse = params.partial_out + tiles * tile_rows * kDimV;
+    params.nodes = reinterpret_cast<int2*>(params.partial_lse + tiles * kRowTile);
+    const auto kernel = params.few_rows ? sm90::fwd_kvcache_mla_few_rows : sm90::fwd_kvcache_mla;
+    kernel(params, stream);
+    if (params.places > 0) sm90::fwd_kvcache_mla_merge_nodes(params, stream);
+}
+
 // num_parts: parts at work at once; plan_parts: how many the plan may use. Without a plan it makes one of num_parts. A
 // cache of bytes is in fp8: with kv_scale in fp8_tensor, without in fp8. With cu_seqlens_q there is no dimension b.
 std::tuple<Tensor, Tensor> fwd_kvcache_mla_op(const Tensor q, const Tensor kv_cache, const Tensor block_table,
@@ -125,6 +147,8 @@ std::tuple<Tensor, Tensor> fwd_kvcache_mla_op(const Tensor q, const Tensor kv_ca
     // of uneven queries: those of a block, of as many row tiles as one query fills (plan.py)
     const int64_t block_tiles = (group + kRowTile - 1) / kRowTile;
     const int64_t rows = uneven ? std::min(s_q * group, block_tiles * kRowTile) : s_q * group;
+    // what tells a batch-invariant plan, without reading it, is that it has one more row
+    const bool invariant = tile_scheduler_metadata.has_value() && tile_scheduler_metadata->size(0) > kMaxParts;
     Tensor metadata = tile_scheduler_metadata.has_value() ? *tile_scheduler_metadata
                                                           : new_empty({kMaxParts, kColumns}, ScalarType::Int, q);
     if (!tile_scheduler_metadata.has_value()) {
@@ -148,7 +172,7 @@ std::tuple<Tensor, Tensor> fwd_kvcache_mla_op(const Tensor q, const Tensor kv_ca
     const int64_t possible_parts = possible_rows * ((max_len + kTile - 1) / kTile + 1);
     // A plan of one part splits nothing.
     const int64_t split_parts =
-        plan_parts == 1 ? 0 : std::min({plan_parts, possible_parts, kWorkspaceTiles / (2 * row_tiles)});
+        plan_parts == 1 || invariant ? 0 : std::min({plan_parts, possible_parts, kWorkspaceTiles / (2 * row_tiles)});
     const int64_t places = 2 * split_parts * row_tiles * kRowTile;
     // A machine's own plan gives rows num_parts / b parts, more or less. Where most are split in two, and shares are
     // large, merging them in the decode kernel saves more than clearing the counters costs (csrc/NOTES.md).
@@ -212,6 +236,10 @@ std::tuple<Tensor, Tensor> fwd_kvcache_mla_op(const Tensor q, const Tensor kv_ca
         .dtype = dtype_of(out),
         .format = format,
     };
+    if (invariant) {
+        fwd_kvcache_mla_invariant(params, q, on.stream);
+        return {out, lse};
+    }
     const auto kernel = format != CacheFormat::kPlain ? sm90::fwd_kvcache_mla_fp8
                         : params.few_rows             ? sm90::fwd_kvcache_mla_few_rows
                                                       : sm90::fwd_kvcache_mla;

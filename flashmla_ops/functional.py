@@ -60,12 +60,14 @@ def get_mla_metadata(
         num_heads_k: h_k.
         num_heads_q, topk, is_fp8_kvcache: accepted for FlashMLA's 2025-09 form; sparse attention is not served.
         batch_invariant: a plan under which a row's output and lse are the same bits whatever the other rows are, how
-            many, in which order, and however many queries stand before its own, within one backend and architecture
-            (and on the CPU one number of threads). It holds for calls that are given this plan. CPU only; it is slower,
-            as every query is worked on alone.
+            many, in which order, and however many queries stand before its own, eager or in a CUDA graph. Within one
+            backend, architecture and version of what compiles its kernels; on the CPU, one number of threads. It holds
+            for calls that are given this plan, which its shape tells from others. `sm90` serves it for bf16 and fp16
+            caches, `triton` and `cpu` for all; for uneven queries `cpu` alone. The price is in the README; planning
+            takes longer, too.
         cu_seqlens_q, max_seqlen_q: as of `fwd_kvcache_mla`, for a call of it that is given them.
     Returns:
-        tile_scheduler_metadata [256, 8] int32, num_splits [b + 1] int32.
+        tile_scheduler_metadata [256, 8] int32 ([257, 8] if batch_invariant), num_splits [b + 1] int32.
         Called with nothing (FlashMLA's 2026 form): (FlashMLASchedMeta(), None), and each call plans for itself.
     Raises:
         RuntimeError: bad shape, dtype or head count; on the CPU, and on CUDA under FLASHMLA_DEBUG=1, also a negative
@@ -110,7 +112,8 @@ def get_mla_metadata_(
     Args:
         cache_seqlens, num_heads_per_head_k, num_heads_k, batch_invariant, cu_seqlens_q, max_seqlen_q: as of
             `get_mla_metadata`.
-        tile_scheduler_metadata: [256, 8] int32, overwritten. num_splits: [b + 1] int32, overwritten.
+        tile_scheduler_metadata: [256, 8] int32 ([257, 8] if batch_invariant), overwritten.
+        num_splits: [b + 1] int32, overwritten.
     Raises:
         RuntimeError: what is wrong with which argument; nothing is written then.
     """

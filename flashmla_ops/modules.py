@@ -53,6 +53,8 @@ class MLAConfig:
     rope_interleave: pairs that turn together are neighbours in the projections' output (else: a half apart).
     rope_write_interleaved: they are neighbours in queries and cache, too (V2); scores do not depend on it.
     n_routed_experts 0: every layer is dense; else the first first_k_dense_replace layers are.
+    batch_invariant, not of config.json: decode plans with `get_mla_metadata(..., batch_invariant=True)`, so that
+    a row's attention is the same bits whatever the batch. The rest of a layer is torch's, and is not: see the README.
     """
 
     vocab_size: int
@@ -83,6 +85,7 @@ class MLAConfig:
     topk_method: str = "noaux_tc"  # or "greedy", "group_limited_greedy" (V2)
     norm_topk_prob: bool = True
     routed_scaling_factor: float = 1.0
+    batch_invariant: bool = False
 
     def __post_init__(self):
         choices = {
@@ -638,10 +641,12 @@ class DeepseekModel(nn.Module):
         context = self.layers[0].attn.context
         if context is None:
             slots = slots_of(block_table, positions, page_size).flatten()
-            plan = get_mla_metadata(cache_seqlens, s_q * self.layers[0].attn.num_heads, 1)
+            heads = s_q * self.layers[0].attn.num_heads
+            plan = get_mla_metadata(cache_seqlens, heads, 1, batch_invariant=self.config.batch_invariant)
             step = DecodeStep(slots, block_table, cache_seqlens, plan)
         else:
-            step = context.step(positions, block_table, cache_seqlens, page_size, self.layers[0].attn.num_heads)
+            heads, invariant = self.layers[0].attn.num_heads, self.config.batch_invariant
+            step = context.step(positions, block_table, cache_seqlens, page_size, heads, invariant)
         angles = rotary_angles(self.config, positions)
 
         def attend(attn: MLAttention, x: Tensor, kv_cache: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from . import backends
 from .kv_cache import BYTE_DTYPES, CACHE_DTYPES, PLAIN_DTYPES, CacheFormat, formats_of
-from .plan import COLUMNS, MAX_PARTS
+from .plan import COLUMNS, MAX_PARTS, is_invariant
 
 LIB = torch.library.Library("flashmla", "DEF")
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
@@ -213,8 +213,9 @@ def _uneven(cu_seqlens_q: Tensor | None, max_seqlen_q: int | None) -> dict:
     return {} if cu_seqlens_q is None else {"cu_seqlens_q": cu_seqlens_q, "max_seqlen_q": max_seqlen_q}
 
 
-def _new_plan(cache_seqlens: Tensor) -> tuple[Tensor, Tensor]:
-    return cache_seqlens.new_empty(MAX_PARTS, COLUMNS), cache_seqlens.new_empty(cache_seqlens.shape[0] + 1)
+def _new_plan(cache_seqlens: Tensor, batch_invariant: bool) -> tuple[Tensor, Tensor]:
+    rows = MAX_PARTS + batch_invariant
+    return cache_seqlens.new_empty(rows, COLUMNS), cache_seqlens.new_empty(cache_seqlens.shape[0] + 1)
 
 
 def _make_plan(
@@ -229,7 +230,7 @@ def _get_mla_metadata(
     cache_seqlens, num_heads_per_head_k, num_heads_k, *, batch_invariant=False, cu_seqlens_q=None, max_seqlen_q=None
 ):
     _refuse(_metadata_error(cache_seqlens, num_heads_per_head_k, num_heads_k, cu_seqlens_q, max_seqlen_q))
-    outputs = _new_plan(cache_seqlens)
+    outputs = _new_plan(cache_seqlens, batch_invariant)
     heads = num_heads_per_head_k, num_heads_k
     _make_plan(outputs, cache_seqlens, *heads, batch_invariant, cu_seqlens_q, max_seqlen_q)
     return outputs
@@ -239,7 +240,7 @@ def _get_mla_metadata_fake(
     cache_seqlens, num_heads_per_head_k, num_heads_k, *, batch_invariant=False, cu_seqlens_q=None, max_seqlen_q=None
 ):
     _refuse(_metadata_error(cache_seqlens, num_heads_per_head_k, num_heads_k, cu_seqlens_q, max_seqlen_q))
-    return _new_plan(cache_seqlens)
+    return _new_plan(cache_seqlens, batch_invariant)
 
 
 _define(
@@ -251,8 +252,9 @@ _define(
 )
 
 
-def _replan_error(call: tuple, tile_scheduler_metadata, num_splits) -> str | None:
-    return _metadata_error(*call) or _plan_shape_error(tile_scheduler_metadata, num_splits, call[0], "cache_seqlens")
+def _replan_error(call: tuple, batch_invariant: bool, tile_scheduler_metadata, num_splits) -> str | None:
+    of = call[0], "cache_seqlens"
+    return _metadata_error(*call) or _plan_shape_error(tile_scheduler_metadata, num_splits, *of, batch_invariant)
 
 
 def _get_mla_metadata_(
@@ -268,7 +270,7 @@ def _get_mla_metadata_(
 ):
     plan = tile_scheduler_metadata, num_splits
     heads = num_heads_per_head_k, num_heads_k
-    _refuse(_replan_error((cache_seqlens, *heads, cu_seqlens_q, max_seqlen_q), *plan))
+    _refuse(_replan_error((cache_seqlens, *heads, cu_seqlens_q, max_seqlen_q), batch_invariant, *plan))
     _refuse_misaligned(("tile_scheduler_metadata", tile_scheduler_metadata))
     _make_plan(plan, cache_seqlens, *heads, batch_invariant, cu_seqlens_q, max_seqlen_q)
 
@@ -285,7 +287,7 @@ def _get_mla_metadata__fake(
     num_splits,
 ):
     call = cache_seqlens, num_heads_per_head_k, num_heads_k, cu_seqlens_q, max_seqlen_q
-    _refuse(_replan_error(call, tile_scheduler_metadata, num_splits))
+    _refuse(_replan_error(call, batch_invariant, tile_scheduler_metadata, num_splits))
 
 
 def _contiguous_plan(tile_scheduler_metadata: Tensor) -> str | None:
@@ -296,12 +298,12 @@ def _contiguous_plan(tile_scheduler_metadata: Tensor) -> str | None:
     return None
 
 
-def _plan_shape_error(tile_scheduler_metadata, num_splits, of: Tensor, like: str) -> str | None:
+def _plan_shape_error(tile_scheduler_metadata, num_splits, of: Tensor, like: str, batch_invariant: bool) -> str | None:
     """What is wrong with a plan for the rows of `of`, the argument called `like`."""
-    name, device = "tile_scheduler_metadata", of.device
+    name, device, kind = "tile_scheduler_metadata", of.device, ", batch_invariant=True" if batch_invariant else ""
     return (
         _misplaced(name, tile_scheduler_metadata, "[MAX_PARTS, COLUMNS]", torch.int32, device, like)
-        or _size(name, tile_scheduler_metadata, 0, MAX_PARTS, "as get_mla_metadata makes it")
+        or _size(name, tile_scheduler_metadata, 0, MAX_PARTS + batch_invariant, f"as get_mla_metadata makes it{kind}")
         or _size(name, tile_scheduler_metadata, 1, COLUMNS, "as get_mla_metadata makes it")
         or _contiguous_plan(tile_scheduler_metadata)
         or _misplaced("num_splits", num_splits, "[b + 1]", torch.int32, device, like)
@@ -373,8 +375,9 @@ def _plan_error(tile_scheduler_metadata, num_splits, q, cache_seqlens, cu_seqlen
     if tile_scheduler_metadata is None or num_splits is None:
         missing = "tile_scheduler_metadata" if tile_scheduler_metadata is None else "num_splits"
         return f"{missing}: expected the other half of get_mla_metadata's plan (give both or neither), got None"
-    of, like = (q, "q") if cu_seqlens_q is None else (cache_seqlens, "cache_seqlens")
-    return _plan_shape_error(tile_scheduler_metadata, num_splits, of, like)
+    of = (q, "q") if cu_seqlens_q is None else (cache_seqlens, "cache_seqlens")
+    invariant = _known(is_invariant(tile_scheduler_metadata))
+    return _plan_shape_error(tile_scheduler_metadata, num_splits, *of, invariant)
 
 
 def _fwd_kvcache_mla(
@@ -414,7 +417,9 @@ def _fwd_kvcache_mla(
         _refuse(_plan_error(tile_scheduler_metadata, num_splits, q, cache_seqlens, cu_seqlens_q))
     uneven = _uneven(cu_seqlens_q, max_seqlen_q)
     if backend is None:
-        backend = backends.choose("fwd_kvcache_mla", q, kv_cache=kv_cache, head_dim_v=head_dim_v, **uneven)
+        invariant = tile_scheduler_metadata is not None and is_invariant(tile_scheduler_metadata)
+        facts = {"kv_cache": kv_cache, "head_dim_v": head_dim_v} | ({"batch_invariant": True} if invariant else {})
+        backend = backends.choose("fwd_kvcache_mla", q, **facts, **uneven)
         _remember(signature, backend)
     plan = None if num_splits is None else (tile_scheduler_metadata, num_splits)
     return backend.fwd_kvcache_mla(

@@ -295,10 +295,17 @@ class ContextParallel:
         self.group, self.share = group, share
 
     def step(
-        self, positions: Tensor, block_table: Tensor, cache_seqlens: Tensor, page_size: int, num_heads: int
+        self,
+        positions: Tensor,
+        block_table: Tensor,
+        cache_seqlens: Tensor,
+        page_size: int,
+        num_heads: int,
+        batch_invariant: bool = False,
     ) -> DecodeStep:
         """The step of tokens at `positions` [b, s_q], with num_heads heads a rank; as DeepseekModel.decode makes it."""
         b, s_q = positions.shape
+        options = {"batch_invariant": batch_invariant}
         slots = slots_of(block_table, positions, page_size, self.share).flatten()
         if s_q == 1:
             lengths, own = self.share.lengths(cache_seqlens, page_size), None
@@ -311,8 +318,8 @@ class ContextParallel:
             index = torch.arange(s_q, device=positions.device) - (s_q - count[:, None])
             own_slots = torch.where(index < 0, -1, row[:, None] * (pages * OWN_PAGE) + index).flatten()
             table = (row[:, None] * pages + torch.arange(pages, device=positions.device)).int()
-            own = DecodeStep(own_slots, table, count, get_mla_metadata(count, s_q * num_heads, 1))
-        plan = get_mla_metadata(lengths, s_q * num_heads * self.share.count, 1)
+            own = DecodeStep(own_slots, table, count, get_mla_metadata(count, s_q * num_heads, 1, **options))
+        plan = get_mla_metadata(lengths, s_q * num_heads * self.share.count, 1, **options)
         return DecodeStep(slots, block_table, lengths, plan, own)
 
     def attend(

@@ -11,7 +11,8 @@ FIRST_ROW..LAST_ROW (inclusive); of row r the tiles
 
 FIRST_SPLIT is the index of the part's share of FIRST_ROW among that row's splits. FLAGS is 0 but for batch-invariant
 plans (below), and the row-tile columns are 0 in a plan for even queries (for others see the end of this file). Unused
-parts have LAST_ROW = -1, so that a loop over their rows runs zero times.
+parts have LAST_ROW = -1, so that a loop over their rows runs zero times. A batch-invariant plan has one more row: its
+shape tells it from others, so that a kernel can be chosen without waiting for the device.
 
 `num_splits` [b + 1] int32 is the exclusive prefix sum of the number of parts that touch each row. A row of length 0
 lies in exactly one part, with no tiles: somebody must write its (empty) output.
@@ -158,7 +159,19 @@ def _on_line(tiles: Tensor, total: Tensor, parts: Tensor, row_cost: int) -> tupl
 
 UNIT_TILES = 8  # of a unit at least: results of fewer tiles cost more to merge than their keys to read
 MAX_UNITS = 64  # of a row: as many workers as one row keeps busy
-INVARIANT = 1  # bit of FLAGS; the bits above are the part's first place for the nodes that it leaves
+# Bit of FLAGS; the bits above are the part's first place for the nodes that it leaves. In the plan's row MAX_PARTS,
+# which is empty otherwise, they are the number of places that all parts use.
+INVARIANT = 1
+WORKSPACE_TILES = 1024  # places in a GPU's workspace, for all row tiles together
+
+
+def is_invariant(metadata: Tensor) -> bool:
+    return metadata.shape[0] == MAX_PARTS + 1
+
+
+def places(num_row_tiles: int) -> int:
+    """What a row tile has in the workspace: with very many row tiles none, so that every row is whole."""
+    return WORKSPACE_TILES // num_row_tiles
 
 
 def unit_tiles(tiles):
@@ -173,15 +186,22 @@ def nodes_left(begin: Tensor, end: Tensor, units: Tensor) -> Tensor:
     Up to the last multiple of the greatest power of two that the range crosses, and from there on, there is one node
     for each bit of the distance.
     """
-    bits = torch.tensor([bin(i).count("1") for i in range(2 * MAX_UNITS + 1)], device=begin.device)
     powers = 2 ** torch.arange(MAX_UNITS.bit_length(), device=begin.device)
-    padded = powers[torch.searchsorted(powers, units.clamp_min(1))]
-    end = torch.where(end == units, padded, end)  # the row's last nodes are whole, however few units they have
-    # the greatest power of two that divides a number in begin + 1 .. end
-    crossed = torch.where(begin[..., None] // powers < end[..., None] // powers, powers, 0).amax(-1)
+    bits = (torch.arange(2 * MAX_UNITS + 1, device=begin.device)[:, None] // powers % 2).sum(1)
+    # the row's last node is whole, however few units it has: the greatest with the last unit that begins in the range
+    last = _greatest_crossed(begin - 1, units - 1, powers)
+    whole = (units - 1).clamp_min(0) // last.clamp_min(1) * last + last
+    end, all_units = torch.where(end == units, whole, end), (begin == 0) & (end == units)
+    crossed = _greatest_crossed(begin, end, powers)
     middle = end // crossed.clamp_min(1) * crossed
     left = bits[(middle - begin).clamp_min(0)] + bits[(end - middle).clamp_min(0)]
-    return torch.where((begin >= end) | ((begin == 0) & (end == padded)), 0, left)
+    return torch.where((begin >= end) | all_units, 0, left)
+
+
+def _greatest_crossed(low: Tensor, high: Tensor, powers: Tensor) -> Tensor:
+    """The greatest of `powers` that divides a number in low + 1 .. high; 0 of no number."""
+    crossed = low[..., None].div(powers, rounding_mode="floor") < high[..., None].div(powers, rounding_mode="floor")
+    return torch.where(crossed, powers, 0).amax(-1)
 
 
 def make_invariant_plan(
@@ -198,12 +218,13 @@ def make_invariant_plan(
         places: what a row tile has in the workspace.
         row_cost: see row_cost().
     Returns:
-        tile_scheduler_metadata [MAX_PARTS, 8] int32, num_splits [b + 1] int32.
+        tile_scheduler_metadata [MAX_PARTS + 1, 8] int32, num_splits [b + 1] int32.
     """
     b, device = cache_seqlens.shape[0], cache_seqlens.device
     if b == 0:
-        metadata = torch.zeros(MAX_PARTS, COLUMNS, dtype=torch.int32, device=device)
+        metadata = torch.zeros(MAX_PARTS + 1, COLUMNS, dtype=torch.int32, device=device)
         metadata[:, LAST_ROW] = -1
+        metadata[-1, FLAGS] = INVARIANT
         return metadata, torch.zeros(1, dtype=torch.int32, device=device)
     tiles = (cache_seqlens.clamp_min(0).long() + (TILE - 1)) // TILE
     each = unit_tiles(tiles)
@@ -238,8 +259,10 @@ def make_invariant_plan(
     flags = INVARIANT + 2 * (leaves.cumsum(0) - leaves)
     zero = torch.zeros_like(row)
     columns = [row, unit * each[row.clamp_max(b - 1)], last_row + 1, last_tiles, first_split, flags, zero, zero]
-    plan = torch.stack(columns, 1) * used[:, None]
+    plan = torch.zeros(MAX_PARTS + 1, COLUMNS, dtype=torch.long, device=device)
+    plan[:-1] = torch.stack(columns, 1) * used[:, None]
     plan[:, LAST_ROW] -= 1
+    plan[-1, FLAGS] = INVARIANT + 2 * leaves.sum()
     return plan.int(), (torch.arange(b + 1, device=device) + cuts_before[: b + 1]).int()
 
 

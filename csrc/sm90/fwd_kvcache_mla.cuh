@@ -106,6 +106,8 @@ struct Segment {
     int begin, end;  // tiles
     int place;       // in the workspace; -1 if the row is whole
     bool more;       // whether the part goes on with the next row
+    // Whether it is the part's first and last one of the row: both, but for units (units.cuh).
+    bool starts = true, ends = true;
 };
 
 // Where a segment's tiles lie.
@@ -175,10 +177,16 @@ __device__ __forceinline__ void prefetch_tables(const FwdParams& params, int thr
     }
 }
 
+// A part's first place under a batch-invariant plan; of part kMaxParts, which the plan has too, the places it uses.
+__device__ __forceinline__ int flagged_place(const FwdParams& params, int part) {
+    return static_cast<int>(static_cast<uint32_t>(params.metadata[part * kColumns + kFlags]) >> 1);
+}
+
 // Fills `parts` with the plan, which the CTA's first threads read, one a part. If the plan uses a part that has no
-// places in the workspace, each row becomes whole: the part's that has its first tile. (Of uneven queries each block:
-// last_tile then says so, and who goes through the blocks leaves out the first one.) Ends in a barrier.
-template <bool kUneven = false>
+// places in the workspace, or a batch-invariant one more places than there are, each row becomes whole: the part's that
+// has its first tile. (Of uneven queries each block: last_tile then says so, and who goes through the blocks leaves out
+// the first one.) Ends in a barrier.
+template <bool kUneven = false, bool kInvariant = false>
 __device__ __forceinline__ void read_plan(const FwdParams& params, Part (&parts)[kMaxParts]) {
     const int part = threadIdx.x;
     const bool reads = part < params.plan_parts;
@@ -190,7 +198,8 @@ __device__ __forceinline__ void read_plan(const FwdParams& params, Part (&parts)
             if (part == blockIdx.y && !p.empty()) ptx::load_to_l1(params.cu_seqlens_q + p.first_row);
         }
         parts[part] = p;
-        without_places = part >= params.split_parts && !p.empty();
+        without_places =
+            kInvariant ? flagged_place(params, kMaxParts) > params.places : part >= params.split_parts && !p.empty();
     }
     if (!__syncthreads_or(without_places)) return;
     if (reads) {

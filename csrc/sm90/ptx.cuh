@@ -22,6 +22,11 @@ __device__ __forceinline__ void cp_async_16(uint32_t to, const void* from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
 
+// The same, 4 bytes.
+__device__ __forceinline__ void cp_async_4(uint32_t to, const void* from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
+}
+
 // Waits for all of the thread's cp.async. "cp.async.wait_all"
 __device__ __forceinline__ void cp_async_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
@@ -86,6 +91,20 @@ __device__ __forceinline__ void prefetch_l2(const void* pointer) {
 // Brings so many bytes into L2, both multiples of 16. "cp.async.bulk.prefetch"
 __device__ __forceinline__ void prefetch_bulk_l2(const void* pointer, uint32_t bytes) {
     asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(pointer), "r"(bytes));
+}
+
+// A box of a tensor to shared memory, which arrives at `barrier`. It is the first to leave L2 again.
+// "cp.async.bulk.tensor", "createpolicy"
+__device__ __forceinline__ void copy_box_evict_first(void* to, const void* map, const int32_t (&where)[5],
+                                                     uint64_t* barrier) {
+    uint64_t policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    asm volatile(
+        "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint "
+        "[%0], [%1, {%2, %3, %4, %5, %6}], [%7], %8;" ::"r"(shared_address(to)),
+        "l"(map), "r"(where[0]), "r"(where[1]), "r"(where[2]), "r"(where[3]), "r"(where[4]),
+        "r"(shared_address(barrier)), "l"(policy)
+        : "memory");
 }
 
 // Brings a box of a tensor into L2. "cp.async.bulk.prefetch.tensor"

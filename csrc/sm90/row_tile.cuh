@@ -21,22 +21,24 @@ constexpr int kHalfV = kDimV / 2;  // output columns of a warpgroup
 // (flashmla_ops/plan.py), which change from segment to segment.
 struct RowTile {
     int head, first_row;
+    int size;  // rows that a row tile may have
     int tile;  // of the key head's, or of the block's: all of them read the same keys at about the same time
     // A constant wherever it is asked for, since all that asks is inlined: even queries pay nothing for the others.
     bool uneven = false;
     int batch_row = 0;
     int first_query = 0, queries = 0;  // of the batch row, among all
 
-    __device__ explicit RowTile(const FwdParams& params) {
-        const HeadTile in_head(params, index());
+    __device__ explicit RowTile(const FwdParams& params, int size = kRowTile, int first_row_tile = 0) : size(size) {
+        const HeadTile in_head(params, first_row_tile + index());
         head = in_head.head;
         tile = in_head.tile;
-        first_row = tile * kRowTile;
+        first_row = tile * size;
     }
     __device__ RowTile(const FwdParams& params, const RowTile& like, int batch_row, const RowQueries& queries,
                        int block)
         : head(like.head),
           first_row(block * block_rows(params) + like.tile * kRowTile),
+          size(like.size),
           tile(like.tile),
           uneven(true),
           batch_row(batch_row),
@@ -46,7 +48,7 @@ struct RowTile {
     __device__ int index() const { return blockIdx.x; }
     __device__ static int block_rows(const FwdParams& params) { return params.row_tiles / params.h_k * kRowTile; }
     __device__ int all_rows(const FwdParams& params) const { return uneven ? queries * params.group : params.rows; }
-    __device__ int count(const FwdParams& params) const { return min(kRowTile, all_rows(params) - first_row); }
+    __device__ int count(const FwdParams& params) const { return min(size, all_rows(params) - first_row); }
     __device__ int num_queries(const FwdParams& params) const { return uneven ? queries : params.s_q; }
 
     // Query s of a batch row: its place among all queries, and its lse's of query head h.
@@ -192,19 +194,43 @@ __device__ __forceinline__ void copy_rows(const Consumer& me, void* staging, int
 
 constexpr int kShareVectors = kRowTile * kDimV / 4;  // of 16 bytes, of each place and row tile
 
+// Where in the workspace, in tiles, a row tile has a place.
+__device__ __forceinline__ int64_t tile_at(const FwdParams& params, int place, int row_tile) {
+    return int64_t{place} * params.row_tiles + row_tile;
+}
+
 __device__ __forceinline__ float4* share_at(const FwdParams& params, int place, int row_tile) {
-    return reinterpret_cast<float4*>(params.partial_out) +
-           (int64_t{place} * params.row_tiles + row_tile) * kShareVectors;
+    return reinterpret_cast<float4*>(params.partial_out) + tile_at(params, place, row_tile) * kShareVectors;
 }
 
-__device__ __forceinline__ float4* share_of(const FwdParams& params, const RowTile& rows, int place, int warpgroup,
-                                            const Consumer& me) {
-    return share_at(params, place, rows.index()) + warpgroup * (kShareVectors / 2) + me.warp * 32 + me.lane;
+__device__ __forceinline__ float4* share_of(const FwdParams& params, int64_t tile, int warpgroup, const Consumer& me) {
+    return reinterpret_cast<float4*>(params.partial_out) + tile * kShareVectors + warpgroup * (kShareVectors / 2) +
+           me.warp * 32 + me.lane;
 }
 
+__device__ __forceinline__ float* share_lse(const FwdParams& params, int64_t tile) {
+    return params.partial_lse + tile * kRowTile;
+}
 __device__ __forceinline__ float* share_lse(const FwdParams& params, const RowTile& rows, int place) {
-    return params.partial_lse + (int64_t{place} * params.row_tiles + rows.index()) * kRowTile;
+    return share_lse(params, tile_at(params, place, rows.index()));
 }
+
+// What two shares of a row count, by their lse, base 2, and the lse of both. The bits are the same wherever that is
+// computed, and whichever comes first.
+struct Weights {
+    float a, b, lse_log2;
+
+    __device__ Weights(float lse_a, float lse_b) {
+        const float high = fmaxf(lse_a, lse_b), base = base_of(high);
+        a = ptx::exp2_approx(lse_a - base);
+        b = ptx::exp2_approx(lse_b - base);
+        const float sum = a + b, scale = sum == 0.f ? 0.f : 1.f / sum;
+        a *= scale;
+        b *= scale;
+        lse_log2 = sum == 0.f ? -INFINITY : __fadd_rn(high, log2f(sum));
+    }
+    __device__ float of(float x, float y) const { return __fadd_rn(__fmul_rn(a, x), __fmul_rn(b, y)); }
+};
 
 // A share's values in fp16, 8 to a vector: the thread's accumulators 8 j .. 8 j + 7. What they are multiplied by is
 // such that a row's greatest one of a warpgroup has the exponent kGreatest: an element is rounded to 11 bits if it is
@@ -281,43 +307,37 @@ __device__ __forceinline__ void store_share(const FwdParams& params, const RowTi
     }
 }
 
-// A share of a pair, as it is: either may be in registers when they are merged, to the same bits.
+// A share of a pair, as it is, to a tile of the workspace: either may be in registers when they are merged, to the same
+// bits.
 __device__ __forceinline__ void store_pair_share(const FwdParams& params, const RowTile& rows, const Consumer& me,
-                                                 int place, int warpgroup, const float (&lse_log2)[2],
+                                                 int64_t tile, int warpgroup, const float (&lse_log2)[2],
                                                  const float (&rO)[128]) {
     if (!has_rows(params, rows, me)) return;
-    float4* share = share_of(params, rows, place, warpgroup, me);
+    float4* share = share_of(params, tile, warpgroup, me);
 #pragma unroll
     for (int j = 0; j < 32; ++j) {
         __stcg(share + j * 128, make_float4(rO[4 * j], rO[4 * j + 1], rO[4 * j + 2], rO[4 * j + 3]));
     }
     // by both warpgroups, the same bits: who merges one's half has synchronised with that one only
     if (me.lane % 4 == 0) {
-        float* lse = share_lse(params, rows, place);
+        float* lse = share_lse(params, tile);
 #pragma unroll
         for (int i = 0; i < 2; ++i) __stcg(lse + me.row(i), lse_log2[i]);
     }
 }
 
-// Adds the share of a pair at `place` to the one in registers. Either may be there: product, product and sum are
-// rounded one by one, so that the bits are the same. `staging`: 32 KB of the warpgroup's.
-__device__ __forceinline__ void add_share(const FwdParams& params, const RowTile& rows, const Consumer& me, int place,
-                                          int warpgroup, float (&lse_log2)[2], float (&rO)[128], void* staging) {
+// Adds the share of a pair in a tile of the workspace to the one in registers. Either may be there: product, product
+// and sum are rounded one by one, so that the bits are the same. `staging`: 32 KB of the warpgroup's.
+__device__ __forceinline__ void add_share(const FwdParams& params, const RowTile& rows, const Consumer& me,
+                                          int64_t tile, int warpgroup, float (&lse_log2)[2], float (&rO)[128],
+                                          void* staging) {
     if (!has_rows(params, rows, me)) return;
-    const float4* share = share_of(params, rows, place, warpgroup, me);
-    const float* other_lse = share_lse(params, rows, place);
-    float mine[2], other[2];
+    const float4* share = share_of(params, tile, warpgroup, me);
+    const float* other_lse = share_lse(params, tile);
+    const Weights weights[2] = {Weights(lse_log2[0], __ldcg(other_lse + me.row(0))),
+                                Weights(lse_log2[1], __ldcg(other_lse + me.row(1)))};
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-        const float lse = __ldcg(other_lse + me.row(i)), high = fmaxf(lse, lse_log2[i]);
-        const float base = base_of(high);
-        mine[i] = ptx::exp2_approx(lse_log2[i] - base);
-        other[i] = ptx::exp2_approx(lse - base);
-        const float sum = mine[i] + other[i], scale = sum == 0.f ? 0.f : 1.f / sum;
-        mine[i] *= scale;
-        other[i] *= scale;
-        lse_log2[i] = sum == 0.f ? -INFINITY : high + log2f(sum);
-    }
+    for (int i = 0; i < 2; ++i) lse_log2[i] = weights[i].lse_log2;
     // Through shared memory, each thread its own values: registers are short, and each time costs what L2 takes to
     // answer.
     constexpr int kAtOnce = 16;
@@ -335,10 +355,10 @@ __device__ __forceinline__ void add_share(const FwdParams& params, const RowTile
             if (j % 8 == 0) __syncwarp();  // or ptxas loads them all at once, and spills
             const float4 loaded = landed[j * 32];
             float* o = rO + 4 * (first + j);
-            o[0] = __fadd_rn(__fmul_rn(mine[0], o[0]), __fmul_rn(other[0], loaded.x));
-            o[1] = __fadd_rn(__fmul_rn(mine[0], o[1]), __fmul_rn(other[0], loaded.y));
-            o[2] = __fadd_rn(__fmul_rn(mine[1], o[2]), __fmul_rn(other[1], loaded.z));
-            o[3] = __fadd_rn(__fmul_rn(mine[1], o[3]), __fmul_rn(other[1], loaded.w));
+            o[0] = weights[0].of(o[0], loaded.x);
+            o[1] = weights[0].of(o[1], loaded.y);
+            o[2] = weights[1].of(o[2], loaded.z);
+            o[3] = weights[1].of(o[3], loaded.w);
         }
     }
     __syncwarp();

@@ -15,12 +15,11 @@ from ..plan import (
     CPU_PLACES,
     FIRST_ROW,
     FIRST_TILE,
-    FLAGS,
-    INVARIANT,
     LAST_ROW,
     LAST_TILE,
     MAX_PARTS,
     TILE,
+    is_invariant,
     make_invariant_plan,
     make_plan,
     plan_blocks,
@@ -125,7 +124,7 @@ def fwd_kvcache_mla(
     if cu_seqlens_q is None:
         _attend_rows(q, keys, block_table, cache_seqlens, softmax_scale, causal, plan, out, lse)
         return out, lse
-    if plan is not None and not int(plan[0][0, FLAGS]) & INVARIANT:
+    if plan is not None and not is_invariant(plan[0]):
         plan = None  # it is for this call, and says who does what: here there is nobody else
     # rows of one number of queries at a time; queries of no row see nothing
     out.zero_()
@@ -153,7 +152,7 @@ def _attend_rows(
     lse: Tensor,
 ) -> None:
     """Blocks of rows x queries, as many as fit in BLOCK_BYTES, each an online softmax over its rows' chunks."""
-    if plan is not None and int(plan[0][0, FLAGS]) & INVARIANT:
+    if plan is not None and is_invariant(plan[0]):
         return _attend_invariantly(q, keys, block_table, cache_seqlens, softmax_scale, causal, out, lse)
     (b, s_q), kv_cache, d_v = q.shape[:2], keys.kv_cache, keys.d_v
     lengths = cache_seqlens.long()

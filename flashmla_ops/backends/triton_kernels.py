@@ -22,9 +22,13 @@ FIRST_TILE = tl.constexpr(_plan.FIRST_TILE)
 LAST_ROW = tl.constexpr(_plan.LAST_ROW)
 LAST_TILE = tl.constexpr(_plan.LAST_TILE)
 FIRST_SPLIT = tl.constexpr(_plan.FIRST_SPLIT)
+FLAGS = tl.constexpr(_plan.FLAGS)
 FIRST_ROW_TILE = tl.constexpr(_plan.FIRST_ROW_TILE)
 LAST_ROW_TILE = tl.constexpr(_plan.LAST_ROW_TILE)
 MIN_TILES = tl.constexpr(_plan.MIN_TILES)
+UNIT_TILES = tl.constexpr(_plan.UNIT_TILES)
+MAX_UNITS = tl.constexpr(_plan.MAX_UNITS)
+OWN_PLACES = tl.constexpr(_plan.MAX_UNITS.bit_length() - 1)  # nodes of a row that wait at once for one that is to come
 SHARES_PER_TILE = tl.constexpr(_plan.SHARES_PER_TILE)
 PLAIN, FP8_BLOCKS, FP8_TENSOR = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # a cache's format: kv_cache.py's
 SCALE_BLOCK = tl.constexpr(Fp8Blocks.block)
@@ -310,6 +314,12 @@ def _first_starts(first, part, starting_before):
 # later one ends it. fwd_kvcache_mla_combine_kernel merges them in the order of the parts, so results repeat bitwise. A
 # plan that uses more parts than there are places for is executed unsplit: each row by the part with its first tile.
 #
+# A batch-invariant plan (plan.py) cuts rows into units, whose results are merged two by two in a tree. A program goes
+# through a part's units in order, merges each with the nodes that it completes, and stores what that gives: nodes that
+# the part leaves in places of the plan, others in OWN_PLACES of the program's own. What is left is merged by
+# fwd_kvcache_mla_merge_nodes_kernel. A node is fp32, [BLOCK_M, D_V] and its lse. Both kernels round alike: products
+# and sums that a compiler may fuse in two ways are fused by hand.
+#
 # Safety. Lengths clamp to what the block table reaches, pages outside the cache read as zeros, rows of the cache past a
 # segment's keys are never read. What the plan says is clamped to the batch and to each row's tiles.
 
@@ -338,6 +348,62 @@ def _last_of(plan, part, b):
 @triton.jit
 def _length_of(cache_seqlens, row, max_len):
     return tl.minimum(tl.maximum(tl.load(cache_seqlens + row), 0), max_len)
+
+
+@triton.jit
+def _units_of(tiles):
+    """Of a row: the tiles of a unit, and the units."""
+    each = tl.maximum(UNIT_TILES, (tiles + MAX_UNITS - 1) // MAX_UNITS)
+    return each, (tiles + each - 1) // each
+
+
+@triton.jit
+def _highest_bit(x):
+    """The greatest power of two up to x, for x of up to 8 bits."""
+    x |= x >> 1
+    x |= x >> 2
+    x |= x >> 4
+    return x - (x >> 1)
+
+
+@triton.jit
+def _count_bits(x):
+    x -= x >> 1 & 0x55
+    x = (x & 0x33) + (x >> 2 & 0x33)
+    return (x + (x >> 4)) & 0xF
+
+
+@triton.jit
+def _count_nodes(begin, end):
+    """Nodes that units begin .. end - 1 make: up to the last multiple of the greatest power of two that the range
+    crosses, and from there on, one for each bit of the distance."""
+    middle = end & -_highest_bit(tl.maximum(begin ^ end, 1))
+    return tl.where(begin < end, _count_bits(middle - begin) + _count_bits(end - middle), 0)
+
+
+@triton.jit
+def _end_of_nodes(first, end, units):
+    """Where the greatest nodes that lie in units first .. end - 1 end: the row's last one is whole, however few units
+    it has."""
+    size = _highest_bit(tl.maximum(((units - 1) ^ (first - 1)) & 0xFF, 1))  # of that one
+    return tl.where(end < units, end, ((units - 1) & -size) + size)
+
+
+@triton.jit
+def _first_place(plan, part):
+    """A part's, of a batch-invariant plan; of part MAX_PARTS the number of places that the plan uses."""
+    return tl.load(plan + part * COLUMNS + FLAGS) >> 1 & 0x7FFFFFFF
+
+
+@triton.jit
+def _weights(left_lse, right_lse):
+    """What two nodes count, by their lse, base 2, and the lse of both."""
+    highest = tl.maximum(left_lse, right_lse)
+    base_2 = tl.where(highest == -INF, 0.0, highest)
+    left, right = tl.exp2(left_lse - base_2), tl.exp2(right_lse - base_2)
+    total = left + right
+    known = tl.where(total == 0, 1.0, total)  # NaN is something
+    return left / known, right / known, tl.where(total == 0, -INF, highest + tl.log2(known))
 
 
 @triton.jit
@@ -637,6 +703,7 @@ def _store_unclaimed(cu_seqlens_q, out, lse, b, total_q, h_q, D_V: tl.constexpr,
         *("q_stride_b", "q_stride_s", "q_stride_h", "page_stride", "token_stride", "head_stride", "table_stride"),
         *("b", "s_q", "total_q", "group", "blocks_per_head", "block_rows", "num_pages", "page_size", "max_len"),
         *("split_parts", "causal"),
+        *("num_row_blocks", "first_row_block"),
     ],
     do_not_specialize_on_alignment=["block_table", "cache_seqlens", "cu_seqlens_q", "q_scale", "kv_scale"],
 )
@@ -670,8 +737,10 @@ def fwd_kvcache_mla_kernel(
     num_pages,
     page_size,
     max_len,  # keys that a row of the block table reaches
-    split_parts,
+    split_parts,  # of a batch-invariant plan: places of a row block that it may use
     causal,  # 0 or 1
+    num_row_blocks,
+    first_row_block,  # of this launch
     D_V: tl.constexpr,
     D_R: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -683,15 +752,20 @@ def fwd_kvcache_mla_kernel(
     SHARED_ROWS: tl.constexpr,  # whether scores of a query row lie in several warps
     NARROW: tl.constexpr,  # whether offsets within a block of keys have 32 bits
     FORMAT: tl.constexpr,  # of the cache
+    INVARIANT: tl.constexpr,  # whether the plan is
 ):
     """Grid: (row blocks, parts at work at once)."""
     UNIT: tl.constexpr = 128 // q.dtype.element_ty.primitive_bitwidth  # values in 16 bytes
     CACHE_UNIT: tl.constexpr = 128 // kv_cache.dtype.element_ty.primitive_bitwidth
     UNEVEN: tl.constexpr = cu_seqlens_q is not None
-    row_block, num_row_blocks = tl.program_id(0), tl.num_programs(0)
+    row_block = tl.program_id(0) + first_row_block
     head_k = row_block // blocks_per_head
     h_q = num_row_blocks // blocks_per_head * group
-    first = row_block % blocks_per_head * BLOCK_M  # of the program's query rows, in the row or block
+    query_row = row_block % blocks_per_head * BLOCK_M + tl.arange(0, BLOCK_M)
+    real = query_row < s_q * group
+    i = query_row // group
+    h = head_k * group + query_row % group
+    q_at = i.to(tl.int64) * q_stride_s * UNIT + h.to(tl.int64) * q_stride_h * UNIT
     kv_cache += head_k.to(tl.int64) * head_stride * CACHE_UNIT
     page_stride = tl.cast(page_stride, tl.int64) * CACHE_UNIT
     token_stride = tl.cast(token_stride, tl.int64) * CACHE_UNIT
@@ -701,21 +775,26 @@ def fwd_kvcache_mla_kernel(
     if kv_scale is not None:
         value_scale = tl.load(kv_scale)
         scale_log2 *= value_scale
-    if not UNEVEN:
-        i, real, q_at, out_at, lse_at = _query_rows(
-            first, s_q, group, head_k, h_q, s_q, q_stride_s, q_stride_h, D_V, BLOCK_V, BLOCK_M, UNIT
-        )
+    column = tl.arange(0, BLOCK_V)
+    stored = real[:, None] & (column < D_V)[None, :]
+    # outputs lie at a 64-bit base and 32-bit offsets (of 64 queries at most), which take half the registers
+    first_i = row_block % blocks_per_head * BLOCK_M // group
+    out_at = ((i - first_i) * h_q + h)[:, None] * D_V + column[None, :]
+    lse_at = h.to(tl.int64) * s_q + i
+    share_at = tl.arange(0, BLOCK_M)[:, None] * D_V + column[None, :]
 
     parts = _parts_used(plan)
-    split = parts <= split_parts
+    split = (_first_place(plan, MAX_PARTS) if INVARIANT else parts) <= split_parts
     for part in range(tl.program_id(1), parts, tl.num_programs(1)):
         first_row, first_tile = _first_of(plan, part, True)
         last_row, last_tile = _last_of(plan, part, b)
+        if INVARIANT:
+            leaf = tl.minimum(_first_place(plan, part), split_parts)
         for row in range(first_row, last_row + 1):
             length = _length_of(cache_seqlens, row, max_len)
             tiles = (length + TILE - 1) // TILE
-            row_64 = tl.cast(row, tl.int64)
             if UNEVEN:
+                row_64 = tl.cast(row, tl.int64)
                 first_query, queries = _queries_of(cu_seqlens_q, row, s_q, total_q)
                 part_first = tl.maximum(tl.load(plan + part * COLUMNS + FIRST_ROW_TILE), 0)
                 part_last = tl.maximum(tl.load(plan + part * COLUMNS + LAST_ROW_TILE), 0)
@@ -727,8 +806,8 @@ def fwd_kvcache_mla_kernel(
                     ends = split & (row == last_row) & (block == part_last)
                     end = tl.where(ends, tl.minimum(last_tile, tiles), tiles)
                     if split | (begin == 0):
-                        at = block * block_rows + first
-                        i, real, q_at, out_at, lse_at = _query_rows(
+                        at = block * block_rows + row_block % blocks_per_head * BLOCK_M
+                        block_i, block_real, block_q_at, block_out_at, block_lse_at = _query_rows(
                             at,
                             queries,
                             group,
@@ -744,9 +823,9 @@ def fwd_kvcache_mla_kernel(
                         )
                         _attend(
                             q + first_query * q_stride_s * UNIT,
-                            q_at,
-                            real,
-                            tl.where(real, length - causal * (queries - 1 - i), 0),
+                            block_q_at,
+                            block_real,
+                            tl.where(block_real, length - causal * (queries - 1 - block_i), 0),
                             kv_cache,
                             page_stride,
                             token_stride,
@@ -760,9 +839,9 @@ def fwd_kvcache_mla_kernel(
                             scale_log2,
                             value_scale,
                             out + (first_query + at // group) * h_q * D_V,
-                            out_at,
+                            block_out_at,
                             lse + first_query,
-                            lse_at,
+                            block_lse_at,
                             shares,
                             shares_lse,
                             part,
@@ -784,46 +863,91 @@ def fwd_kvcache_mla_kernel(
                 begin = tl.where(row == first_row, first_tile, 0)
                 end = tl.where(split & (row == last_row), tl.minimum(last_tile, tiles), tiles)
                 if split | (begin == 0):
-                    _attend(
-                        q + row_64 * q_stride_b * UNIT,
-                        q_at,
-                        real,
-                        tl.where(real, length - causal * (s_q - 1 - i), 0),
-                        kv_cache,
-                        page_stride,
-                        token_stride,
-                        block_table + row_64 * table_stride,
-                        num_pages,
-                        page_size,
-                        begin,
-                        end,
-                        tiles,
-                        length,
-                        scale_log2,
-                        value_scale,
-                        out + (row_64 * s_q + first // group) * h_q * D_V,
-                        out_at,
-                        lse + row_64 * h_q * s_q,
-                        lse_at,
-                        shares,
-                        shares_lse,
-                        part,
-                        row_block,
-                        num_row_blocks,
-                        D_V,
-                        D_R,
-                        BLOCK_V,
-                        BLOCK_R,
-                        BLOCK_M,
-                        BLOCK_N,
-                        ONE_PAGE,
-                        STAGES,
-                        SHARED_ROWS,
-                        NARROW,
-                        FORMAT,
-                    )
+                    visible = tl.where(real, length - causal * (s_q - 1 - i), 0)
+                    row_64 = tl.cast(row, tl.int64)
+                    if INVARIANT:
+                        each, units = _units_of(tiles)
+                        first, stop = tl.minimum(begin, tiles) // each, (end + each - 1) // each
+                        whole = (first == 0) & (stop == units)
+                        leaves = tl.where(whole, 0, _count_nodes(first, _end_of_nodes(first, stop, units)))
+                        leaves = tl.minimum(leaves, tl.maximum(split_parts - leaf, 0))  # fewer: a plan of other lengths
+                        stop = tl.maximum(stop, first + 1)  # for a row without keys
+                    else:
+                        whole = (begin == 0) & (end == tiles)
+                        first, stop = 0, 1  # a loop that is none
+                    for unit in range(first, stop):
+                        if INVARIANT:
+                            begin, end = tl.minimum(unit * each, tiles), tl.minimum((unit + 1) * each, tiles)
+                        acc, m, l = _segment(  # noqa: E741
+                            q + row_64 * q_stride_b * UNIT,
+                            q_at,
+                            real,
+                            visible,
+                            kv_cache,
+                            page_stride,
+                            token_stride,
+                            block_table + row_64 * table_stride,
+                            num_pages,
+                            page_size,
+                            tl.minimum(begin, tiles) * TILE,
+                            tl.minimum(tl.minimum(end * TILE, length), tl.max(visible, 0)),
+                            scale_log2,
+                            D_V,
+                            D_R,
+                            BLOCK_V,
+                            BLOCK_R,
+                            BLOCK_M,
+                            BLOCK_N,
+                            ONE_PAGE,
+                            STAGES,
+                            SHARED_ROWS,
+                            NARROW,
+                            FORMAT,
+                        )
+                        nothing = l == 0
+                        acc *= (value_scale / tl.where(nothing, 1.0, l))[:, None]
+                        lse_log2 = m + tl.log2(tl.where(nothing, 1.0, l))  # -inf of nothing
+                        stays = whole
+                        if INVARIANT:
+                            nodes = _count_nodes(first, unit)
+                            after = _count_nodes(first, _end_of_nodes(first, unit + 1, units))
+                            while (nodes >= after) & (nodes > 0):
+                                nodes -= 1
+                                left = _node_at(nodes, leaf, leaves, split_parts, row_block, num_row_blocks) * BLOCK_M
+                                left_out = tl.load(shares + left * D_V + share_at, mask=stored, other=0.0)
+                                left_lse = tl.load(shares_lse + left + tl.arange(0, BLOCK_M), mask=real, other=-INF)
+                                weight, own, lse_log2 = _weights(left_lse, lse_log2)
+                                acc = tl.fma(tl.broadcast_to(weight[:, None], acc.shape), left_out, own[:, None] * acc)
+                            stays = whole & (unit + 1 == stop)
+                        if stays:
+                            to = out + (row_64 * s_q + first_i) * h_q * D_V
+                            tl.store(to + out_at, acc.to(out.dtype.element_ty), mask=stored)
+                            empty = lse_log2 == -INF
+                            tl.store(lse + row_64 * h_q * s_q + lse_at, tl.where(empty, INF, lse_log2 * LN2), mask=real)
+                        else:
+                            if INVARIANT:
+                                share = _node_at(nodes, leaf, leaves, split_parts, row_block, num_row_blocks) * BLOCK_M
+                            else:
+                                place = 2 * part + tl.where(begin > 0, 0, 1)
+                                share = (tl.cast(place, tl.int64) * num_row_blocks + row_block) * BLOCK_M
+                            tl.store(shares + share * D_V + share_at, acc, mask=stored)
+                            tl.store(shares_lse + share + tl.arange(0, BLOCK_M), lse_log2, mask=real)
+                            if INVARIANT:
+                                tl.debug_barrier()  # other threads may load it than stored it
+                    if INVARIANT:
+                        leaf += leaves
     if UNEVEN:
         _store_unclaimed(cu_seqlens_q, out, lse, b, total_q, h_q, D_V, BLOCK_V)
+
+
+@triton.jit
+def _node_at(node, leaf, leaves, places, row_block, num_row_blocks):
+    """Where in the workspace, in row blocks, a part's share of a row has its nodes: those that it leaves in the plan's
+    places, others in the program's own."""
+    left = tl.cast(leaf + node, tl.int64) * num_row_blocks + row_block
+    program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    own = tl.cast(program, tl.int64) * OWN_PLACES + tl.minimum(node - leaves, OWN_PLACES - 1)
+    return tl.where(node < leaves, left, tl.cast(places, tl.int64) * num_row_blocks + own)
 
 
 @triton.jit
@@ -930,6 +1054,102 @@ def fwd_kvcache_mla_combine_kernel(
                     lse_at = (row_64 * h_q + h) * s_q + in_head // group
                 tl.store(out + out_row * D_V + column, acc.to(out.dtype.element_ty), mask=real & (column < D_V))
                 tl.store(lse + lse_at, tl.where(nothing, INF, (base_2 + tl.log2(total)) * LN2), mask=real)
+
+
+@triton.jit(
+    do_not_specialize=["b", "s_q", "group", "blocks_per_head", "num_row_blocks", "max_len", "places"],
+    do_not_specialize_on_alignment=["cache_seqlens"],
+)
+def fwd_kvcache_mla_merge_nodes_kernel(
+    cache_seqlens,  # [b]
+    plan,  # [MAX_PARTS + 1, COLUMNS]
+    out,  # [b, s_q, h_k * group, D_V]
+    lse,  # [b, h_k * group, s_q]
+    nodes,  # [places, row blocks, BLOCK_M, D_V]; overwritten
+    nodes_lse,  # [places, row blocks, BLOCK_M]
+    b,
+    s_q,
+    group,
+    blocks_per_head,
+    num_row_blocks,
+    max_len,
+    places,
+    D_V: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """Merges the nodes that parts left of the rows that a batch-invariant plan split.
+
+    They lie in places that follow each other, in the order of the row's units; which units are whose follows from where
+    the parts begin and end. Those that wait for their right siblings go to the row's first places, whose nodes have
+    been read by then.
+
+    Grid: (query rows of a batch row, parts at work at once). For every so manyth part a program has the row that the
+    part begins and does not end.
+    """
+    rows_per_head = s_q * group
+    h_q = num_row_blocks // blocks_per_head * group
+    query_row = tl.program_id(0)
+    in_head = query_row % rows_per_head
+    i, h = in_head // group, query_row // rows_per_head * group + in_head % group
+    row_block = query_row // rows_per_head * blocks_per_head + in_head // BLOCK_M
+    column = tl.arange(0, BLOCK_V)
+    parts = tl.where(_first_place(plan, MAX_PARTS) <= places, _parts_used(plan), 0)
+    for part in range(tl.program_id(1), parts, tl.num_programs(1)):
+        first_row, first_tile = _first_of(plan, part, True)
+        row, last_tile = _last_of(plan, part, b)
+        if (row >= first_row) & ((row > first_row) | (first_tile == 0)):
+            each, units = _units_of((_length_of(cache_seqlens, row, max_len) + TILE - 1) // TILE)
+            stop = (last_tile + each - 1) // each
+            if stop < units:
+                place = tl.minimum(_first_place(plan, part), places)
+                if (row > first_row) & (first_tile > 0):  # the part's share of its first row comes before
+                    tiles = (_length_of(cache_seqlens, first_row, max_len) + TILE - 1) // TILE
+                    first_each, first_units = _units_of(tiles)
+                    first = first_tile // first_each
+                    place += _count_nodes(first, _end_of_nodes(first, first_units, first_units))
+                begin, depth, unit, other = place, 0, 0, part
+                while (unit < units) & (other < parts):
+                    if unit < stop:
+                        # the greatest node that begins here and ends before or where the part does
+                        size = _highest_bit(tl.maximum(stop - unit, 1))
+                        size = tl.where(unit > 0, tl.minimum(size, unit & -unit), size)
+                        at = (tl.cast(place, tl.int64) * num_row_blocks + row_block) * BLOCK_M + in_head % BLOCK_M
+                        there = place < places
+                        acc = tl.load(nodes + at * D_V + column, mask=there & (column < D_V), other=0.0)
+                        lse_log2 = tl.load(nodes_lse + at, mask=there, other=-INF)
+                        unit += size
+                        place += 1
+                        after = tl.where(unit >= units, 1, _count_nodes(0, unit))
+                        while (depth >= after) & (depth > 0):
+                            depth -= 1
+                            at = (tl.cast(begin + depth, tl.int64) * num_row_blocks + row_block) * BLOCK_M
+                            at += in_head % BLOCK_M
+                            there = begin + depth < places
+                            left_out = tl.load(nodes + at * D_V + column, mask=there & (column < D_V), other=0.0)
+                            left_lse = tl.load(nodes_lse + at, mask=there, other=-INF)
+                            weight, own, lse_log2 = _weights(left_lse, lse_log2)
+                            acc = tl.fma(tl.full(acc.shape, weight, tl.float32), left_out, own * acc)
+                        if unit < units:
+                            at = (tl.cast(begin + depth, tl.int64) * num_row_blocks + row_block) * BLOCK_M
+                            at += in_head % BLOCK_M
+                            there = begin + depth < places
+                            tl.store(nodes + at * D_V + column, acc, mask=there & (column < D_V))
+                            tl.store(nodes_lse + at, lse_log2, mask=there)
+                            tl.debug_barrier()
+                            depth += 1
+                        else:
+                            row_64 = tl.cast(row, tl.int64)
+                            to = out + ((row_64 * s_q + i) * h_q + h) * D_V + column
+                            tl.store(to, acc.to(out.dtype.element_ty), mask=column < D_V)
+                            empty = lse_log2 == -INF
+                            tl.store(lse + (row_64 * h_q + h) * s_q + i, tl.where(empty, INF, lse_log2 * LN2))
+                    else:
+                        other += 1
+                        if other < parts:
+                            last_row, last_tile = _last_of(plan, other, b)
+                            end = tl.where(last_row == row, (last_tile + each - 1) // each, units)
+                            stop = tl.where(end < units, end, 2 * MAX_UNITS)
 
 
 # ---------------------------------------------------------------------------------------------- concat_and_cache_mla

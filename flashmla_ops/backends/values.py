@@ -25,10 +25,14 @@ from ..plan import (
     LAST_ROW,
     LAST_ROW_TILE,
     TILE,
+    is_invariant,
+    make_invariant_plan,
     make_plan,
+    places,
     plan_blocks,
     row_blocks,
     row_cost,
+    row_tiles,
 )
 
 DEBUG = os.environ.get("FLASHMLA_DEBUG", "") not in ("", "0")
@@ -85,7 +89,8 @@ def check_fwd_kvcache_mla(
         _check_plan(*plan, cache_seqlens) if blocks is None else _check_plan_of_blocks(*plan, cache_seqlens, blocks)
     if DEBUG:
         if plan is not None and parts is not None:
-            _check_heads(plan[0], cache_seqlens, parts, s_q * group, blocks)
+            heads = s_q * group, kv_cache.shape[2]
+            _check_heads(plan[0], cache_seqlens, parts, *heads, None if blocks is None else (blocks, group))
         _check_scale("q_scale", q_scale)
         _check_scale("kv_scale", kv_scale)
         if isinstance(format_of(kv_cache, d_v, q.shape[-1] - d_v), Fp8Blocks):
@@ -195,13 +200,21 @@ def _check_plan(metadata: Tensor, num_splits: Tensor, cache_seqlens: Tensor, end
 
 
 def _check_heads(
-    metadata: Tensor, cache_seqlens: Tensor, parts: int, num_heads_per_head_k: int, blocks: Tensor | None
+    metadata: Tensor,
+    cache_seqlens: Tensor,
+    parts: int,
+    num_heads_per_head_k: int,
+    num_heads_k: int,
+    uneven: tuple[Tensor, int] | None,  # blocks of the rows, h_q / h_k
 ) -> None:
-    cost = row_cost(num_heads_per_head_k)
-    if blocks is None:
-        own = make_plan(cache_seqlens, parts, cost)[0]
+    make, room, cost = make_plan, (), row_cost(num_heads_per_head_k)
+    if is_invariant(metadata):
+        tiles = row_tiles(num_heads_per_head_k if uneven is None else uneven[1], num_heads_k)
+        make, room = make_invariant_plan, (places(tiles),)
+    if uneven is None:
+        own = make(cache_seqlens, parts, *room, cost)[0]
     else:
-        own = plan_blocks(make_plan, cache_seqlens, blocks, parts, cost)[0]
+        own = plan_blocks(make, cache_seqlens, uneven[0], parts, *room, cost)[0]
     expected, got = (int((t[:, LAST_ROW] >= 0).sum()) for t in (own, metadata))
     if expected != got:
         raise RuntimeError(
