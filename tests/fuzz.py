@@ -473,12 +473,12 @@ class World:
             return
         if values.DEBUG:
             raise Accepted("a capture under FLASHMLA_DEBUG=1")
-        self.captured = graph, q, step, results
+        self.captured = graph, q, step, results, options  # all that the graph reads stays alive
 
     def replay(self, step: dict) -> None:
         if self.captured is None:
             return
-        graph, q, captured, (out, lse) = self.captured
+        graph, q, captured, (out, lse), _ = self.captured
         whole = self.queries(captured | {"seed": step["seed"]})
         q.copy_(self.packed(whole, captured)[0])
         out.fill_(float("nan"))
