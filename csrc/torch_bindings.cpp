@@ -103,7 +103,7 @@ void get_mla_metadata_op(Tensor tile_scheduler_metadata, Tensor num_splits, cons
 // A call under a batch-invariant plan (sm90/units.cuh), of which all else is known. Which kernel serves it and what its
 // row tiles are goes by h_q / h_k, never by s_q or the batch.
 void fwd_kvcache_mla_invariant(FwdParams params, const Tensor& like, cudaStream_t stream) {
-    const int64_t max_units = std::min(kMaxUnits, params.max_len / (kTile * kUnitTiles) + 1);
+    const int64_t max_units = std::min(kMaxUnits, params.max_len / (kTile * kLeastUnit) + 1);
     // of a row tile of the planner, as plan.py's `places`
     params.places = static_cast<int>(std::min(int64_t{kWorkspaceTiles / params.row_tiles}, params.b * max_units));
     params.batch_invariant = true;
@@ -114,10 +114,11 @@ void fwd_kvcache_mla_invariant(FwdParams params, const Tensor& like, cudaStream_
     const int64_t own = int64_t{std::min(params.row_tiles, kLaunchRowTiles)} * params.grid_parts * kOwnPlaces;
     const int64_t tiles = int64_t{params.places} * params.row_tiles + own;
     // partial_out, partial_lse, nodes: in floats
-    Tensor workspace = new_empty({tiles * (tile_rows * kDimV + kRowTile) + 2 * params.places}, ScalarType::Float, like);
+    Tensor workspace =
+        new_empty({tiles * (tile_rows * kDimV + 2 * kRowTile) + 2 * params.places}, ScalarType::Float, like);
     params.partial_out = static_cast<float*>(workspace.data_ptr());
     params.partial_lse = params.partial_out + tiles * tile_rows * kDimV;
-    params.nodes = reinterpret_cast<int2*>(params.partial_lse + tiles * kRowTile);
+    params.nodes = reinterpret_cast<int2*>(params.partial_lse + tiles * 2 * kRowTile);
     const auto kernel = params.few_rows ? sm90::fwd_kvcache_mla_few_rows : sm90::fwd_kvcache_mla;
     kernel(params, stream);
     if (params.places > 0) sm90::fwd_kvcache_mla_merge_nodes(params, stream);
@@ -174,12 +175,13 @@ std::tuple<Tensor, Tensor> fwd_kvcache_mla_op(const Tensor q, const Tensor kv_ca
     const int64_t split_parts =
         plan_parts == 1 || invariant ? 0 : std::min({plan_parts, possible_parts, kWorkspaceTiles / (2 * row_tiles)});
     const int64_t places = 2 * split_parts * row_tiles * kRowTile;
-    // A machine's own plan gives rows num_parts / b parts, more or less. Where most are split in two, and shares are
-    // large, merging them in the decode kernel saves more than clearing the counters costs (csrc/NOTES.md).
+    // A machine's own plan gives rows num_parts / b parts, more or less. Where most parts have a row's end and
+    // another's begin, and rows have several row tiles, merging the two shares of a row in the decode kernel saves more
+    // than clearing the counters costs (csrc/NOTES.md).
     const CacheFormat format = kv_cache.element_size() > 1 ? CacheFormat::kPlain
                                : kv_scale.has_value()      ? CacheFormat::kFp8Tensor
                                                            : CacheFormat::kFp8Blocks;
-    const bool mostly_pairs = !uneven && num_parts < 2 * b && rows >= kRowTile && format == CacheFormat::kPlain;
+    const bool mostly_pairs = !uneven && num_parts < b && rows > kRowTile && format == CacheFormat::kPlain;
     const int64_t arrivals = mostly_pairs ? 2 * split_parts * row_tiles : 0;
     // partial_out, partial_lse, arrivals, split_rows, scratch: in floats
     constexpr int64_t kScratch = 4;

@@ -157,7 +157,9 @@ def _on_line(tiles: Tensor, total: Tensor, parts: Tensor, row_cost: int) -> tupl
 # alone, log2(MAX_UNITS) at most at either end, to whoever merges the parts. Left to right, one after the other, would
 # be no such tree: then a part that goes on with a row could merge nothing, and would leave every unit.
 
-UNIT_TILES = 8  # of a unit at least: results of fewer tiles cost more to merge than their keys to read
+# Tiles of a unit: results of fewer cost more to merge than their keys to read. But short rows have four units, of
+# LEAST_UNIT tiles or more, so that they keep more workers busy.
+UNIT_TILES, LEAST_UNIT = 8, 4
 MAX_UNITS = 64  # of a row: as many workers as one row keeps busy
 # Bit of FLAGS; the bits above are the part's first place for the nodes that it leaves. In the plan's row MAX_PARTS,
 # which is empty otherwise, they are the number of places that all parts use.
@@ -176,8 +178,9 @@ def places(num_row_tiles: int) -> int:
 
 def unit_tiles(tiles):
     """C, the tiles of a unit of a row of so many (an int or a tensor of them)."""
-    least = -(-tiles // MAX_UNITS)
-    return least.clamp_min(UNIT_TILES) if isinstance(tiles, Tensor) else max(least, UNIT_TILES)
+    if isinstance(tiles, Tensor):
+        return ((tiles + 3) // 4).clamp(LEAST_UNIT, UNIT_TILES).maximum((tiles + MAX_UNITS - 1) // MAX_UNITS)
+    return max(min(max(LEAST_UNIT, -(-tiles // 4)), UNIT_TILES), -(-tiles // MAX_UNITS))
 
 
 def nodes_left(begin: Tensor, end: Tensor, units: Tensor) -> Tensor:

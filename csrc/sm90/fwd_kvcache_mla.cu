@@ -139,8 +139,7 @@ __device__ __forceinline__ void finish_queries(SharedStorage<T>& shared) {
 
 // One warp: its share of the segment's queries, and its portion of every other tile, each as soon as its place is free.
 // One copy a half: the instruction takes uniform registers, so that copies by several lanes are issued one by one.
-// Units leave L2 to their nodes, which are as much as the keys of two of them, for all CTAs: 34 MB.
-template <typename T, bool kInvariant>
+template <typename T>
 __device__ __forceinline__ void load(const FwdParams& params, const CacheMaps& cache, SharedStorage<T>& shared,
                                      const RowTile& rows, const Segment& segment, int warp, Phases& phases) {
     if (segment.begin == segment.end) return;
@@ -164,12 +163,8 @@ __device__ __forceinline__ void load(const FwdParams& params, const CacheMaps& c
                                                  landed, slices * wgmma::kSliceBytes);
             const auto copy = [&](const CUtensorMap& map, int slice) {
                 const int32_t where[5] = {0, pages.token_of(tile), slice, rows.head, page};
-                if constexpr (kInvariant) {
-                    ptx::copy_box_evict_first(shared.sK[stage][slice], &map, where, landed);
-                } else {
-                    cuda::ptx::cp_async_bulk_tensor(cuda::ptx::space_cluster, cuda::ptx::space_global,
-                                                    shared.sK[stage][slice], &map, where, landed);
-                }
+                cuda::ptx::cp_async_bulk_tensor(cuda::ptx::space_cluster, cuda::ptx::space_global,
+                                                shared.sK[stage][slice], &map, where, landed);
             };
             const auto prefetch = [&](const CUtensorMap& map, int slice) {
                 const int32_t where[5] = {0, pages.token_of(tile + 2), slice, rows.head, next_page};
@@ -454,7 +449,8 @@ __device__ __forceinline__ bool finds_other_share(const FwdParams& params, Share
         ptx::named_barrier(kWarpgroupOf + warpgroup, kWarpgroup);
         if (arrived != 0) return true;
     }
-    store_pair_share(params, rows, me, tile_at(params, segment.place, rows.index()), warpgroup, lse_log2, rO);
+    const int64_t tile = tile_at(params, segment.place, rows.index());
+    store_pair_share(params, rows, me, tile, share_lse(params, tile), warpgroup, lse_log2, rO);
     ptx::named_barrier(kWarpgroupOf + warpgroup, kWarpgroup);
     if (leader) arrived = arrivals.fetch_add(1, cuda::memory_order_acq_rel);
     ptx::named_barrier(kWarpgroupOf + warpgroup, kWarpgroup);
@@ -469,11 +465,18 @@ __device__ __forceinline__ bool merge_unit(const FwdParams& params, const RowTil
     int node = unit.nodes;
 #pragma unroll 1
     for (int left = unit.merges; left > 0; --left) {
-        --node;
-        add_share(params, rows, me, tile_of_node(params, rows, unit, node), warpgroup, lse_log2, rO, staging);
+        const int64_t tile = tile_of_node(params, rows, unit, --node);
+        add_share(params, rows, me, tile, node_lse(params, tile) + warpgroup * kRowTile, warpgroup, lse_log2, rO,
+                  staging);
     }
     if (unit.ends && unit.leaves == 0) return true;
-    store_pair_share(params, rows, me, tile_of_node(params, rows, unit, node), warpgroup, lse_log2, rO);
+    const int64_t tile = tile_of_node(params, rows, unit, node);
+#ifdef KEEP_NODES
+    store_pair_share<true>(params, rows, me, tile, node_lse(params, tile) + warpgroup * kRowTile, warpgroup, lse_log2,
+                           rO);
+#else
+    store_pair_share(params, rows, me, tile, node_lse(params, tile) + warpgroup * kRowTile, warpgroup, lse_log2, rO);
+#endif
     node_stored();
     if (rows.index() == 0 && threadIdx.x == 0) list_node(params, unit, node);
     return false;
@@ -508,7 +511,8 @@ __device__ __forceinline__ void attend(const FwdParams& params, SharedStorage<T>
             store_share(params, rows, me, segment.place, warpgroup, lse_log2, rO);
         } else if (finds_other_share(params, shared, rows, me, segment, pair, warpgroup, lse_log2, rO)) {
             const int other = segment.place == last_place(pair) ? first_place(pair + 1) : last_place(pair);
-            add_share(params, rows, me, tile_at(params, other, rows.index()), warpgroup, lse_log2, rO, staging);
+            const int64_t tile = tile_at(params, other, rows.index());
+            add_share(params, rows, me, tile, share_lse(params, tile), warpgroup, lse_log2, rO, staging);
             whole = true;
         }
     }
@@ -556,10 +560,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     } else {
         ptx::decrease_registers<kProducerRegisters>();
         const int producer = warp - kConsumerWarps;
-        for_each_share<kUneven, kInvariant>(
-            params, shared.parts, rows, [&](const Segment& segment, const RowTile& rows) {
-                load<T, kInvariant>(params, cache, shared, rows, segment, producer, phases);
-            });
+        for_each_share<kUneven, kInvariant>(params, shared.parts, rows,
+                                            [&](const Segment& segment, const RowTile& rows) {
+                                                load(params, cache, shared, rows, segment, producer, phases);
+                                            });
         if (!kInvariant && producer == 0 && blockIdx.x == 0) list_split_rows<kUneven>(params, shared.parts);
         if constexpr (kUneven) {
             if (producer == 1) store_unclaimed<T>(params);

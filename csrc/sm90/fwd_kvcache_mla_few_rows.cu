@@ -338,6 +338,7 @@ __device__ __forceinline__ bool merge_unit(const FwdParams& params, const RowTil
     for (int left = unit.merges; left > 0; --left) {
         const int64_t tile = tile_of_node(params, rows, unit, --node);
         const float4* from = node_at(params, me, tile, warpgroup);
+        const float* lse = node_lse(params, tile) + (warpgroup * 4 + me.warp) * kRows;
         float4 loaded[kBlocks][2];
 #pragma unroll
         for (int b = 0; b < kBlocks; ++b) {
@@ -346,8 +347,7 @@ __device__ __forceinline__ bool merge_unit(const FwdParams& params, const RowTil
         }
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
-            const float2 other =
-                __ldcg(reinterpret_cast<const float2*>(share_lse(params, tile) + row_of(me.lane, 2 * j)));
+            const float2 other = __ldcg(reinterpret_cast<const float2*>(lse + row_of(me.lane, 2 * j)));
             const Weights first(lse_log2[2 * j], other.x), second(lse_log2[2 * j + 1], other.y);
             lse_log2[2 * j] = first.lse_log2;
             lse_log2[2 * j + 1] = second.lse_log2;
@@ -372,9 +372,10 @@ __device__ __forceinline__ bool merge_unit(const FwdParams& params, const RowTil
             __stcg(to + (2 * b + j) * kWarpgroup, make_float4(o[0], o[1], o[2], o[3]));
         }
     }
-    if (me.lane < 4) {  // every warp, the same bits: who reads them has synchronised with that one only
+    if (me.lane < 4) {
+        float* lse = node_lse(params, tile) + (warpgroup * 4 + me.warp) * kRows;
 #pragma unroll
-        for (int h = 0; h < kRows / 4; ++h) __stcg(share_lse(params, tile) + row_of(me.lane, h), lse_log2[h]);
+        for (int h = 0; h < kRows / 4; ++h) __stcg(lse + row_of(me.lane, h), lse_log2[h]);
     }
     node_stored();
     if (rows.index() == 0 && threadIdx.x == 0) list_node(params, unit, node);

@@ -35,6 +35,8 @@ struct ByRows {
         return v / (kTileRows * kDimV / 8) * kHalfV + v / 128 % 32 * 8 + v % 4 * 2 + i % 2;
     }
     __device__ static constexpr int head(int i) { return i / 2; }  // which of the two rows
+    // where the lse of those that stored it begins
+    __device__ static int lse(int v) { return v / (kTileRows * kDimV / 8) * kTileRows; }
 };
 
 // fwd_kvcache_mla_few_rows.cu's: [warpgroup, block of 64 columns, 2, warp, lane], a column of both rows, then another.
@@ -46,6 +48,7 @@ struct ByColumns {
         return v / (kTileRows * kDimV / 8) * kHalfV + v / 256 % 4 * 64 + v / 32 % 4 * 16 + v % 32 / 4 + i / 2 * 8;
     }
     __device__ static constexpr int head(int i) { return i % 2; }
+    __device__ static int lse(int v) { return (v / (kTileRows * kDimV / 8) * 4 + v / 32 % 4) * kTileRows; }
 };
 
 // What a thread has of a node.
@@ -102,14 +105,14 @@ __device__ __forceinline__ void load_nodes(const FwdParams& params, SharedStorag
     const int64_t tile = tile_at(params, place, row_tile);
     const float4* out =
         reinterpret_cast<const float4*>(params.partial_out) + tile * (Layout::kTileRows * kDimV / 4) + v;
-    const float* lse = share_lse(params, tile);
+    const float* lse = node_lse(params, tile) + Layout::lse(v);
 #pragma unroll 1
     for (int i = 0; i < count; ++i) {
         ptx::cp_async_16(ptx::shared_address(&shared.out[i][threadIdx.x]), out);
         ptx::cp_async_4(ptx::shared_address(&shared.lse_log2[i][0][threadIdx.x]), lse + Layout::row(v, 0));
         ptx::cp_async_4(ptx::shared_address(&shared.lse_log2[i][1][threadIdx.x]), lse + Layout::row(v, 3));
         out += int64_t{params.row_tiles} * (Layout::kTileRows * kDimV / 4);
-        lse += int64_t{params.row_tiles} * kRowTile;
+        lse += int64_t{params.row_tiles} * kNodeLse;
     }
     ptx::cp_async_wait_all();
 }

@@ -224,10 +224,11 @@ struct Weights {
         const float high = fmaxf(lse_a, lse_b), base = base_of(high);
         a = ptx::exp2_approx(lse_a - base);
         b = ptx::exp2_approx(lse_b - base);
-        const float sum = a + b, scale = sum == 0.f ? 0.f : 1.f / sum;
+        // 0, or from 1 to 2: where approximations have an absolute error of 2^-22 at most
+        const float sum = a + b, scale = sum == 0.f ? 0.f : __fdividef(1.f, sum);
         a *= scale;
         b *= scale;
-        lse_log2 = sum == 0.f ? -INFINITY : __fadd_rn(high, log2f(sum));
+        lse_log2 = sum == 0.f ? -INFINITY : __fadd_rn(high, __log2f(sum));
     }
     __device__ float of(float x, float y) const { return __fadd_rn(__fmul_rn(a, x), __fmul_rn(b, y)); }
 };
@@ -307,20 +308,21 @@ __device__ __forceinline__ void store_share(const FwdParams& params, const RowTi
     }
 }
 
-// A share of a pair, as it is, to a tile of the workspace: either may be in registers when they are merged, to the same
-// bits.
+// A share of a pair, as it is, to a tile of the workspace, and its lse [64 rows]: either share may be in registers when
+// they are merged, to the same bits.
+template <bool kKeep = false>
 __device__ __forceinline__ void store_pair_share(const FwdParams& params, const RowTile& rows, const Consumer& me,
-                                                 int64_t tile, int warpgroup, const float (&lse_log2)[2],
+                                                 int64_t tile, float* lse, int warpgroup, const float (&lse_log2)[2],
                                                  const float (&rO)[128]) {
     if (!has_rows(params, rows, me)) return;
     float4* share = share_of(params, tile, warpgroup, me);
 #pragma unroll
     for (int j = 0; j < 32; ++j) {
-        __stcg(share + j * 128, make_float4(rO[4 * j], rO[4 * j + 1], rO[4 * j + 2], rO[4 * j + 3]));
+        const float4 values = make_float4(rO[4 * j], rO[4 * j + 1], rO[4 * j + 2], rO[4 * j + 3]);
+        kKeep ? ptx::store_evict_last(share + j * 128, values) : __stcg(share + j * 128, values);
     }
     // by both warpgroups, the same bits: who merges one's half has synchronised with that one only
     if (me.lane % 4 == 0) {
-        float* lse = share_lse(params, tile);
 #pragma unroll
         for (int i = 0; i < 2; ++i) __stcg(lse + me.row(i), lse_log2[i]);
     }
@@ -329,37 +331,41 @@ __device__ __forceinline__ void store_pair_share(const FwdParams& params, const 
 // Adds the share of a pair in a tile of the workspace to the one in registers. Either may be there: product, product
 // and sum are rounded one by one, so that the bits are the same. `staging`: 32 KB of the warpgroup's.
 __device__ __forceinline__ void add_share(const FwdParams& params, const RowTile& rows, const Consumer& me,
-                                          int64_t tile, int warpgroup, float (&lse_log2)[2], float (&rO)[128],
-                                          void* staging) {
+                                          int64_t tile, const float* other_lse, int warpgroup, float (&lse_log2)[2],
+                                          float (&rO)[128], void* staging) {
     if (!has_rows(params, rows, me)) return;
     const float4* share = share_of(params, tile, warpgroup, me);
-    const float* other_lse = share_lse(params, tile);
-    const Weights weights[2] = {Weights(lse_log2[0], __ldcg(other_lse + me.row(0))),
-                                Weights(lse_log2[1], __ldcg(other_lse + me.row(1)))};
+    // Through shared memory, each thread its own values, a group while others are on their way: registers are short,
+    // and L2 takes its time to answer.
+    constexpr int kGroup = 8, kGroups = 32 / kGroup, kUnderWay = 2;
+    const float4* landed = static_cast<const float4*>(staging) + me.warp * 32 * kGroup * kUnderWay + me.lane;
+    const auto request = [&](int group) {
+        const float4* to = landed + group % kUnderWay * kGroup * 32;
+#pragma unroll 1
+        for (int j = 0; j < kGroup; ++j, share += 128) ptx::cp_async_16(ptx::shared_address(to + j * 32), share);
+        ptx::cp_async_commit();
+    };
+    const float other[2] = {__ldcg(other_lse + me.row(0)), __ldcg(other_lse + me.row(1))};
+    request(0);
+    request(1);
+    const Weights weights[2] = {Weights(lse_log2[0], other[0]), Weights(lse_log2[1], other[1])};
 #pragma unroll
     for (int i = 0; i < 2; ++i) lse_log2[i] = weights[i].lse_log2;
-    // Through shared memory, each thread its own values: registers are short, and each time costs what L2 takes to
-    // answer.
-    constexpr int kAtOnce = 16;
-    const float4* landed = static_cast<const float4*>(staging) + me.warp * 32 * kAtOnce + me.lane;
 #pragma unroll
-    for (int first = 0; first < 32; first += kAtOnce) {
-#pragma unroll 1
-        for (int j = 0; j < kAtOnce; ++j, share += 128) {
-            ptx::cp_async_16(ptx::shared_address(landed + j * 32), share);
-        }
-        ptx::cp_async_wait_all();
+    for (int group = 0; group < kGroups; ++group) {
+        group + 1 < kGroups ? ptx::cp_async_wait<1>() : ptx::cp_async_wait<0>();
         wgmma::keep(rO);  // or it multiplies them earlier, and spills
+        __syncwarp();     // or ptxas loads them all at once, and spills
 #pragma unroll
-        for (int j = 0; j < kAtOnce; ++j) {
-            if (j % 8 == 0) __syncwarp();  // or ptxas loads them all at once, and spills
-            const float4 loaded = landed[j * 32];
-            float* o = rO + 4 * (first + j);
+        for (int j = 0; j < kGroup; ++j) {
+            const float4 loaded = landed[(group % kUnderWay * kGroup + j) * 32];
+            float* o = rO + 4 * (group * kGroup + j);
             o[0] = weights[0].of(o[0], loaded.x);
             o[1] = weights[0].of(o[1], loaded.y);
             o[2] = weights[1].of(o[2], loaded.z);
             o[3] = weights[1].of(o[3], loaded.w);
         }
+        if (group + kUnderWay < kGroups) request(group + kUnderWay);
     }
     __syncwarp();
 }

@@ -31,7 +31,11 @@ struct Units {
     int each, count, padded;
 
     __device__ explicit Units(int tiles) {
-        each = max(kUnitTiles, (tiles + kMaxUnits - 1) / kMaxUnits);
+#ifdef UNIT_SQRT
+        each = max(min(max(static_cast<int>(sqrtf(static_cast<float>(tiles))), 4), 16), (tiles + 63) / 64);
+#else
+        each = max(min(kUnitTiles, max(kLeastUnit, (tiles + 3) / 4)), (tiles + kMaxUnits - 1) / kMaxUnits);
+#endif
         count = (tiles + each - 1) / each;
         padded = count <= 1 ? 1 : 1 << (32 - __clz(count - 1));
     }
@@ -96,6 +100,14 @@ __device__ __forceinline__ int64_t tile_of_node(const FwdParams& params, const R
     if (index < unit.leaves) return tile_at(params, unit.leaf + index, rows.index());
     const int own = min(index - unit.leaves, kOwnPlaces - 1);
     return int64_t{params.places} * params.row_tiles + (blockIdx.y * kOwnPlaces + own) * gridDim.x + blockIdx.x;
+}
+
+// Where a node's lse is. Every warpgroup has its own (of the few rows' kernel every warp): one may have gone on to
+// merge it, and to leave the result's in the same tile, when another reads it.
+constexpr int kNodeLse = 2 * kRowTile;  // of a tile
+
+__device__ __forceinline__ float* node_lse(const FwdParams& params, int64_t tile) {
+    return params.partial_lse + tile * kNodeLse;
 }
 
 // Lists a node that is left, for fwd_kvcache_mla_merge_nodes.cu. One thread of all row tiles'.

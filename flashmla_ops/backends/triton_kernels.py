@@ -27,6 +27,7 @@ FIRST_ROW_TILE = tl.constexpr(_plan.FIRST_ROW_TILE)
 LAST_ROW_TILE = tl.constexpr(_plan.LAST_ROW_TILE)
 MIN_TILES = tl.constexpr(_plan.MIN_TILES)
 UNIT_TILES = tl.constexpr(_plan.UNIT_TILES)
+LEAST_UNIT = tl.constexpr(_plan.LEAST_UNIT)
 MAX_UNITS = tl.constexpr(_plan.MAX_UNITS)
 OWN_PLACES = tl.constexpr(_plan.MAX_UNITS.bit_length() - 1)  # nodes of a row that wait at once for one that is to come
 SHARES_PER_TILE = tl.constexpr(_plan.SHARES_PER_TILE)
@@ -353,7 +354,8 @@ def _length_of(cache_seqlens, row, max_len):
 @triton.jit
 def _units_of(tiles):
     """Of a row: the tiles of a unit, and the units."""
-    each = tl.maximum(UNIT_TILES, (tiles + MAX_UNITS - 1) // MAX_UNITS)
+    each = tl.minimum(tl.maximum((tiles + 3) // 4, LEAST_UNIT), UNIT_TILES)
+    each = tl.maximum(each, (tiles + MAX_UNITS - 1) // MAX_UNITS)
     return each, (tiles + each - 1) // each
 
 
@@ -919,6 +921,7 @@ def fwd_kvcache_mla_kernel(
                                 weight, own, lse_log2 = _weights(left_lse, lse_log2)
                                 acc = tl.fma(tl.broadcast_to(weight[:, None], acc.shape), left_out, own[:, None] * acc)
                             stays = whole & (unit + 1 == stop)
+                            tl.debug_barrier()  # what is stored next may lie where others still read
                         if stays:
                             to = out + (row_64 * s_q + first_i) * h_q * D_V
                             tl.store(to + out_at, acc.to(out.dtype.element_ty), mask=stored)
@@ -1130,6 +1133,7 @@ def fwd_kvcache_mla_merge_nodes_kernel(
                             left_lse = tl.load(nodes_lse + at, mask=there, other=-INF)
                             weight, own, lse_log2 = _weights(left_lse, lse_log2)
                             acc = tl.fma(tl.full(acc.shape, weight, tl.float32), left_out, own * acc)
+                        tl.debug_barrier()
                         if unit < units:
                             at = (tl.cast(begin + depth, tl.int64) * num_row_blocks + row_block) * BLOCK_M
                             at += in_head % BLOCK_M
