@@ -95,6 +95,28 @@ def test_over_fp8_caches(target, kv_format):
         check_decode(case, out, lse, 2 * target.factor)
 
 
+@pytest.mark.fp8
+def test_queries_in_fp8(target):
+    """As the even call of each row alone."""
+    q_scale = torch.tensor(0.125, device=target.device)
+    for queries, h_q in (([1, 4, 0, 1], 4), ([1, 9, 0, 30], 16), ([1, 2], 128)):
+        lengths = [200, 513, 64, 70][: len(queries)]
+        base = quantized(make_decode_case(lengths, max(queries), h_q, device=target.device, causal=True), "fp8_tensor")
+        case = uneven(base, queries, spare=1)
+        q = (case.q / q_scale).to(torch.float8_e4m3fn)
+        fp8 = {"kv_cache": base.kv_cache, "kv_scale": base.kv_scale, "q_scale": q_scale}
+        out, lse = fwd_kvcache_mla(**case.kwargs() | fp8 | {"q": q})
+        assert out.dtype is torch.bfloat16
+        for row, (first, n) in enumerate(zip(case.cu_seqlens_q.tolist(), queries, strict=False)):
+            if n == 0:
+                continue
+            one = {"block_table": base.block_table[row : row + 1], "cache_seqlens": base.cache_seqlens[row : row + 1]}
+            alone = fwd_kvcache_mla(**base.kwargs() | fp8 | one | {"q": q[None, first : first + n]})
+            torch.testing.assert_close(out[first : first + n], alone[0][0], rtol=2**-6, atol=2e-3)
+            torch.testing.assert_close(lse[:, first : first + n], alone[1][0], rtol=1e-3, atol=1e-3)
+        assert not out[-1].any() and lse[:, -1].isposinf().all()
+
+
 @given(data=st.data())
 @settings(max_examples=examples(25))
 def test_the_same_bits_as_padded_in_front_under_an_invariant_plan(target, data):
