@@ -1,5 +1,6 @@
 """Rows of different numbers of queries in one call (cu_seqlens_q): results, plans, sizes, values."""
 
+import time
 from itertools import accumulate
 
 import pytest
@@ -7,7 +8,7 @@ import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import decode_calls, examples, head_counts, lengths_of_many_rows
+from strategies import decode_calls, examples, head_counts, lengths_of_many_rows, seeds
 from test_fwd_kvcache_mla import equal, plan_kwargs
 from test_get_mla_metadata import check_plan, most_parts_of, part_counts
 
@@ -256,6 +257,27 @@ def test_a_plan_for_other_numbers_of_queries(target):
                 fwd_kvcache_mla(**call)
         else:
             fwd_kvcache_mla(**call)
+
+
+@given(seed=seeds, high=st.sampled_from([2, 9, 1000, 2**26, 2**31 - 1]), heads=st.sampled_from([16, 40, 128]))
+@settings(max_examples=examples(60))
+def test_noise_for_a_plan_is_harmless(target, seed, high, heads):
+    """It ends soon, in numbers or an error, and nothing but out and lse is written."""
+    d_qk, d_v = target.dims[0]
+    like = {"dtype": target.dtypes[0], "device": target.device, "d_qk": d_qk, "d_v": d_v, "poison": False}
+    case = uneven(make_decode_case([70, 1300, 3, 400], 9, heads, **like), [1, 9, 2, 0], spare=1)
+    generator = torch.Generator().manual_seed(seed)
+    shapes = (plan.MAX_PARTS, plan.COLUMNS), (5,)
+    noise = [torch.randint(-3, high, shape, generator=generator).int().to(target.device) for shape in shapes]
+    for column, most in ((plan.FIRST_ROW, 4), (plan.LAST_ROW, 4), (plan.LAST_TILE, 9)):  # so that rows are split
+        noise[0][:, column] %= most
+    inputs = [t for t in (*case.kwargs().values(), *noise) if isinstance(t, torch.Tensor)]
+    before, begin = [t.clone() for t in inputs], time.perf_counter()
+    try:
+        fwd_kvcache_mla(**case.kwargs(), **plan_kwargs(noise))
+    except RuntimeError as error:
+        assert "tile_scheduler_metadata: expected" in str(error)
+    assert all(map(torch.equal, inputs, before)) and time.perf_counter() - begin < 10
 
 
 REFUSED = [

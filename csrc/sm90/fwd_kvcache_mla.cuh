@@ -79,6 +79,13 @@ struct RowQueries {
     }
 };
 
+// The query rows of a key head in a block of a row, and the row's last block, -1 without queries.
+__device__ __forceinline__ int block_rows(const FwdParams& params) { return params.row_tiles / params.h_k * kRowTile; }
+__device__ __forceinline__ int last_block(const FwdParams& params, const RowQueries& queries) {
+    const int size = block_rows(params);
+    return (queries.count * params.group + size - 1) / size - 1;
+}
+
 // And where a part begins and ends, in blocks of its first and of its last row (flashmla_ops/plan.py).
 struct Blocks {
     int first, last;
@@ -244,8 +251,12 @@ __device__ __forceinline__ void list_split_rows(const FwdParams& params, const P
         const Part p = parts[part];
         const int row = p.last_row, tiles = p.empty() ? 0 : num_tiles(clamped_length(params, row));
         int block = 0;
-        if constexpr (kUneven) block = Blocks(params, part).last;
-        const bool begins = p.last_tile < tiles && !(p.continues(row) && begins_at(part, block));
+        bool exists = true;  // whatever the plan says: the combine kernel asks no more
+        if constexpr (kUneven) {
+            block = Blocks(params, part).last;
+            exists = !p.empty() && block <= last_block(params, RowQueries(params, row));
+        }
+        const bool begins = p.last_tile < tiles && !(p.continues(row) && begins_at(part, block)) && exists;
         int passing = 0;  // parts that take the row over and pass it on
         for (bool all = begins; all; passing += 32) {
             const int next = part + 1 + passing + ptx::lane();

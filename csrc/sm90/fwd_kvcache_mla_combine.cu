@@ -281,7 +281,7 @@ __device__ __forceinline__ void store_merged(const FwdParams& params, const Spli
             const RowQueries queries(params, split.row);
             first_query = queries.first;
             rows = queries.count * params.group;
-            row += Blocks(params, split.part).last * RowTile::block_rows(params);
+            row += Blocks(params, split.part).last * block_rows(params);
         }
     }
 #pragma unroll
@@ -348,7 +348,7 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) fwd_kvcache_mla_combine_
             const int row_tile = head * (params.row_tiles / params.h_k) + in_head / groups_per_tile;
             const SplitRow split = shared.rows[split_row];
             if (kUneven && !rehearsal) {  // the row may have fewer query rows than others
-                const int first = Blocks(params, split.part).last * RowTile::block_rows(params);
+                const int first = Blocks(params, split.part).last * block_rows(params);
                 const int rows = RowQueries(params, split.row).count * params.group - first;
                 if (in_head * Layout::kGroup >= rows) continue;
             }

@@ -46,7 +46,6 @@ struct RowTile {
           queries(queries.count) {}
 
     __device__ int index() const { return blockIdx.x; }
-    __device__ static int block_rows(const FwdParams& params) { return params.row_tiles / params.h_k * kRowTile; }
     __device__ int all_rows(const FwdParams& params) const { return uneven ? queries * params.group : params.rows; }
     __device__ int count(const FwdParams& params) const { return min(size, all_rows(params) - first_row); }
     __device__ int num_queries(const FwdParams& params) const { return uneven ? queries : params.s_q; }
@@ -68,7 +67,7 @@ __device__ __forceinline__ const T* query_row(const FwdParams& params, const Row
     const T* q = static_cast<const T*>(params.q);
     if (rows.uneven) {
         int row = rows.first_row + r;
-        if (batch_row != rows.batch_row) row = min(row + rows.block_rows(params), rows.all_rows(params) + r);
+        if (batch_row != rows.batch_row) row = min(row + block_rows(params), rows.all_rows(params) + r);
         const int s = row / params.group, g = row - s * params.group;
         return q + int64_t{min(rows.first_query + s, params.total_q - 1)} * params.q_stride_s +
                (rows.head * params.group + g) * params.q_stride_h;
@@ -88,8 +87,8 @@ __device__ __forceinline__ void for_each_block(const FwdParams& params, const Pa
         const Blocks blocks(params, index);
         for (int row = p.first_row; row <= p.last_row; ++row) {
             const RowQueries queries(params, row);
-            const int length = clamped_length(params, row), tiles = num_tiles(length), size = rows.block_rows(params);
-            const int last_of_row = (queries.count * params.group + size - 1) / size - 1;
+            const int length = clamped_length(params, row), tiles = num_tiles(length);
+            const int last_of_row = last_block(params, queries);
             const int last = row == p.last_row ? min(blocks.last, last_of_row) : last_of_row;
             for (int block = row == p.first_row ? blocks.first : 0; block <= last; ++block) {
                 const RowTile here(params, rows, row, queries, block);

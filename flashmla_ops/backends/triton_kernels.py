@@ -1044,9 +1044,10 @@ def fwd_kvcache_mla_combine_kernel(
                 acc = acc / tl.where(nothing, 1.0, total)
                 row_64 = tl.cast(row, tl.int64)
                 if UNEVEN:
-                    in_row = block * block_rows + in_head
                     first_query, queries = _queries_of(cu_seqlens_q, row, s_q, total_q)
-                    real = in_row < queries * group
+                    exists = (block >= 0) & (block * tl.cast(block_rows, tl.int64) < queries * group)
+                    in_row = tl.where(exists, block, 0) * block_rows + in_head
+                    real = exists & (in_row < queries * group)
                     h = query_row // rows_per_head * group + in_row % group
                     out_row = (first_query + in_row // group) * h_q + h
                     lse_at = tl.cast(h, tl.int64) * total_q + first_query + in_row // group
