@@ -277,7 +277,8 @@ def test_noise_for_a_plan_is_harmless(target, seed, high, heads):
         fwd_kvcache_mla(**case.kwargs(), **plan_kwargs(noise))
     except RuntimeError as error:
         assert "tile_scheduler_metadata: expected" in str(error)
-    assert all(map(torch.equal, inputs, before)) and time.perf_counter() - begin < 10
+    assert time.perf_counter() - begin < 10
+    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(inputs, before, strict=True))
 
 
 REFUSED = [
