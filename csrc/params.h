@@ -36,6 +36,9 @@ struct MetadataParams {
     int b;
     int num_parts;  // 1 to kMaxParts
     int row_cost;
+    const int* cu_seqlens_q;  // [b + 1]; null: rows have as many queries
+    int max_seqlen_q;         // of a row
+    int group;                // h_q / h_k, of uneven queries
 };
 
 struct AppendParams {
@@ -79,17 +82,20 @@ struct FwdParams {
     float* partial_out;        // [2 * split_parts, row_tiles, 64 * 512]: normalised outputs of split rows' shares
     float* partial_lse;        // [2 * split_parts, row_tiles, 64]: their log-sum-exp, base 2
     int* arrivals;             // [split_parts, row_tiles, 2]: for rows of two shares; null: they are merged like others
+    const int* cu_seqlens_q;   // [b + 1]; null: rows have s_q queries each, else s_q is the most that one has, and
+                               // q is [total_q, h_q, 576], out [total_q, h_q, 512], lse [h_q, total_q]
     int2* split_rows;          // [split_parts]: (row, shares) of the row that the part begins, if it is to be combined
     void* scratch;             // 16 bytes whose contents mean nothing
     int64_t q_stride_b, q_stride_s, q_stride_h;
     int64_t cache_stride_page, cache_stride_token, cache_stride_head;
     int64_t table_stride;
     int64_t num_pages;
-    int b, s_q, h_q, h_k, page_size;
+    int b, s_q, h_q, h_k, page_size, total_q;
     int max_len;      // keys that a row of the table reaches: longer lengths clamp to it
     int group;        // h_q / h_k
-    int rows;         // s_q * group: query rows of one key head, in the order (s_q, group)
-    int row_tiles;    // h_k * ceil(rows / kRowTile)
+    int rows;         // s_q * group: query rows of one key head, in the order (s_q, group); of uneven queries the
+                      // most that a block of them has (plan.py)
+    int row_tiles;    // h_k * ceil(rows / kRowTile), of uneven queries h_k * ceil(group / kRowTile)
     int grid_parts;   // parts at work at once
     int plan_parts;   // parts that the plan may use
     int split_parts;  // parts that the workspace has room for; a plan that uses others is executed unsplit

@@ -10,9 +10,9 @@ FIRST_ROW..LAST_ROW (inclusive); of row r the tiles
     [FIRST_TILE if r == FIRST_ROW else 0,  LAST_TILE if r == LAST_ROW else ceil(cache_seqlens[r] / TILE)).
 
 FIRST_SPLIT is the index of the part's share of FIRST_ROW among that row's splits. FLAGS is 0 but for batch-invariant
-plans (below), and the row-tile columns are 0 in a plan for even queries. Unused parts have LAST_ROW = -1, so that a
-loop over their rows runs zero times. A batch-invariant plan has one more row: its shape tells it from others, so that a
-kernel can be chosen without waiting for the device.
+plans (below), and the row-tile columns are 0 in a plan for even queries (for others see the end of this file). Unused
+parts have LAST_ROW = -1, so that a loop over their rows runs zero times. A batch-invariant plan has one more row: its
+shape tells it from others, so that a kernel can be chosen without waiting for the device.
 
 `num_splits` [b + 1] int32 is the exclusive prefix sum of the number of parts that touch each row. A row of length 0
 lies in exactly one part, with no tiles: somebody must write its (empty) output.
@@ -288,3 +288,43 @@ def _ends(cut: tuple[Tensor, Tensor], tiles: Tensor, each: Tensor) -> tuple[Tens
     last_row = row - (unit == 0).long()
     units = ((tiles + each - 1) // each)[last_row.clamp_min(0)]
     return last_row, torch.where(unit == 0, units, unit)
+
+
+# ------------------------------------------------------------------------------------------------------ uneven queries
+#
+# With cu_seqlens_q row r has its own number of queries, cu_seqlens_q[r + 1] - cu_seqlens_q[r], and its query rows of a
+# key head (queries * h_q / h_k of them, in the order (query, h_q / h_k)) are dealt to blocks of as many row tiles as
+# one query fills: ROW_TILE * ceil(h_q / h_k / ROW_TILE) query rows. So there are h_k * ceil(h_q / h_k / ROW_TILE) row
+# tiles to a part, and those of one query read its keys at one time. A block is planned like a row of its own, of the
+# same keys: one that has more blocks is no longer work for one part, and one without queries is none at all.
+#
+# FIRST_ROW_TILE and LAST_ROW_TILE count blocks: a part covers the blocks from FIRST_ROW_TILE of FIRST_ROW to
+# LAST_ROW_TILE of LAST_ROW; FIRST_TILE, FIRST_SPLIT and LAST_TILE are of the first and the last of them. num_splits
+# counts the splits of all of a row's blocks.
+
+
+def rows_of_block(group: int) -> int:
+    """Query rows of a key head in a block, group = h_q / h_k."""
+    return ROW_TILE * row_tiles(group, 1)
+
+
+def row_blocks(cu_seqlens_q: Tensor, max_seqlen_q: int, group: int) -> Tensor:
+    """[b] int64, the blocks of each row. Differences below 0 count as 0, those above max_seqlen_q as that."""
+    queries = cu_seqlens_q.long().diff().clamp(0, max_seqlen_q)
+    size = rows_of_block(group)
+    return (queries * group + (size - 1)) // size
+
+
+def plan_blocks(make, cache_seqlens: Tensor, blocks: Tensor, *args) -> tuple[Tensor, Tensor]:
+    """The plan that make(lengths, *args) makes for rows that have so many blocks each. Waits for their number."""
+    row = torch.repeat_interleave(blocks)  # of each block
+    plan, num_splits = make(cache_seqlens[row], *args)
+    end = blocks.cumsum(0)
+    if row.numel():
+        used = plan[:, LAST_ROW] >= 0
+        for row_column, tile_column in ((FIRST_ROW, FIRST_ROW_TILE), (LAST_ROW, LAST_ROW_TILE)):
+            block = plan[:, row_column].clamp_min(0).long()
+            of = row[block]
+            plan[:, tile_column] = (block - (end - blocks)[of]).int() * used
+            plan[:, row_column] = torch.where(used, of.int(), plan[:, row_column])
+    return plan, num_splits[torch.cat([end.new_zeros(1), end])]

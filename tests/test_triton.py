@@ -86,8 +86,9 @@ def compiled(kernel, capability: int, constants: dict, warps: int = 4, dtype: st
 
     pointers = dict.fromkeys(("q", "kv_cache", "out", "out_a", "out_b", "kv_c", "k_pe"), dtype)
     pointers |= dict.fromkeys(("lse", "lse_a", "lse_b", "shares", "shares_lse", "nodes", "nodes_lse"), "fp32")
-    pointers |= dict.fromkeys(("plan", "num_splits", "block_table", "cache_seqlens"), "i32")
-    pointers |= {"slot_mapping": "i64", "row_end": "i64", "kv_scale": "fp32", "kv_cache": cache or dtype}
+    pointers |= dict.fromkeys(("plan", "num_splits", "block_table", "cache_seqlens", "cu_seqlens_q"), "i32")
+    pointers |= dict.fromkeys(("slot_mapping", "row_end", "block_end", "starting_before"), "i64")
+    pointers |= {"kv_scale": "fp32", "kv_cache": cache or dtype}
     signature, attributes = {}, {}
     for i, parameter in enumerate(kernel.params):
         name = parameter.name
@@ -131,7 +132,13 @@ MOST_SPILLS = 8  # of the 700 instructions and more of such a loop
 
 
 def compiled_decode(
-    capability: int, columns: int, rows: int, one_page: bool, cache_format: str = "PLAIN", invariant: bool = False
+    capability: int,
+    columns: int,
+    rows: int,
+    one_page: bool,
+    cache_format: str = "PLAIN",
+    uneven: bool = False,
+    invariant: bool = False,
 ):
     """The decode kernel over a cache of this format, and its configuration."""
     kernels, (d_qk, d_v), fp8 = backend._kernels(), DIMS[columns], cache_format != "PLAIN"
@@ -143,6 +150,7 @@ def compiled_decode(
     constants |= {"SHARED_ROWS": shared_rows, "NARROW": shared_rows and config.block_m > 16}
     constants |= {"FORMAT": getattr(kernels, cache_format), "q_scale": None, "INVARIANT": invariant}
     constants |= {} if cache_format == "FP8_TENSOR" else {"kv_scale": None}
+    constants |= {} if uneven else {"cu_seqlens_q": None}
     kernel, cache = kernels.fwd_kvcache_mla_kernel, "u8" if fp8 else None
     return compiled(kernel, capability, constants, config.warps, cache=cache), config
 
@@ -167,6 +175,14 @@ def test_configurations_fit(capability, columns, rows, tmp_path):
 
 
 @pytest.mark.parametrize("capability", [80, 89, 90])
+@pytest.mark.parametrize("columns, rows", [(576, 16), (576, 64)])
+def test_configurations_of_uneven_queries_fit(capability, columns, rows, tmp_path):
+    result, _ = compiled_decode(capability, columns, rows, True, uneven=True)
+    assert result.metadata.shared <= SHARED_KB[capability] * 1024
+    assert spills_in_key_loops(inspect(result.asm["cubin"], tmp_path, "nvdisasm", "-c")) <= MOST_SPILLS
+
+
+@pytest.mark.parametrize("capability", [80, 89, 90])
 @pytest.mark.parametrize("columns, rows, cache_format", [(576, 64, "FP8_BLOCKS"), (320, 32, "FP8_TENSOR")])
 def test_configurations_of_fp8_fit(capability, columns, rows, cache_format):
     result, _ = compiled_decode(capability, columns, rows, True, cache_format)
@@ -177,14 +193,17 @@ def test_configurations_of_fp8_fit(capability, columns, rows, cache_format):
 def test_the_other_kernels_compile(capability):
     kernels = backend._kernels()
     dims = {"D_V": 512, "BLOCK_V": 512}
-    calls = {
-        kernels.get_mla_metadata_kernel: {"BLOCK": backend.METADATA_BLOCK},
-        kernels.fwd_kvcache_mla_combine_kernel: {**dims, "BLOCK_M": 64, "BLOCK_S": backend.SHARES},
-        kernels.fwd_kvcache_mla_merge_nodes_kernel: {**dims, "BLOCK_M": 64},
-        kernels.concat_and_cache_mla_kernel: {**dims, "D_R": 64, "BLOCK_R": 64, "BLOCK_T": 8},
-        kernels.merge_attn_states_kernel: {**dims, "BLOCK_ROWS": 8},
-    }
-    for (kernel, constants), dtype in product(calls.items(), ("bf16", "fp16")):
+    combine, even = {**dims, "BLOCK_M": 64, "BLOCK_S": backend.SHARES}, {"cu_seqlens_q": None}
+    calls = (
+        (kernels.get_mla_metadata_kernel, {"BLOCK": backend.METADATA_BLOCK}),
+        (kernels.get_mla_metadata_uneven_kernel, {"BLOCK": backend.METADATA_BLOCK}),
+        (kernels.fwd_kvcache_mla_combine_kernel, combine | even),
+        (kernels.fwd_kvcache_mla_combine_kernel, combine),
+        (kernels.fwd_kvcache_mla_merge_nodes_kernel, {**dims, "BLOCK_M": 64}),
+        (kernels.concat_and_cache_mla_kernel, {**dims, "D_R": 64, "BLOCK_R": 64, "BLOCK_T": 8}),
+        (kernels.merge_attn_states_kernel, {**dims, "BLOCK_ROWS": 8}),
+    )
+    for (kernel, constants), dtype in product(calls, ("bf16", "fp16")):
         assert compiled(kernel, capability, constants, dtype=dtype).metadata.shared <= 48 << 10
     dims |= {"D_R": 64, "BLOCK_R": 64, "BLOCK_T": 8, "ROUND_SCALE": True}
     for scale, dtype in (({"kv_scale": None}, "bf16"), ({"kv_scale": None}, "fp32"), ({}, "fp16")):

@@ -154,7 +154,7 @@ __device__ __forceinline__ void load(const FwdParams& params, const CacheMaps& c
     const Pages pages(params, segment);
     // Several row tiles read the same keys at about the same time. They take turns in bringing tiles to L2 a pair
     // ahead, so that none waits for memory. Keys that are read once come slower for that (csrc/NOTES.md).
-    const int readers = params.row_tiles / params.h_k, turn = rows.first_row / kRowTile;
+    const int readers = params.row_tiles / params.h_k, turn = rows.tile;
     int tile = segment.begin + stage, page = pages.page_of(tile);
     if (segment.starts) start_queries(params, shared, rows, segment, warp, phases);
     bool queries_pending = segment.starts;
@@ -506,7 +506,7 @@ __device__ __forceinline__ void attend(const FwdParams& params, SharedStorage<T>
     if constexpr (std::is_same_v<Share, Unit>) {
         whole = merge_unit(params, rows, me, segment, warpgroup, lse_log2, rO, staging);
     } else if (!whole) {
-        const int pair = pair_of(params, shared.parts, segment);
+        const int pair = rows.uneven ? -1 : pair_of(params, shared.parts, segment);
         if (pair < 0) {
             store_share(params, rows, me, segment.place, warpgroup, lse_log2, rO);
         } else if (finds_other_share(params, shared, rows, me, segment, pair, warpgroup, lse_log2, rO)) {
@@ -524,7 +524,7 @@ __device__ __forceinline__ void attend(const FwdParams& params, SharedStorage<T>
 
 // ------------------------------------------------------------------------------------------------------------ kernel
 
-template <typename T, bool kInvariant>
+template <typename T, bool kUneven, bool kInvariant>
 __global__ void __launch_bounds__(kThreads, 1)
     fwd_kvcache_mla_kernel(const __grid_constant__ FwdParams params, const __grid_constant__ CacheMaps cache) {
     extern __shared__ __align__(1024) uint8_t shared_bytes[];
@@ -547,23 +547,27 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     cudaGridDependencySynchronize();  // nothing above reads what an earlier kernel wrote
     cudaTriggerProgrammaticLaunchCompletion();
-    if (warp >= kConsumerWarps) prefetch_tables(params, threadIdx.x - kConsumers, kThreads - kConsumers);
-    read_plan<kInvariant>(params, shared.parts);
+    if (warp >= kConsumerWarps) prefetch_tables<kUneven>(params, threadIdx.x - kConsumers, kThreads - kConsumers);
+    read_plan<kUneven, kInvariant>(params, shared.parts);
 
     Phases phases;
     if (warp < kConsumerWarps) {
         ptx::increase_registers<kConsumerRegisters>();
         const int warpgroup = warp / (kConsumerWarps / 2);
-        for_each_share<kInvariant>(params, shared.parts, [&](const auto& segment) {
+        for_each_share<kUneven, kInvariant>(params, shared.parts, rows, [&](const auto& segment, const RowTile& rows) {
             attend(params, shared, rows, segment, warpgroup, phases);
         });
     } else {
         ptx::decrease_registers<kProducerRegisters>();
         const int producer = warp - kConsumerWarps;
-        for_each_share<kInvariant>(params, shared.parts, [&](const Segment& segment) {
-            load(params, cache, shared, rows, segment, producer, phases);
-        });
-        if (!kInvariant && producer == 0 && blockIdx.x == 0) list_split_rows(params, shared.parts);
+        for_each_share<kUneven, kInvariant>(params, shared.parts, rows,
+                                            [&](const Segment& segment, const RowTile& rows) {
+                                                load(params, cache, shared, rows, segment, producer, phases);
+                                            });
+        if (!kInvariant && producer == 0 && blockIdx.x == 0) list_split_rows<kUneven>(params, shared.parts);
+        if constexpr (kUneven) {
+            if (producer == 1) store_unclaimed<T>(params);
+        }
     }
 }
 
@@ -577,9 +581,9 @@ __global__ void clear_arrivals_kernel(int* arrivals, int count) {
     for (int i = threadIdx.x; i < count; i += blockDim.x) arrivals[i] = 0;
 }
 
-template <typename T, bool kInvariant>
+template <typename T, bool kUneven, bool kInvariant>
 void launch(const FwdParams& params, cudaStream_t stream) {
-    const auto kernel = fwd_kvcache_mla_kernel<T, kInvariant>;
+    constexpr auto kKernel = fwd_kvcache_mla_kernel<T, kUneven, kInvariant>;
     constexpr int kSharedBytes = sizeof(SharedStorage<T>);
     static_assert(kSharedBytes <= 227 * 1024);
     // no page, no key: every length is then 0, and nothing reads through the map
@@ -588,20 +592,21 @@ void launch(const FwdParams& params, cudaStream_t stream) {
         cache.half = paged_cache_map(params, kSlices, kHalfSlices);
         cache.rope = paged_cache_map(params, kSlices, 1);
     }
-    allow_shared_bytes<fwd_kvcache_mla_kernel<T, kInvariant>>(kSharedBytes, "fwd_kvcache_mla: shared memory");
+    allow_shared_bytes<kKernel>(kSharedBytes, "fwd_kvcache_mla: shared memory");
     if (params.arrivals != nullptr) {
         const int count = 2 * params.split_parts * params.row_tiles;
         cuda_check(launch_dependent(clear_arrivals_kernel, 1, 256, 0, stream, params.arrivals, count),
                    "fwd_kvcache_mla: counters");
     }
     for_each_launch<kInvariant>(params, [&](const FwdParams& params, dim3 grid) {
-        cuda_check(launch_dependent(kernel, grid, kThreads, kSharedBytes, stream, params, cache), "fwd_kvcache_mla");
+        cuda_check(launch_dependent(kKernel, grid, kThreads, kSharedBytes, stream, params, cache), "fwd_kvcache_mla");
     });
 }
 
 template <typename T>
 void launch(const FwdParams& params, cudaStream_t stream) {
-    params.batch_invariant ? launch<T, true>(params, stream) : launch<T, false>(params, stream);
+    if (params.batch_invariant) return launch<T, false, true>(params, stream);
+    params.cu_seqlens_q != nullptr ? launch<T, true, false>(params, stream) : launch<T, false, false>(params, stream);
 }
 
 }  // namespace

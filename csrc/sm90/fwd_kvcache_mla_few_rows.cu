@@ -176,7 +176,7 @@ __device__ __forceinline__ void scale_and_mask(const FwdParams& params, const Ro
     // an instruction of its own: fused with the subtraction of the base, the greatest exponent would not be 0
 #pragma unroll
     for (int k = 0; k < kRows / 2; ++k) rS[k] = __fmul_rn(rS[k], params.softmax_scale_log2);
-    const int seen_by_all = params.causal ? segment.length - params.s_q + 1 : segment.length;
+    const int seen_by_all = params.causal ? segment.length - rows.num_queries(params) + 1 : segment.length;
     if (!__any_sync(~0u, (tile + 1) * kTile > seen_by_all)) return;
 #pragma unroll
     for (int h = 0; h < kRows / 4; ++h) {
@@ -300,7 +300,7 @@ __device__ __forceinline__ void store_rows(const FwdParams& params, const RowTil
         for (int i = me.warp * 32 + me.lane; i < rows.count(params) * 8; i += kWarpgroup) {
             const QueryRow row(params, rows.first_row + i / 8);
             const int64_t h = rows.head * params.group + row.g, chunk = i % 8;
-            T* to = static_cast<T*>(params.out) + ((int64_t{batch_row} * params.s_q + row.s) * params.h_q + h) * kDimV;
+            T* to = static_cast<T*>(params.out) + (rows.query_at(params, batch_row, row.s) * params.h_q + h) * kDimV;
             reinterpret_cast<int4*>(to + (warpgroup * kBlocks + b) * 64)[chunk] =
                 *reinterpret_cast<const int4*>(reinterpret_cast<const char*>(staging) + wgmma::swizzled(i / 8, chunk));
         }
@@ -473,14 +473,14 @@ __device__ __forceinline__ void attend(const FwdParams& params, SharedStorage<T>
         if (!has_lse || r >= rows.count(params)) continue;
         const QueryRow row(params, rows.first_row + r);
         const int64_t head = rows.head * params.group + row.g;
-        params.lse[(int64_t{segment.row} * params.h_q + head) * params.s_q + row.s] =
+        params.lse[rows.lse_at(params, segment.row, head, row.s)] =
             lse_log2[h] == -INFINITY ? INFINITY : lse_log2[h] * kLn2;
     }
 }
 
 // ------------------------------------------------------------------------------------------------------------ kernel
 
-template <typename T, bool kInvariant>
+template <typename T, bool kUneven, bool kInvariant>
 __global__ void __launch_bounds__(kThreads, 1)
     fwd_kvcache_mla_few_rows_kernel(const __grid_constant__ FwdParams params,
                                     const __grid_constant__ CUtensorMap cache) {
@@ -502,34 +502,41 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     cudaGridDependencySynchronize();  // nothing above reads what an earlier kernel wrote
     cudaTriggerProgrammaticLaunchCompletion();
-    if (warp >= kConsumerWarps) prefetch_tables(params, threadIdx.x - kConsumers, kThreads - kConsumers);
-    read_plan<kInvariant>(params, shared.parts);
+    if (warp >= kConsumerWarps) prefetch_tables<kUneven>(params, threadIdx.x - kConsumers, kThreads - kConsumers);
+    read_plan<kUneven, kInvariant>(params, shared.parts);
 
     if (warp < kConsumerWarps) {
         Place place;
         uint32_t phase = 0;
-        for_each_share<kInvariant>(params, shared.parts, [&](const auto& segment) {
+        for_each_share<kUneven, kInvariant>(params, shared.parts, rows, [&](const auto& segment, const RowTile& rows) {
             attend(params, shared, rows, segment, warp / (kConsumerWarps / 2), place, phase);
         });
     } else if (warp == kConsumerWarps) {
         Place place;
-        for_each_share<kInvariant>(params, shared.parts, [&](const Segment& segment) {
-            load_keys(params, cache, shared, rows, segment, place);
-        });
+        for_each_share<kUneven, kInvariant>(params, shared.parts, rows,
+                                            [&](const Segment& segment, const RowTile& rows) {
+                                                load_keys(params, cache, shared, rows, segment, place);
+                                            });
     } else {
         uint32_t phase = 0;
-        for_each_share<kInvariant>(params, shared.parts, [&](const Segment& segment) {
-            load_queries(params, shared, rows, segment, warp - kConsumerWarps - 1, phase);
-        });
-        if (!kInvariant && warp == kConsumerWarps + 1 && blockIdx.x == 0) list_split_rows(params, shared.parts);
+        for_each_share<kUneven, kInvariant>(
+            params, shared.parts, rows, [&](const Segment& segment, const RowTile& rows) {
+                load_queries(params, shared, rows, segment, warp - kConsumerWarps - 1, phase);
+            });
+        if (!kInvariant && warp == kConsumerWarps + 1 && blockIdx.x == 0) {
+            list_split_rows<kUneven>(params, shared.parts);
+        }
+        if constexpr (kUneven) {
+            if (warp == kConsumerWarps + 2) store_unclaimed<T>(params);
+        }
     }
 }
 
 // ---------------------------------------------------------------------------------------------------------- launcher
 
-template <typename T, bool kInvariant>
+template <typename T, bool kUneven, bool kInvariant>
 void launch(const FwdParams& params, cudaStream_t stream) {
-    constexpr auto kKernel = fwd_kvcache_mla_few_rows_kernel<T, kInvariant>;
+    constexpr auto kKernel = fwd_kvcache_mla_few_rows_kernel<T, kUneven, kInvariant>;
     constexpr int kSharedBytes = sizeof(SharedStorage<T>);
     static_assert(kSharedBytes <= 227 * 1024);
     // no page, no key: every length is then 0, and nothing reads through the map
@@ -542,7 +549,8 @@ void launch(const FwdParams& params, cudaStream_t stream) {
 
 template <typename T>
 void launch(const FwdParams& params, cudaStream_t stream) {
-    params.batch_invariant ? launch<T, true>(params, stream) : launch<T, false>(params, stream);
+    if (params.batch_invariant) return launch<T, false, true>(params, stream);
+    params.cu_seqlens_q != nullptr ? launch<T, true, false>(params, stream) : launch<T, false, false>(params, stream);
 }
 
 }  // namespace

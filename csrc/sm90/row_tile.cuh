@@ -17,27 +17,107 @@ namespace flashmla::sm90 {
 
 constexpr int kHalfV = kDimV / 2;  // output columns of a warpgroup
 
-// Which query rows a CTA has: of key head `head`, from first_row on.
+// Which query rows a CTA has: of key head `head`, from first_row on. Of uneven queries those of a batch row's block
+// (flashmla_ops/plan.py), which change from segment to segment.
 struct RowTile {
     int head, first_row;
-
     int size;  // rows that a row tile may have
+    int tile;  // of the key head's, or of the block's: all of them read the same keys at about the same time
+    // A constant wherever it is asked for, since all that asks is inlined: even queries pay nothing for the others.
+    bool uneven = false;
+    int batch_row = 0;
+    int first_query = 0, queries = 0;  // of the batch row, among all
 
     __device__ explicit RowTile(const FwdParams& params, int size = kRowTile, int first_row_tile = 0) : size(size) {
         const HeadTile in_head(params, first_row_tile + index());
         head = in_head.head;
-        first_row = in_head.tile * size;
+        tile = in_head.tile;
+        first_row = tile * size;
     }
+    __device__ RowTile(const FwdParams& params, const RowTile& like, int batch_row, const RowQueries& queries,
+                       int block)
+        : head(like.head),
+          first_row(block * block_rows(params) + like.tile * kRowTile),
+          size(like.size),
+          tile(like.tile),
+          uneven(true),
+          batch_row(batch_row),
+          first_query(queries.first),
+          queries(queries.count) {}
+
     __device__ int index() const { return blockIdx.x; }
-    __device__ int count(const FwdParams& params) const { return min(size, params.rows - first_row); }
+    __device__ int all_rows(const FwdParams& params) const { return uneven ? queries * params.group : params.rows; }
+    __device__ int count(const FwdParams& params) const { return min(size, all_rows(params) - first_row); }
+    __device__ int num_queries(const FwdParams& params) const { return uneven ? queries : params.s_q; }
+
+    // Query s of a batch row: its place among all queries, and its lse's of query head h.
+    __device__ int64_t query_at(const FwdParams& params, int batch_row, int s) const {
+        return uneven ? first_query + s : int64_t{batch_row} * params.s_q + s;
+    }
+    __device__ int64_t lse_at(const FwdParams& params, int batch_row, int h, int s) const {
+        if (uneven) return int64_t{h} * params.total_q + first_query + s;
+        return (int64_t{batch_row} * params.h_q + h) * params.s_q + s;
+    }
 };
 
-// Where row r of the row tile has its 576 values, of a row of the batch.
+// Where row r of the row tile has its 576 values, of a row of the batch. Of uneven queries another row than the row
+// tile's stands for what follows the row tile's block in memory: most often the next segment's queries.
 template <typename T>
 __device__ __forceinline__ const T* query_row(const FwdParams& params, const RowTile& rows, int batch_row, int r) {
+    const T* q = static_cast<const T*>(params.q);
+    if (rows.uneven) {
+        int row = rows.first_row + r;
+        if (batch_row != rows.batch_row) row = min(row + block_rows(params), rows.all_rows(params) + r);
+        const int s = row / params.group, g = row - s * params.group;
+        return q + int64_t{min(rows.first_query + s, params.total_q - 1)} * params.q_stride_s +
+               (rows.head * params.group + g) * params.q_stride_h;
+    }
     const QueryRow row(params, rows.first_row + r);
-    return static_cast<const T*>(params.q) + batch_row * params.q_stride_b + row.s * params.q_stride_s +
+    return q + batch_row * params.q_stride_b + row.s * params.q_stride_s +
            (rows.head * params.group + row.g) * params.q_stride_h;
+}
+
+// Calls body(segment, row tile) for the CTA's parts, every gridDim.y-th, in order, of uneven queries. `rows`: the
+// CTA's.
+template <typename Body>
+__device__ __forceinline__ void for_each_block(const FwdParams& params, const Part (&parts)[kMaxParts],
+                                               const RowTile& rows, Body&& body) {
+    for (int index = blockIdx.y; index < params.plan_parts; index += gridDim.y) {
+        const Part& p = parts[index];
+        const Blocks blocks(params, index);
+        for (int row = p.first_row; row <= p.last_row; ++row) {
+            const RowQueries queries(params, row);
+            const int length = clamped_length(params, row), tiles = num_tiles(length);
+            const int last_of_row = last_block(params, queries);
+            const int last = row == p.last_row ? min(blocks.last, last_of_row) : last_of_row;
+            for (int block = row == p.first_row ? blocks.first : 0; block <= last; ++block) {
+                const RowTile here(params, rows, row, queries, block);
+                const bool continued = p.continues(row) && block == blocks.first;
+                const bool cut = row == p.last_row && block == blocks.last && p.last_tile < tiles;
+                const bool left_out = continued && p.last_tile == INT_MAX;  // see read_plan
+                if (left_out || here.count(params) <= 0) continue;
+                Segment segment;
+                segment.row = row;
+                segment.length = length;
+                segment.end = cut ? p.last_tile : tiles;
+                segment.begin = continued ? min(p.first_tile, segment.end) : 0;
+                segment.place = continued ? first_place(index) : cut ? last_place(index) : -1;
+                segment.more = row < p.last_row || block < last;
+                body(segment, here);
+            }
+        }
+    }
+}
+
+// The same of even queries too.
+template <bool kUneven, typename Body>
+__device__ __forceinline__ void for_each_segment(const FwdParams& params, const Part (&parts)[kMaxParts],
+                                                 const RowTile& rows, Body&& body) {
+    if constexpr (kUneven) {
+        for_each_block(params, parts, rows, body);
+    } else {
+        for_each_segment(params, parts, [&](const Segment& segment) { body(segment, rows); });
+    }
 }
 
 // Where a consumer thread stands. A warpgroup's accumulators give a thread two rows of the row tile, 8 apart, and in
@@ -76,7 +156,7 @@ struct OutRows {
         : group(params.group), h_q(params.h_q) {
         const QueryRow row(params, rows.first_row + r);
         g = row.g;
-        at = (int64_t{batch_row} * params.s_q + row.s) * params.h_q + rows.head * params.group + g;
+        at = rows.query_at(params, batch_row, row.s) * params.h_q + rows.head * params.group + g;
     }
     __device__ void next() {
         const bool wraps = ++g == group;
@@ -304,7 +384,7 @@ __device__ __forceinline__ void store_rows(const FwdParams& params, const RowTil
             const QueryRow row(params, rows.first_row + me.row(i));
             const int h = rows.head * params.group + row.g;
             if (me.row(i) < rows.count(params)) {
-                params.lse[(int64_t{batch_row} * params.h_q + h) * params.s_q + row.s] =
+                params.lse[rows.lse_at(params, batch_row, h, row.s)] =
                     lse_log2[i] == -INFINITY ? INFINITY : lse_log2[i] * kLn2;
             }
         }
@@ -338,10 +418,23 @@ __device__ __forceinline__ void store_nothing(const FwdParams& params, const Row
     for (int r = threadIdx.x / 32; r < rows.count(params); r += kThreads / 32) {
         const QueryRow row(params, rows.first_row + r);
         const int h = rows.head * params.group + row.g, lane = threadIdx.x % 32;
-        const int64_t at = (int64_t{segment.row} * params.s_q + row.s) * params.h_q + h;
+        const int64_t at = rows.query_at(params, segment.row, row.s) * params.h_q + h;
         int4* out = reinterpret_cast<int4*>(static_cast<T*>(params.out) + at * kDimV);
         for (int i = lane; i < kDimV * static_cast<int>(sizeof(T)) / 16; i += 32) out[i] = make_int4(0, 0, 0, 0);
-        if (lane == 0) params.lse[(int64_t{segment.row} * params.h_q + h) * params.s_q + row.s] = INFINITY;
+        if (lane == 0) params.lse[rows.lse_at(params, segment.row, h, row.s)] = INFINITY;
+    }
+}
+
+// The results of queries that are no row's: a warp of every CTA stores them.
+template <typename T>
+__device__ __forceinline__ void store_unclaimed(const FwdParams& params) {
+    const int ctas = gridDim.x * gridDim.y, cta = blockIdx.y * gridDim.x + blockIdx.x;
+    const int vectors = params.h_q * (kDimV * static_cast<int>(sizeof(T)) / 16);
+    const int claimed = min(max(params.cu_seqlens_q[params.b], 0), params.total_q);
+    for (int query = claimed + cta; query < params.total_q; query += ctas) {
+        int4* out = reinterpret_cast<int4*>(params.out) + int64_t{query} * vectors;
+        for (int i = ptx::lane(); i < vectors; i += 32) out[i] = make_int4(0, 0, 0, 0);
+        for (int h = ptx::lane(); h < params.h_q; h += 32) params.lse[int64_t{h} * params.total_q + query] = INFINITY;
     }
 }
 

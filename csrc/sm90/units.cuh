@@ -117,12 +117,15 @@ __device__ __forceinline__ void node_stored() {
     __syncwarp();
 }
 
-template <bool kInvariant, typename Body>
-__device__ __forceinline__ void for_each_share(const FwdParams& params, const Part (&parts)[kMaxParts], Body&& body) {
+// Calls body(share, row tile) for the segments or units of the CTA's parts, in order. `rows`: the CTA's.
+template <bool kUneven, bool kInvariant, typename Body>
+__device__ __forceinline__ void for_each_share(const FwdParams& params, const Part (&parts)[kMaxParts],
+                                               const RowTile& rows, Body&& body) {
+    static_assert(!kUneven || !kInvariant);
     if constexpr (kInvariant) {
-        for_each_unit(params, parts, body);
+        for_each_unit(params, parts, [&](const Unit& unit) { body(unit, rows); });
     } else {
-        for_each_segment(params, parts, body);
+        for_each_segment<kUneven>(params, parts, rows, body);
     }
 }
 
