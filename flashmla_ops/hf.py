@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .modules import DeepseekModel, MLAConfig, MoE
+from .modules import DeepseekModel, MLAConfig, MLAttention, MoE
 
 # What a family's config.json may leave out, because its own code has it built in.
 V2 = {
@@ -32,10 +32,8 @@ FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "moe_
 
 ATTENTION = {
     "q_proj": "wq",
-    "q_a_proj": "wq_a",
     "q_a_layernorm": "q_norm",
     "q_b_proj": "wq_b",
-    "kv_a_proj_with_mqa": "wkv_a",
     "kv_a_layernorm": "kv_norm",
     "kv_b_proj": "wkv_b",
     "o_proj": "wo",
@@ -206,9 +204,7 @@ def _places(model: DeepseekModel, names: Iterable[str] = ()) -> dict[str, Tensor
         prefix = f"model.layers.{i}."
         places[f"{prefix}input_layernorm.weight"] = layer.attn_norm.weight
         places[f"{prefix}post_attention_layernorm.weight"] = layer.ffn_norm.weight
-        for theirs, ours in ATTENTION.items():
-            if hasattr(layer.attn, ours):
-                places[f"{prefix}self_attn.{theirs}.weight"] = getattr(layer.attn, ours).weight
+        places |= _attention_places(f"{prefix}self_attn.", layer.attn)
         if f"{prefix}{KV_SCALE}" in names:
             places[f"{prefix}{KV_SCALE}"] = layer.attn.kv_scale
         if isinstance(layer.ffn, MoE):
@@ -216,6 +212,18 @@ def _places(model: DeepseekModel, names: Iterable[str] = ()) -> dict[str, Tensor
         else:
             places |= _mlp_places(f"{prefix}mlp.", layer.ffn.gate_up.weight, layer.ffn.down.weight)
     return {name: place.detach() for name, place in places.items()}
+
+
+def _attention_places(prefix: str, attn: MLAttention) -> dict[str, Tensor]:
+    places = {
+        f"{prefix}{theirs}.weight": getattr(attn, ours).weight
+        for theirs, ours in ATTENTION.items()
+        if hasattr(attn, ours)
+    }
+    q_rank = attn.config.q_lora_rank
+    if q_rank is not None:
+        places[f"{prefix}q_a_proj.weight"] = attn.wqkv_a.weight[:q_rank]
+    return places | {f"{prefix}kv_a_proj_with_mqa.weight": attn.wqkv_a.weight[q_rank or 0 :]}
 
 
 def _moe_places(prefix: str, moe: MoE, fused: bool) -> dict[str, Tensor]:

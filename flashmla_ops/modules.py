@@ -220,6 +220,8 @@ class MLAttention(nn.Module):
     A cache may have any format of kv_cache.py; which it has is told from the tensor.
 
     Attributes:
+        wqkv_a: all that is projected from x to latents, in one product: q_lora_rank outputs of queries (none where that
+            is None, and wq projects them directly), kv_lora_rank of keys and values, qk_rope_head_dim of keys.
         num_heads: those of this rank; all, unless parallel.py splits them.
         context: None, or parallel.py's ContextParallel: other ranks hold pages of the sequences as well.
         kv_scale: [] fp32 buffer, 1 unless a checkpoint has another: in a cache of "fp8_tensor" a value x of this layer
@@ -237,10 +239,9 @@ class MLAttention(nn.Module):
         if q_rank is None:
             self.wq = Linear(hidden, h * config.qk_head_dim, **factory)
         else:
-            self.wq_a = Linear(hidden, q_rank, **factory)
             self.q_norm = RMSNorm(q_rank, **factory)
             self.wq_b = Linear(q_rank, h * config.qk_head_dim, **factory)
-        self.wkv_a = Linear(hidden, config.head_dim, **factory)
+        self.wqkv_a = Linear(hidden, (q_rank or 0) + config.head_dim, **factory)
         self.kv_norm = RMSNorm(r, **factory)
         self.wkv_b = Linear(r, h * (config.qk_nope_head_dim + config.v_head_dim), **factory)
         self.wo = Linear(h * config.v_head_dim, hidden, **factory)
@@ -290,10 +291,11 @@ class MLAttention(nn.Module):
     def _project(self, x: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[tuple[Tensor, Tensor], Tensor, Tensor]:
         """Queries (q_nope, q_pe), both [b, s, h, ...], latents kv_c [b, s, r] and rotated keys k_pe [b, s, d_rope]."""
         config = self.config
-        q = self.wq(x) if config.q_lora_rank is None else self.wq_b(self.q_norm(self.wq_a(x)))
+        sizes = config.q_lora_rank or 0, config.kv_lora_rank, config.qk_rope_head_dim
+        q_c, kv_c, k_pe = self.wqkv_a(x).split(sizes, -1)
+        q = self.wq(x) if config.q_lora_rank is None else self.wq_b(self.q_norm(q_c))
         q = q.unflatten(-1, (self.num_heads, config.qk_head_dim))
         q_nope, q_pe = q.split([config.qk_nope_head_dim, config.qk_rope_head_dim], -1)
-        kv_c, k_pe = self.wkv_a(x).split([config.kv_lora_rank, config.qk_rope_head_dim], -1)
         k_pe = rotate(k_pe[:, :, None], angles, config)[:, :, 0]
         return (q_nope, rotate(q_pe, angles, config)), self.kv_norm(kv_c), k_pe
 
