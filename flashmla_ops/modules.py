@@ -88,11 +88,15 @@ class MLAConfig:
         choices = {
             "scoring_func": (self.scoring_func, ("sigmoid", "softmax")),
             "topk_method": (self.topk_method, ("noaux_tc", "greedy", "group_limited_greedy")),
-            "rope_scaling type": ((self.rope_scaling or {}).get("type"), (None, "yarn")),
+            "rope_scaling type": (self.rope_scaling.get("type") if self.rope_scaling else "yarn", ("yarn",)),
         }
         for name, (value, served) in choices.items():
             if value not in served:
                 raise NotImplementedError(f"{name}: expected one of {', '.join(map(str, served))}, got {value}")
+        if not self.rope_theta > 1:
+            raise RuntimeError(f"rope_theta: expected a number above 1, got {self.rope_theta}")
+        if self.rope_scaling:
+            _check_yarn(self.rope_scaling)
 
     @property
     def head_dim(self) -> int:
@@ -119,6 +123,22 @@ class MLAConfig:
 def _mscale(factor: float, weight: float) -> float:
     """YaRN's attention temperature: 1 + 0.1 weight ln(factor) (arXiv 2309.00071, 3.4, with DeepSeek's weight)."""
     return 1.0 + 0.1 * weight * math.log(factor) if factor > 1 else 1.0
+
+
+def _check_yarn(yarn: dict) -> None:
+    """Raises RuntimeError on numbers that `rotary_angles` has no use for."""
+    optional = ("original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor")
+    for name in ("factor", *optional, "mscale", "mscale_all_dim"):
+        value = yarn.get(name)
+        if value is None and name != "factor":
+            continue
+        may_be_0 = name.startswith("mscale")
+        if type(value) not in (int, float) or not 0 <= value < math.inf or not (value or may_be_0):
+            raise RuntimeError(
+                f"rope_scaling {name}: expected a number {'from' if may_be_0 else 'above'} 0, got {value!r}"
+            )
+    if type(yarn.get("truncate", True)) is not bool:
+        raise RuntimeError(f"rope_scaling truncate: expected True or False, got {yarn['truncate']!r}")
 
 
 def rotary_angles(config: MLAConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
