@@ -612,6 +612,9 @@ class DeepseekModel(nn.Module):
         Returns:
             logits [b, s, vocab], those of padding meaningless; or [b, vocab] with last_only.
         """
+        if self.parallel is not None:
+            given = {"input_ids": input_ids, "seqlens_q": seqlens_q, "block_table": block_table}
+            self.parallel.agree(kv_caches, **given, cache_seqlens=cache_seqlens)
         page_size, start = kv_caches[0].shape[1], torch.zeros_like(seqlens_q)
         share = EVERYTHING if self.parallel is None else self.parallel.share
         if cache_seqlens is not None:
@@ -655,6 +658,8 @@ class DeepseekModel(nn.Module):
         Returns:
             logits [b, s_q, vocab]; finite but meaningless for padding.
         """
+        if self.parallel is not None:
+            self.parallel.agree(kv_caches, input_ids=input_ids, block_table=block_table, cache_seqlens=cache_seqlens)
         s_q, page_size = input_ids.shape[1], kv_caches[0].shape[1]
         positions = cache_seqlens[:, None] - s_q + torch.arange(s_q, device=input_ids.device)
         context = self.layers[0].attn.context
