@@ -31,6 +31,7 @@ prints what each rank would hold and send, without GPUs or processes; `plan` com
 """
 
 import argparse
+import json
 import math
 import sys
 import weakref
@@ -136,6 +137,13 @@ class Group:
         ones = [1] * self.size
         return _done(torch.ops._c10d_functional.all_to_all_single(x.contiguous(), ones, ones, self.name))
 
+    def gather_objects(self, value, device: torch.device) -> list:
+        """Every rank's value, of kinds that JSON has, by tensors on a device. (all_gather_object would need numpy.)"""
+        text = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8, device=device)
+        sizes = self.gather(torch.tensor(len(text), device=device)).tolist()
+        texts = self.gather(nn.functional.pad(text, (0, max(sizes) - len(text))))
+        return [json.loads(bytes(text[:size].tolist())) for text, size in zip(texts, sizes, strict=True)]
+
 
 def _done(x: Tensor) -> Tensor:
     return torch.ops._c10d_functional.wait_tensor(x)
@@ -190,7 +198,8 @@ class Parallel:
             return
         mine = {name: _facts(t) for name, t in tensors.items() if t is not None}
         mine |= {f"kv_caches[{i}]": _facts_of_cache(cache) for i, cache in enumerate(kv_caches)}
-        _compare(mine, self.layout.part(("dp",))[0], self.everyone)
+        known = dist.get_rank(), self.layout.part(("dp",))[0], mine
+        _compare(self.everyone.gather_objects(known, kv_caches[0].device))
 
     def part_of(self, name: str, tensor: Tensor, shape: torch.Size) -> Tensor:
         """The piece, of the given shape, of a checkpoint's tensor that is this rank's."""
@@ -417,11 +426,8 @@ def _facts_of_cache(cache: Tensor) -> tuple[str, int, str]:
     return f"{cache.dtype} pages of {page}", num_pages, "number of pages"
 
 
-def _compare(mine: dict[str, tuple[str, int, str]], row: int, group: Group) -> None:
-    """Raises, on every rank alike, if ranks' facts differ; `row` is this rank's coordinate in dp."""
-    everyone = [None] * group.size
-    process_group = dist.distributed_c10d._resolve_process_group(group.name)
-    dist.all_gather_object(everyone, (dist.get_rank(), row, mine), group=process_group)
+def _compare(everyone: list[tuple[int, int, dict[str, tuple[str, int, str]]]]) -> None:
+    """Raises, on every rank alike, if ranks' facts differ: of each rank its number, coordinate in dp, and facts."""
     zero, _, wanted = everyone[0]
     first_of = {}  # each coordinate in dp: the first rank there and its facts
     for rank, row, theirs in everyone:
