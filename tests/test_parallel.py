@@ -203,6 +203,19 @@ def compares_ranks_tensors() -> None:
     other.decode(**step, **fewer)  # its own pages
 
 
+def compares_ranks_of_the_same_rows() -> None:
+    parallel.DEBUG = True
+    for sizes in ({"dp": 2, "tp": 2}, {"tp": 2, "cp": 2}):
+        model = parallelize(build(config(num_layers=1)), mesh_of(**sizes))
+        caches, step = new_caches(model.config), step_of(2, 2, 1)
+        model.decode(kv_caches=caches, **step)
+        wrong = step | {"block_table": step["block_table"] + (dist.get_rank() == 3)}
+        first = 2 if "dp" in sizes else 0
+        with pytest.raises(RuntimeError, match=f"block_table: .* got others on rank 3 than on rank {first}"):
+            model.decode(kv_caches=caches, **wrong)
+    parallel.DEBUG = False
+
+
 def makes_caches() -> None:
     """A cache is of the model's dtype and dimensions where nothing else is asked for."""
     model = parallelize(build(config(num_layers=1), torch.float16), mesh_of(cp=2))
@@ -299,6 +312,7 @@ def checks_of(n: int, references: Path) -> dict:
         "tp + cp": partial(serves, at("session"), tp=2, cp=2),
         "cp of 4": partial(serves, at("session"), cp=4),
         "dp + ep, bits": partial(writes_as_well, at("bits"), dp=2, ep=2),
+        "tensors compared": compares_ranks_of_the_same_rows,
         "tp + cp, pickled": partial(pickles, tp=2, cp=2),
         "tp + cp, bits": partial(writes_as_well, at("bits"), tp=2, cp=2),
         "tp + cp, part read": partial(reads_its_part_only, references, tp=2, cp=2),
