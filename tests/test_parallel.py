@@ -204,7 +204,9 @@ def compares_ranks_tensors() -> None:
 
 
 def compares_ranks_of_the_same_rows() -> None:
+    """Also where there is no numpy."""
     parallel.DEBUG = True
+    torch.Tensor.numpy = None
     for sizes in ({"dp": 2, "tp": 2}, {"tp": 2, "cp": 2}):
         model = parallelize(build(config(num_layers=1)), mesh_of(**sizes))
         caches, step = new_caches(model.config), step_of(2, 2, 1)
@@ -214,6 +216,7 @@ def compares_ranks_of_the_same_rows() -> None:
         with pytest.raises(RuntimeError, match=f"block_table: .* got others on rank 3 than on rank {first}"):
             model.decode(kv_caches=caches, **wrong)
     parallel.DEBUG = False
+    del torch.Tensor.numpy  # what it inherits is there again
 
 
 def makes_caches() -> None:
