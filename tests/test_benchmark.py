@@ -275,7 +275,7 @@ def test_the_parts_of_a_step_are_the_step():
     torch.testing.assert_close(out, wanted)
     torch.testing.assert_close(args.kv_cache, appended)
     assert not torch.equal(before, appended)
-    names = "plan norm wq_a q_norm wq_b wkv_a kv_norm rope append absorb attention up wo"
+    names = "plan norm wqkv_a q_norm wq_b kv_norm rope append absorb attention up wo"
     assert [part.name for part in parts] == names.split()
 
 
@@ -295,10 +295,10 @@ def test_parts_run_again_on_copies():
 
 
 def test_bytes_and_flops_of_parts():
-    """In float32: h 4, b 3, r 64, d_nope 32, d_rope 16, d_v 48, s_k 130."""
+    """In float32: h 4, b 3, q_lora_rank 32, r 64, d_nope 32, d_rope 16, d_v 48, s_k 130."""
     parts = {part.name: part for part in benchmark_layer.parts_of(tiny_step())[0]}
     figures = {name: (part.bytes_moved, part.flops) for name, part in parts.items()}
-    assert figures["wq_a"] == (4 * (3 * 64 + 64 * 32 + 3 * 32), 2 * 3 * 64 * 32)
+    assert figures["wqkv_a"] == (4 * (3 * 64 + 64 * 112 + 3 * 112), 2 * 3 * 64 * 112)
     assert figures["kv_norm"] == (4 * (3 * 64 + 64 + 3 * 64), 0)
     assert figures["rope"] == (4 * (2 * 3 * (4 + 1) * 16 + 2 * 3 * 8), 0)
     assert figures["append"] == (3 * (2 * 80 * 4 + 8), 0)

@@ -119,7 +119,7 @@ def test_softmax_scale():
     [
         ({"scoring_func": "relu"}, "scoring_func: expected one of sigmoid, softmax, got relu"),
         ({"topk_method": "best"}, "topk_method: expected one of noaux_tc, greedy, group_limited_greedy, got best"),
-        ({"rope_scaling": {"type": "linear"}}, "rope_scaling type: expected one of None, yarn, got linear"),
+        ({"rope_scaling": {"type": "linear"}}, "rope_scaling type: expected one of yarn, got linear"),
     ],
 )
 def test_config_refuses_what_is_not_served(settings, message):
