@@ -488,7 +488,7 @@ __device__ __forceinline__ void attend(const FwdParams& params, SharedStorage<T>
                                        const Share& segment, int warpgroup, Phases& phases) {
     if (segment.begin == segment.end) return store_nothing<T, kConsumers>(params, rows, segment);
     // the lane is read anew: what derives from it would else be kept in registers across segments
-    const Consumer me = {__shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32 % 4, 0), ptx::lane()};
+    const Consumer me = {__shfl_sync(~0u, ptx::thread() / 32 % 4, 0), ptx::lane()};
     float rO[128] = {};  // [64, 256] of the warpgroup
     Softmax softmax;
     if (warpgroup == 0) {
@@ -560,13 +560,14 @@ __global__ void __launch_bounds__(kThreads, 1)
     } else {
         ptx::decrease_registers<kProducerRegisters>();
         const int producer = warp - kConsumerWarps;
+        const auto is_producer = [](int i) { return ptx::thread() / 32 == kConsumerWarps + i; };
         for_each_share<kUneven, kInvariant>(params, shared.parts, rows,
                                             [&](const Segment& segment, const RowTile& rows) {
                                                 load(params, cache, shared, rows, segment, producer, phases);
                                             });
-        if (!kInvariant && producer == 0 && blockIdx.x == 0) list_split_rows<kUneven>(params, shared.parts);
+        if (!kInvariant && is_producer(0) && blockIdx.x == 0) list_split_rows<kUneven>(params, shared.parts);
         if constexpr (kUneven) {
-            if (producer == 1) store_unclaimed<T>(params);
+            if (is_producer(1)) store_unclaimed<T>(params);
         }
     }
 }

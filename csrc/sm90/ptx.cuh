@@ -17,6 +17,26 @@ __device__ __forceinline__ int lane() {
     return lane;
 }
 
+// threadIdx.x, computed where it is asked for. "%tid"
+__device__ __forceinline__ int thread() {
+    int thread;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    return thread;
+}
+
+// blockIdx.y, once `then` is known. "%ctaid"
+__device__ __forceinline__ int block_y(int then) {
+    int block;
+    asm("mov.u32 %0, %%ctaid.y;  // %1" : "=r"(block) : "r"(then));
+    return block;
+}
+
+// x itself. What derives from it is computed here: the compiler cannot keep it in registers from an earlier time.
+__device__ __forceinline__ int anew(int x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+
 // 16 bytes from global to shared memory, asynchronously. "cp.async"
 __device__ __forceinline__ void cp_async_16(uint32_t to, const void* from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");

@@ -68,7 +68,7 @@ __device__ __forceinline__ void for_each_unit(const FwdParams& params, const Par
             unit.length = clamped_length(params, unit.row);
             unit.more = unit.row < p.last_row;
             const int tiles = num_tiles(unit.length);
-            const Units units(tiles);
+            Units units(tiles);
             const int end_tile = unit.more ? tiles : min(p.last_tile, tiles);
             const int end = (end_tile + units.each - 1) / units.each;
             const int first = p.continues(unit.row) ? p.first_tile / units.each : 0;
@@ -76,6 +76,7 @@ __device__ __forceinline__ void for_each_unit(const FwdParams& params, const Par
             unit.leaves = whole ? 0 : count_nodes(first, units.end_of_nodes(first, end));
             unit.leaves = min(unit.leaves, max(params.places - unit.leaf, 0));  // fewer: a plan of other lengths
             for (int i = first; i < max(end, tiles == 0); ++i) {
+                units = Units(ptx::anew(tiles));  // registers are short while a unit is worked on
                 unit.begin = min(i * units.each, tiles);
                 unit.end = min(unit.begin + units.each, tiles);
                 unit.starts = i == first;
@@ -95,7 +96,7 @@ __device__ __forceinline__ int64_t tile_of_node(const FwdParams& params, const R
                                                 int index) {
     if (index < unit.leaves) return tile_at(params, unit.leaf + index, rows.index());
     const int own = min(index - unit.leaves, kOwnPlaces - 1);
-    return int64_t{params.places} * params.row_tiles + (blockIdx.y * kOwnPlaces + own) * gridDim.x + blockIdx.x;
+    return int64_t{params.places} * params.row_tiles + (ptx::block_y(own) * kOwnPlaces + own) * gridDim.x + blockIdx.x;
 }
 
 // Where a node's lse is. Every warpgroup has its own (of the few rows' kernel every warp): one may have gone on to
@@ -123,7 +124,9 @@ __device__ __forceinline__ void for_each_share(const FwdParams& params, const Pa
                                                const RowTile& rows, Body&& body) {
     static_assert(!kUneven || !kInvariant);
     if constexpr (kInvariant) {
-        for_each_unit(params, parts, [&](const Unit& unit) { body(unit, rows); });
+        for_each_unit(params, parts, [&](const Unit& unit) {
+            body(unit, RowTile(params, rows.size, ptx::anew(params.first_row_tile)));
+        });
     } else {
         for_each_segment<kUneven>(params, parts, rows, body);
     }
