@@ -96,7 +96,8 @@ __device__ __forceinline__ int64_t tile_of_node(const FwdParams& params, const R
                                                 int index) {
     if (index < unit.leaves) return tile_at(params, unit.leaf + index, rows.index());
     const int own = min(index - unit.leaves, kOwnPlaces - 1);
-    return int64_t{params.places} * params.row_tiles + (ptx::block_y(own) * kOwnPlaces + own) * gridDim.x + blockIdx.x;
+    const int block = ptx::block_y(own);  // blockIdx.y would be kept
+    return int64_t{params.places} * params.row_tiles + (block * kOwnPlaces + own) * gridDim.x + blockIdx.x;
 }
 
 // Where a node's lse is. Every warpgroup has its own (of the few rows' kernel every warp): one may have gone on to
