@@ -588,8 +588,7 @@ void launch(const FwdParams& params, cudaStream_t stream) {
 
 void fwd_kvcache_mla_fp8(const FwdParams& params, cudaStream_t stream) {
     if (params.rows <= kFewRows) return fwd_kvcache_mla_fp8_few_rows(params, stream);
-    // e4m3 on both sides: fp16 has all its values, and the machine converts to it
-    if (params.q_scale != nullptr) return launch<__half, __nv_bfloat16, CacheFormat::kFp8Tensor, true>(params, stream);
+    if (params.q_scale != nullptr) return fwd_kvcache_mla_fp8_queries(params, stream);
     params.dtype == DType::kBF16 ? launch<__nv_bfloat16>(params, stream) : launch<__half>(params, stream);
 }
 

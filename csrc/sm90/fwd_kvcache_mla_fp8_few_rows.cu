@@ -41,7 +41,7 @@ constexpr int kConsumers = 32 * kConsumerWarps;
 constexpr int kQueryWarps = 3;
 constexpr int kThreads = kConsumers + 32 * (1 + kQueryWarps);
 constexpr int kConsumerRegisters = 232;  // Q takes 16 a slice, O 32
-constexpr int kProducerRegisters = 40;
+constexpr int kProducerRegisters = 48;
 constexpr int kWarpTokens = kTile / kConsumerWarps;   // that a warp scores
 constexpr int kWarpColumns = kDimV / kConsumerWarps;  // of the output
 
@@ -52,6 +52,7 @@ template <typename T, CacheFormat kFormat>
 struct SharedStorage {
     alignas(128) uint8_t ring[kStages<kFormat>][kTile * Layout<kFormat>::kRowBytes];
     uint4 queries[kSlices][4][32];  // see Queries
+    float query_units[kRows];       // see halve
     // by tiles in turn
     alignas(128) T sP[2][kRows * kTile];
     alignas(16) float high[2][kRows][kConsumerWarps];  // rows' maxima over each warp's keys
@@ -79,7 +80,50 @@ __device__ __forceinline__ void store_query_chunk(SharedStorage<T, kFormat>& sha
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
         auto* to = reinterpret_cast<uint32_t*>(&shared.queries[slice][2 * half + k / 2][row % 8 * 4 + column]);
-        to[k % 2 * 2 + row / 8] = kLift<T, kFormat> == 1.f ? words[k] : times<T>(words[k], kLift<T, kFormat>);
+        to[k % 2 * 2 + row / 8] = words[k];
+    }
+}
+
+// Rows in bf16, of which what multiplies e4m3 becomes fp16, in units of a power of two that bring the row's greatest
+// below 2^15: exact for values down to 2^-31 of that.
+template <CacheFormat kFormat>
+__device__ __forceinline__ void load_bf16_queries(const FwdParams& params,
+                                                  SharedStorage<__nv_bfloat16, kFormat>& shared, const RowTile& rows,
+                                                  const Segment& segment, int warp) {
+    constexpr int kTogether = 2, kChunks = kDimQK / 8, kOfLane = 3;
+    constexpr int kInFP16 = Layout<kFormat>::kScaled ? kDimV / 8 : kChunks;  // chunks
+    const int lane = threadIdx.x % 32, count = rows.count(params);
+#pragma unroll 1
+    for (int first = warp * kTogether; first < count; first += kTogether * kQueryWarps) {
+        uint4 chunks[kTogether][kOfLane];
+#pragma unroll
+        for (int r = 0; r < kTogether; ++r) {
+            const auto* from = query_row<__nv_bfloat16>(params, rows, segment.row, min(first + r, count - 1));
+#pragma unroll
+            for (int i = 0; i < kOfLane; ++i) {
+                const int chunk = i * 32 + lane;
+                chunks[r][i] = {};
+                if (chunk < kChunks) chunks[r][i] = __ldcg(reinterpret_cast<const uint4*>(from) + chunk);
+            }
+        }
+#pragma unroll
+        for (int r = 0; r < kTogether; ++r) {
+            uint32_t greatest = 0;  // of magnitudes, as bits
+#pragma unroll
+            for (int i = 0; i < kOfLane; ++i) {
+                if (i * 32 < kInFP16) greatest = __vmaxu2(greatest, greatest_finite(chunks[r][i]));
+            }
+            greatest = __reduce_max_sync(~0u, max(greatest & 0xffff, greatest >> 16));
+            const uint32_t up = min(127 + 14 + 127 - (greatest >> 7), 253u);  // an exponent
+            if (lane == 0 && first + r < count) shared.query_units[first + r] = __uint_as_float((254 - up) << 23);
+#pragma unroll
+            for (int i = 0; i < kOfLane; ++i) {
+                const int chunk = i * 32 + lane;
+                if (chunk >= kChunks || first + r >= count) continue;
+                if (chunk < kInFP16) chunks[r][i] = fp16_of_bf16(chunks[r][i], __uint_as_float(up << 23));
+                store_query_chunk(shared, first + r, chunk, chunks[r][i]);
+            }
+        }
     }
 }
 
@@ -91,6 +135,12 @@ __device__ __forceinline__ void load_queries(const FwdParams& params, SharedStor
     const int lane = threadIdx.x % 32;
     wait(&shared.queries_freed, phase ^ 1);
     phase ^= 1;
+    if constexpr (kIsBF16<T>) {
+        load_bf16_queries(params, shared, rows, segment, warp);
+        __syncwarp();
+        if (lane == 0) cuda::ptx::mbarrier_arrive(&shared.queries_landed);
+        return;
+    }
     using Stored = std::conditional_t<kFp8Queries, uint8_t, T>;
     constexpr int kChunks = kDimQK * sizeof(Stored) / 16;  // of 16 bytes in memory
     constexpr int kAtOnce = kFp8Queries ? 3 : 4;
@@ -147,6 +197,7 @@ __device__ __forceinline__ uint4 take_query_chunk(const uint4* shared_operands, 
 // 1} of a slice, then those two further.
 struct alignas(16) Queries {
     uint32_t held[kHeld][4][4];
+    float units[2];       // what the rows are to be multiplied by
     const uint4* others;  // this lane's in shared memory
 
     __device__ __forceinline__ void take(int slice, int step, uint32_t (&fragment)[4]) const {
@@ -165,60 +216,65 @@ struct RowSoftmax {
     float sum[2] = {0.f, 0.f};               // over this lane's keys
 };
 
-// S of the warp's 8 keys, of which `key` is this lane's.
-template <typename T, CacheFormat kFormat, bool kPlain>
-__device__ __forceinline__ void score(const uint8_t* key, const Lane& me, const Queries& queries,
-                                      const Factors& factors, float (&rS)[4]) {
+// S of the warp's 8 keys, of which `key` is this lane's, and `scored` are those of its scores. Latents are multiplied in
+// fp16, and their scales the sums of a block's products.
+template <typename T, CacheFormat kFormat>
+__device__ __forceinline__ void score(const uint8_t* key, const uint8_t* const (&scored)[2], const Lane& me,
+                                      const Queries& queries, float (&rS)[4]) {
     using L = Layout<kFormat>;
-    constexpr int kE4m3Slices = L::kScaled ? kLatents : kSlices;
-    constexpr bool kDirect = !L::kScaled && !kIsBF16<T>;
-    float sums[4][4] = {};  // four, so that no product waits for the one before
-    uint32_t nan = 0, great = 0, small = 0;
+    constexpr int kGroups = L::kScaled ? kLatents / kBlocks : kSlices;  // slices that are asked for together
+    constexpr int kOfGroup = L::kScaled ? kBlocks : 1;
+    float sums[4][4] = {};  // of blocks, or four so that no product waits for the one before
 #pragma unroll
-    for (int slice = 0; slice < kE4m3Slices; ++slice) {
-        if (L::kScaled && slice % 2 == 0) {
-            const uint32_t split = __shfl_sync(~0u, factors.split, me.row * 4 + slice / 2);
-            great = ptx::permute(split, 0, 0x1010);
-            small = ptx::permute(split, 0, 0x3232);
+    for (int group = 0; group < kGroups; ++group) {
+        uint4 chunks[kOfGroup];
+#pragma unroll
+        for (int j = 0; j < kOfGroup; ++j) {
+            chunks[j] = take_bytes<uint4>(key, (group + kGroups * j) * 64 + me.column * 16);
         }
-        const uint4 chunk = take_bytes<uint4>(key, slice * 64 + me.column * 16);
-        const uint32_t words[4] = {chunk.x, chunk.y, chunk.z, chunk.w};
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            if constexpr (kDirect) {
+#pragma unroll
+            for (int j = 0; j < kOfGroup; ++j) {
+                const uint32_t words[4] = {chunks[j].x, chunks[j].y, chunks[j].z, chunks[j].w};
                 uint32_t q[4];
-                queries.take(slice, i, q);
-                ptx::mma_m16n8k16<false>(sums[i], q, ptx::fp16_of_e4m3<0>(words[i]), ptx::fp16_of_e4m3<1>(words[i]));
-                continue;  // NaN comes by itself
+                queries.take(group + kGroups * j, i, q);
+                ptx::mma_m16n8k16<false>(sums[L::kScaled ? j : i], q, ptx::fp16_of_e4m3<0>(words[i]),
+                                         ptx::fp16_of_e4m3<1>(words[i]));
             }
-            nan |= nans(words[i]);
-            const uint32_t b0 = scaled<T, L::kScaled, kPlain>(spread<T>(words[i], 0, 0, 1), factors.unit, great, small);
-            const uint32_t b1 = scaled<T, L::kScaled, kPlain>(spread<T>(words[i], 0, 2, 3), factors.unit, great, small);
-            uint32_t q[4];
-            queries.take(slice, i, q);
-            ptx::mma_m16n8k16<kIsBF16<T>>(sums[i], q, b0, b1);
         }
     }
     if constexpr (L::kScaled) {
+        float ropes[2][4] = {};
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const uint4 rope = convert_bf16<T>(take_bytes<uint4>(key, L::kRope + half * 64 + me.column * 16));
             uint32_t q[2][4];
             queries.take(kLatents, 2 * half, q[0]);
             queries.take(kLatents, 2 * half + 1, q[1]);
-            ptx::mma_m16n8k16<kIsBF16<T>>(sums[2 * half], q[0], rope.x, rope.y);
-            ptx::mma_m16n8k16<kIsBF16<T>>(sums[2 * half + 1], q[1], rope.z, rope.w);
+            ptx::mma_m16n8k16<kIsBF16<T>>(ropes[0], q[0], rope.x, rope.y);
+            ptx::mma_m16n8k16<kIsBF16<T>>(ropes[1], q[1], rope.z, rope.w);
         }
-    }
 #pragma unroll
-    for (int i = 0; i < 4; ++i) rS[i] = (sums[0][i] + sums[1][i]) + (sums[2][i] + sums[3][i]);
-    if constexpr (kDirect) return;
-    // the scores of keys that have a NaN
-    const uint32_t keys = __ballot_sync(~0u, (nan & kByteSigns) != 0);
-    if (keys != 0) {
+        for (int i = 0; i < 4; ++i) rS[i] = ropes[0][i] + ropes[1][i];
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            if (keys >> 4 * (2 * me.column + i) & 15) rS[i] = rS[2 + i] = __int_as_float(0x7fffffff);
+        for (int k = 0; k < 2; ++k) {
+            const float4 four = take_bytes<float4>(scored[k], L::kScales);
+            const float scales[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+            for (int j = 0; j < kBlocks; ++j) {
+#pragma unroll
+                for (int h = 0; h < 2; ++h) {
+                    const float scale = kIsBF16<T> ? scales[j] * queries.units[h] : scales[j];
+                    rS[2 * h + k] = fmaf(sums[j][2 * h + k], scale, rS[2 * h + k]);
+                }
+            }
+        }
+    } else {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            rS[i] = (sums[0][i] + sums[1][i]) + (sums[2][i] + sums[3][i]);
+            if constexpr (kIsBF16<T>) rS[i] *= queries.units[i / 2];
         }
     }
 }
@@ -287,6 +343,7 @@ __device__ __forceinline__ void accumulate(const uint8_t* const (&keys)[4], cons
     using L = Layout<kFormat>;
     const int lane = me.row * 4 + me.column;
     constexpr int kAtOnce = kPlain ? 4 : 1;
+    constexpr bool kScaleP = L::kScaled && kPlain && kIsBF16<T>;  // P times scales instead of V
 #pragma unroll kAtOnce
     for (int step = 0; step < 4; ++step) {
         uint32_t p[4], great[2] = {}, small[2] = {}, unit[2] = {};
@@ -317,8 +374,17 @@ __device__ __forceinline__ void accumulate(const uint8_t* const (&keys)[4], cons
             }
         } else {
 #pragma unroll
+            for (int i = 0; kScaleP && i < 4; ++i) {
+                p[i] = as_bits(__hmul2(as_pair<T>(p[i]), as_pair<T>(great[i / 2])));
+            }
+#pragma unroll
             for (int n = 0; n < 8; ++n) {
                 const auto of = [&](int i) { return n < 4 ? words[i].x : words[i].y; };
+                if constexpr (kScaleP) {
+                    ptx::mma_m16n8k16<true>(rO[n], p, as_bits(spread<T>(of(0), of(1), n % 4, 4 + n % 4)),
+                                            as_bits(spread<T>(of(2), of(3), n % 4, 4 + n % 4)));
+                    continue;
+                }
                 const uint32_t b0 = scaled<T, L::kScaled, kPlain>(spread<T>(of(0), of(1), n % 4, 4 + n % 4), unit[0],
                                                                   great[0], small[0]);
                 const uint32_t b1 = scaled<T, L::kScaled, kPlain>(spread<T>(of(2), of(3), n % 4, 4 + n % 4), unit[1],
@@ -396,6 +462,10 @@ __device__ __forceinline__ void attend(const FwdParams& params, SharedStorage<T,
     wait(&shared.queries_landed, phase);
     phase ^= 1;
     queries.others = &shared.queries[0][0][lane];
+    if constexpr (kIsBF16<T>) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) queries.units[h] = shared.query_units[me.row + 8 * h];
+    }
 #pragma unroll
     for (int slice = 0; slice < kHeld; ++slice) {
 #pragma unroll
@@ -409,15 +479,20 @@ __device__ __forceinline__ void attend(const FwdParams& params, SharedStorage<T,
     // the scores of a tile, their maxima left for all
     const auto score_tile = [&](int tile, const Place<kStages<kFormat>>& at) {
         wait(&shared.landed[at.slot], at.phase);
-        const uint8_t* key = shared.ring[at.slot] + my_key * L::kRowBytes;
+        const uint8_t* keys = shared.ring[at.slot];
+        const uint8_t* key = keys + my_key * L::kRowBytes;
+        score<T, kFormat>(key, {keys + scored[0] * L::kRowBytes, keys + scored[1] * L::kRowBytes}, me, queries, rS);
         if constexpr (L::kScaled) {
             const float of_block = take_bytes<float>(key, L::kScales + me.column * 4);
-            factors = make_factors<T>(tile * kTile + my_key < segment.length ? of_block : 0.f);
-        }
-        if (factors.plain) {
-            score<T, kFormat, true>(key, me, queries, factors, rS);
-        } else if constexpr (L::kScaled) {
-            score<T, kFormat, false>(key, me, queries, factors, rS);
+            const bool there = tile * kTile + my_key < segment.length;
+            factors = make_factors<T>(there ? of_block : 0.f);
+            const uint32_t odd = __ballot_sync(~0u, there && !(fabsf(of_block) < INFINITY));
+            if (odd != 0) {
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    if (odd >> 4 * (2 * me.column + i) & 15) rS[i] = rS[2 + i] = __int_as_float(0x7fffffff);
+                }
+            }
         }
         scale_and_mask(params, me, segment, tile, scored, scale_log2, rS);
         leave_maxima(me, warp, rS, shared.high[tile % 2]);
@@ -525,7 +600,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         ptx::increase_registers<kConsumerRegisters>();
         const float kv_scale = kFormat == CacheFormat::kFp8Tensor ? __ldg(params.kv_scale) : 1.f;
         const float scale_log2 =
-            params.softmax_scale_log2 * kv_scale * kLowered<T, kFormat> * (kFp8Queries ? __ldg(params.q_scale) : 1.f);
+            params.softmax_scale_log2 * kv_scale * (kFp8Queries ? __ldg(params.q_scale) : 1.f);
         Place<kStages<kFormat>> place;
         uint32_t phase = 0;
         for_each_segment(params, shared.parts, [&](const Segment& segment) {
