@@ -1,6 +1,6 @@
 // fwd_kvcache_mla over caches in fp8: what fwd_kvcache_mla.cu computes, from the same plan, on the values that the
-// cache's rows stand for (flashmla_ops/kv_cache.py), in T: bf16 or fp16. Up to 16 query rows a key head are
-// fwd_kvcache_mla_fp8_few_rows.cu's.
+// cache's rows stand for (flashmla_ops/kv_cache.py), in T: bf16 or fp16, as the queries. Queries in e4m3 are
+// fwd_kvcache_mla_fp8_queries.cu's, up to 16 query rows a key head fwd_kvcache_mla_fp8_few_rows.cu's.
 //
 // Keys pass through registers on their way to shared memory, where they become T. So a third of the warps convert, and
 // the tensor cores' part is simpler than there: one warpgroup scores all tiles, and there is time for that, since a
@@ -192,72 +192,31 @@ __device__ __forceinline__ void store_latents(uint32_t to, int row, const uint4 
     ptx::store_in_order((to ^ row % 8 * 16 ^ 16) + row * 128, chunks[1]);
 }
 
-// Queries are copied asynchronously while the first tile is converted; finish_queries waits for that, and converts
-// those in e4m3: q_scale and kv_scale come into the softmax's scale. Their chunks, of 16 values, first lie where half
-// of these goes: four lanes have those of a row in a slice.
-struct Fp8QueryChunk {
-    static constexpr int kOfRow = kDimQK / 16, kStep = 32 * kConverterWarps;
-    int row, slice, chunk;
-
-    __device__ explicit Fp8QueryChunk(int i) : row(i / kOfRow), slice(i % kOfRow / 4), chunk(i % 4) {}
-};
-
-template <typename T, bool kFp8Queries>
+// Queries are copied asynchronously while the first tile is converted; finish_queries waits for that.
+template <typename T>
 __device__ __forceinline__ void start_queries(const FwdParams& params, SharedStorage<T>& shared, const RowTile& rows,
                                               const Segment& segment, int warp, uint32_t phase) {
-    const int lane = threadIdx.x % 32;
-    using Stored = std::conditional_t<kFp8Queries, uint8_t, T>;
+    const int lane = threadIdx.x % 32, chunk = lane % 8;
     wait(&shared.queries_freed, phase ^ 1);
-    if constexpr (kFp8Queries) {
 #pragma unroll 1
-        for (int i = warp * 32 + lane; i < rows.count(params) * Fp8QueryChunk::kOfRow; i += Fp8QueryChunk::kStep) {
-            const Fp8QueryChunk at(i);
-            const uint8_t* from =
-                query_row<uint8_t>(params, rows, segment.row, at.row) + i % Fp8QueryChunk::kOfRow * 16;
-            ptx::cp_async_16(ptx::shared_address(shared.sQ[at.slice]) + wgmma::swizzled(at.row, at.chunk), from);
-        }
-    } else {
-        const int chunk = lane % 8;
-#pragma unroll 1
-        for (int r = 4 * warp + lane / 8; r < rows.count(params); r += 4 * kConverterWarps) {
-            const T* from = query_row<T>(params, rows, segment.row, r) + chunk * 8;
-            const uint32_t to = ptx::shared_address(shared.sQ) + wgmma::swizzled(r, chunk);
+    for (int r = 4 * warp + lane / 8; r < rows.count(params); r += 4 * kConverterWarps) {
+        const T* from = query_row<T>(params, rows, segment.row, r) + chunk * 8;
+        const uint32_t to = ptx::shared_address(shared.sQ) + wgmma::swizzled(r, chunk);
 #pragma unroll 1  // registers are short: they hold a tile
-            for (int slice = 0; slice < kSlices; ++slice) {
-                ptx::cp_async_16(to + slice * wgmma::kSliceBytes, from + slice * 64);
-            }
+        for (int slice = 0; slice < kSlices; ++slice) {
+            ptx::cp_async_16(to + slice * wgmma::kSliceBytes, from + slice * 64);
         }
     }
     if (segment.more && warp * 32 + lane < rows.count(params)) {  // the next row's to L2
-        ptx::prefetch_bulk_l2(query_row<Stored>(params, rows, segment.row + 1, warp * 32 + lane),
-                              kDimQK * sizeof(Stored));
+        ptx::prefetch_bulk_l2(query_row<T>(params, rows, segment.row + 1, warp * 32 + lane), kDimQK * sizeof(T));
     }
 }
 
-template <typename T, bool kFp8Queries>
-__device__ __forceinline__ void finish_queries(const FwdParams& params, SharedStorage<T>& shared, const RowTile& rows,
-                                               int warp) {
-    const int lane = threadIdx.x % 32;
+template <typename T>
+__device__ __forceinline__ void finish_queries(SharedStorage<T>& shared) {
     ptx::cp_async_wait_all();
-    if constexpr (kFp8Queries) {
-        const int count = rows.count(params) * Fp8QueryChunk::kOfRow;
-#pragma unroll 1
-        for (int first = warp * 32; first < count; first += Fp8QueryChunk::kStep) {
-            const Fp8QueryChunk at(first + lane);
-            const bool there = first + lane < count;
-            const char* slice = reinterpret_cast<const char*>(shared.sQ[at.slice]);
-            uint4 bytes = {}, chunks[2];
-            if (there) bytes = *reinterpret_cast<const uint4*>(slice + wgmma::swizzled(at.row, at.chunk));
-            __syncwarp();  // all four have read
-            convert<T>(bytes, chunks);
-            if (there) {
-                store_chunk(shared.sQ[at.slice], at.row, at.chunk * 2, chunks[0]);
-                store_chunk(shared.sQ[at.slice], at.row, at.chunk * 2 + 1, chunks[1]);
-            }
-        }
-    }
     __syncwarp();
-    if (lane == 0) cuda::ptx::mbarrier_arrive(&shared.queries_landed);
+    if (ptx::lane() == 0) cuda::ptx::mbarrier_arrive(&shared.queries_landed);
 }
 
 // A tile whose scales are not usual, read again: nothing that has to be fast.
@@ -274,7 +233,7 @@ __device__ __forceinline__ void convert_unusual(const TokenRows& from, int lane,
 }
 
 // One warp: its share of the segment's queries, and its 16 tokens of every tile, as soon as there is room for them.
-template <typename T, CacheFormat kFormat, bool kFp8Queries>
+template <typename T, CacheFormat kFormat>
 __device__ __forceinline__ void convert_keys(const FwdParams& params, SharedStorage<T>& shared, const RowTile& rows,
                                              const Segment& segment, int warp, Place& place, uint32_t& queries_phase) {
     if (segment.begin == segment.end) return;
@@ -292,7 +251,7 @@ __device__ __forceinline__ void convert_keys(const FwdParams& params, SharedStor
         }
         held.load_rope(from, lane);
     }
-    start_queries<T, kFp8Queries>(params, shared, rows, segment, warp, queries_phase);
+    start_queries(params, shared, rows, segment, warp, queries_phase);
     queries_phase ^= 1;
 #pragma unroll 1
     for (int tile = segment.begin; tile < segment.end; ++tile, place.next()) {
@@ -342,7 +301,7 @@ __device__ __forceinline__ void convert_keys(const FwdParams& params, SharedStor
         held.load_rope(from, lane);
         __syncwarp();
         if (lane == 0) cuda::ptx::mbarrier_arrive(&shared.landed[place.stage]);
-        if (tile == segment.begin) finish_queries<T, kFp8Queries>(params, shared, rows, warp);
+        if (tile == segment.begin) finish_queries(shared);
         // the rows after the next to L2, so that what a tile waits for does not come from memory
         if (params.cache_stride_token == Rows<T, kFormat>::kBytes) {
             const TokenRows after(params, rows, pages, tile + 2, pages.checked(next_entry), warp);
@@ -483,7 +442,7 @@ __device__ __forceinline__ void attend_follower(SharedStorage<T>& shared, const 
 }
 
 // What became of a segment, from a warpgroup's accumulators to memory, by way of its half of the last tile's V.
-template <typename Out, typename T>
+template <typename T>
 __device__ __forceinline__ void store(const FwdParams& params, SharedStorage<T>& shared, const RowTile& rows,
                                       const Consumer& me, const Segment& segment, int warpgroup, float out_scale,
                                       Place& place, Softmax& softmax, float (&rO)[128]) {
@@ -498,7 +457,7 @@ __device__ __forceinline__ void store(const FwdParams& params, SharedStorage<T>&
     if (segment.place >= 0) {
         store_share(params, rows, me, segment.place, warpgroup, lse_log2, rO);
     } else {
-        store_rows<Out>(params, rows, me, segment.row, warpgroup, lse_log2, rO, staging);
+        store_rows<T>(params, rows, me, segment.row, warpgroup, lse_log2, rO, staging);
     }
     release(me, &shared.freed[place.stage]);
     place.next();
@@ -511,7 +470,7 @@ __device__ __forceinline__ Consumer consumer() {
     return {__shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32 % 4, 0), ptx::lane()};
 }
 
-template <typename T, typename Out, CacheFormat kFormat, bool kFp8Queries>
+template <typename T, CacheFormat kFormat>
 __global__ void __launch_bounds__(kThreads, 1) fwd_kvcache_mla_fp8_kernel(const __grid_constant__ FwdParams params) {
     extern __shared__ __align__(1024) uint8_t shared_bytes[];
     SharedStorage<T>& shared = *reinterpret_cast<SharedStorage<T>*>(shared_bytes);
@@ -537,30 +496,30 @@ __global__ void __launch_bounds__(kThreads, 1) fwd_kvcache_mla_fp8_kernel(const 
     uint32_t queries_phase = 0;
     if (warp < kConsumerWarps / 2) {
         ptx::increase_registers<kScorerRegisters>();
-        const float scale_log2 = params.softmax_scale_log2 * kv_scale * (kFp8Queries ? __ldg(params.q_scale) : 1.f);
+        const float scale_log2 = params.softmax_scale_log2 * kv_scale;
         for_each_segment(params, shared.parts, [&](const Segment& segment) {
-            if (segment.begin == segment.end) return store_nothing<Out, kConsumers>(params, rows, segment);
+            if (segment.begin == segment.end) return store_nothing<T, kConsumers>(params, rows, segment);
             float rO[128] = {};  // [64, 256] of the warpgroup
             Softmax softmax;
             const Consumer me = consumer();
             attend_scorer(params, shared, rows, me, segment, scale_log2, place, queries_phase, softmax, rO);
-            store<Out>(params, shared, rows, me, segment, 0, kv_scale, place, softmax, rO);
+            store(params, shared, rows, me, segment, 0, kv_scale, place, softmax, rO);
         });
     } else if (warp < kConsumerWarps) {
         ptx::decrease_registers<kFollowerRegisters>();
         for_each_segment(params, shared.parts, [&](const Segment& segment) {
-            if (segment.begin == segment.end) return store_nothing<Out, kConsumers>(params, rows, segment);
+            if (segment.begin == segment.end) return store_nothing<T, kConsumers>(params, rows, segment);
             float rO[128] = {};
             Softmax softmax;
             const Consumer me = consumer();
             attend_follower(shared, me, segment, place, softmax, rO);
-            store<Out>(params, shared, rows, me, segment, 1, kv_scale, place, softmax, rO);
+            store(params, shared, rows, me, segment, 1, kv_scale, place, softmax, rO);
         });
     } else {
         ptx::decrease_registers<kConverterRegisters>();
         const int converter = warp - kConsumerWarps;
         for_each_segment(params, shared.parts, [&](const Segment& segment) {
-            convert_keys<T, kFormat, kFp8Queries>(params, shared, rows, segment, converter, place, queries_phase);
+            convert_keys<T, kFormat>(params, shared, rows, segment, converter, place, queries_phase);
         });
         if (converter == 0 && blockIdx.x == 0) list_split_rows(params, shared.parts);
     }
@@ -568,9 +527,9 @@ __global__ void __launch_bounds__(kThreads, 1) fwd_kvcache_mla_fp8_kernel(const 
 
 // ---------------------------------------------------------------------------------------------------------- launcher
 
-template <typename T, typename Out, CacheFormat kFormat, bool kFp8Queries>
+template <typename T, CacheFormat kFormat>
 void launch(const FwdParams& params, cudaStream_t stream) {
-    constexpr auto kKernel = fwd_kvcache_mla_fp8_kernel<T, Out, kFormat, kFp8Queries>;
+    constexpr auto kKernel = fwd_kvcache_mla_fp8_kernel<T, kFormat>;
     constexpr int kSharedBytes = sizeof(SharedStorage<T>);
     static_assert(kSharedBytes <= 227 * 1024);
     allow_shared_bytes<kKernel>(kSharedBytes, "fwd_kvcache_mla: shared memory");
@@ -580,8 +539,8 @@ void launch(const FwdParams& params, cudaStream_t stream) {
 
 template <typename T>
 void launch(const FwdParams& params, cudaStream_t stream) {
-    params.format == CacheFormat::kFp8Blocks ? launch<T, T, CacheFormat::kFp8Blocks, false>(params, stream)
-                                             : launch<T, T, CacheFormat::kFp8Tensor, false>(params, stream);
+    params.format == CacheFormat::kFp8Blocks ? launch<T, CacheFormat::kFp8Blocks>(params, stream)
+                                             : launch<T, CacheFormat::kFp8Tensor>(params, stream);
 }
 
 }  // namespace
