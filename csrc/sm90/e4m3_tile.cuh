@@ -57,8 +57,8 @@ __device__ __forceinline__ uint4 fp16_of_bf16(const uint4& values, float factor)
     uint32_t packed[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-        packed[i] = pack<__half>(__uint_as_float(words[i] << 16) * factor,
-                                 __uint_as_float(words[i] & 0xffff0000) * factor);
+        packed[i] =
+            pack<__half>(__uint_as_float(words[i] << 16) * factor, __uint_as_float(words[i] & 0xffff0000) * factor);
     }
     return {packed[0], packed[1], packed[2], packed[3]};
 }

@@ -3,13 +3,16 @@
 // converted on the way from there to the operands of a warp's products (e4m3_tile.cuh), of whose 16 rows none is
 // wasted.
 //
-// What is multiplied: T, bf16 or fp16 as the queries; with one scale for all P and V in fp16, which has V's values and
-// P down to 2^-16 more exactly than bf16 (below 2^-25 of the part's greatest it is 0: at most 4 thousandths of a result
-// in a part of 2^17 keys); then queries in e4m3, and the keys for them, in fp16 too.
+// What is multiplied. Scores: e4m3 as it is, in fp16, to which the machine converts a pair in one instruction; queries
+// in bf16 become fp16 row by row, in units of a power of two (load_bf16_queries); a block's scale multiplies the sum of
+// its products; rotated values in bf16 or fp16, as the queries. P V: with one scale for all in fp16, which has V's
+// values and P down to 2^-16 more exactly than bf16 (below 2^-25 of the part's greatest it is 0: at most 4 thousandths
+// of a result in a part of 2^17 keys); else in T, bf16 or fp16 as the queries, where in bf16 it is P that a scale of
+// few digits multiplies.
 //
 // Limits, beyond what quantize() makes of activations. Queries in fp16: a token's scale above 65504 gives NaN, and one
-// of 128 or more leaves its warp's seven other keys fewer digits of scales below 2^-14. One scale for all, queries in
-// bf16: finite results need |q| below 2^67 and a kv_scale below 2^72. The kernel for more rows has none of these.
+// of 128 or more leaves its warp's seven other keys fewer digits of scales below 2^-14. The kernel for more rows has no
+// such limit.
 //
 // Grid: (row tiles, parts at work at once), as there. 1 CTA a multiprocessor.
 //
@@ -216,8 +219,8 @@ struct RowSoftmax {
     float sum[2] = {0.f, 0.f};               // over this lane's keys
 };
 
-// S of the warp's 8 keys, of which `key` is this lane's, and `scored` are those of its scores. Latents are multiplied in
-// fp16, and their scales the sums of a block's products.
+// S of the warp's 8 keys, of which `key` is this lane's, and `scored` are those of its scores. Latents are multiplied
+// in fp16, and their scales the sums of a block's products.
 template <typename T, CacheFormat kFormat>
 __device__ __forceinline__ void score(const uint8_t* key, const uint8_t* const (&scored)[2], const Lane& me,
                                       const Queries& queries, float (&rS)[4]) {
@@ -599,8 +602,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (warp < kConsumerWarps) {
         ptx::increase_registers<kConsumerRegisters>();
         const float kv_scale = kFormat == CacheFormat::kFp8Tensor ? __ldg(params.kv_scale) : 1.f;
-        const float scale_log2 =
-            params.softmax_scale_log2 * kv_scale * (kFp8Queries ? __ldg(params.q_scale) : 1.f);
+        const float scale_log2 = params.softmax_scale_log2 * kv_scale * (kFp8Queries ? __ldg(params.q_scale) : 1.f);
         Place<kStages<kFormat>> place;
         uint32_t phase = 0;
         for_each_segment(params, shared.parts, [&](const Segment& segment) {

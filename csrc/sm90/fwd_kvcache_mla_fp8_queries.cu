@@ -97,8 +97,8 @@ __device__ __forceinline__ void load(const FwdParams& params, const CUtensorMap&
             cuda::ptx::mbarrier_arrive_expect_tx(cuda::ptx::sem_release, cuda::ptx::scope_cta, cuda::ptx::space_shared,
                                                  landed, kSlices * kByteSlice);
             const int32_t where[5] = {0, pages.token_of(tile), 0, rows.head, page};
-            cuda::ptx::cp_async_bulk_tensor(cuda::ptx::space_cluster, cuda::ptx::space_global,
-                                            shared.sK[place.slot][0], &cache, where, landed);
+            cuda::ptx::cp_async_bulk_tensor(cuda::ptx::space_cluster, cuda::ptx::space_global, shared.sK[place.slot][0],
+                                            &cache, where, landed);
         }
         __syncwarp();
         page = next_page;

@@ -54,8 +54,8 @@ inline CUtensorMap paged_map(const FwdParams& params, int slices, int box_slices
     const cuuint32_t steps[kRank] = {1, 1, 1, 1, 1};
 
     CUtensorMap map;
-    const CUresult result = tensor_map_encoder()(&map, kind.type, kRank, const_cast<void*>(params.kv_cache), sizes, strides,
-                                                 box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, kind.swizzle,
+    const CUresult result = tensor_map_encoder()(&map, kind.type, kRank, const_cast<void*>(params.kv_cache), sizes,
+                                                 strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, kind.swizzle,
                                                  CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     if (result != CUDA_SUCCESS) {
         throw std::runtime_error(

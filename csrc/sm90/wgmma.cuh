@@ -34,8 +34,8 @@ __device__ __forceinline__ uint64_t descriptor(const void* slice, int leading_by
 __device__ __forceinline__ uint64_t k_major(const void* slice) { return descriptor(slice, 16, 1024); }
 constexpr int kStepBytesKMajor = 32;
 
-// The same of slices of 64 bytes a row in the 64-byte swizzle (the 16-byte chunk c of row r stands at place c ^ (r / 2 %
-// 4)), with groups of 8 rows 512 bytes apart.
+// The same of slices of 64 bytes a row in the 64-byte swizzle (the 16-byte chunk c of row r stands at place c ^ (r / 2
+// % 4)), with groups of 8 rows 512 bytes apart.
 __device__ __forceinline__ uint64_t k_major_64(const void* slice) {
     return descriptor(slice, 16, 512) ^ (uint64_t{3} << 62);  // swizzle mode 2
 }
