@@ -39,30 +39,6 @@ struct Layout<CacheFormat::kFp8Tensor> {
     }
 };
 
-// The greatest magnitudes of each half of bf16 pairs, as bits; infinities and NaN left out.
-__device__ __forceinline__ uint32_t greatest_finite(const uint4& values) {
-    const uint32_t words[4] = {values.x, values.y, values.z, values.w};
-    uint32_t greatest = 0;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        const uint32_t magnitudes = words[i] & 0x7fff7fff;
-        greatest = __vmaxu2(greatest, magnitudes & __vcmpltu2(magnitudes, 0x7f807f80));
-    }
-    return greatest;
-}
-
-// 8 bf16 values times a power of two, in fp16.
-__device__ __forceinline__ uint4 fp16_of_bf16(const uint4& values, float factor) {
-    const uint32_t words[4] = {values.x, values.y, values.z, values.w};
-    uint32_t packed[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        packed[i] =
-            pack<__half>(__uint_as_float(words[i] << 16) * factor, __uint_as_float(words[i] & 0xffff0000) * factor);
-    }
-    return {packed[0], packed[1], packed[2], packed[3]};
-}
-
 // A place in the ring, and the phase of its barriers there.
 template <int kStages>
 struct Place {

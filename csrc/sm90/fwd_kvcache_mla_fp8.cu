@@ -1,5 +1,5 @@
 // fwd_kvcache_mla over caches in fp8: what fwd_kvcache_mla.cu computes, from the same plan, on the values that the
-// cache's rows stand for (flashmla_ops/kv_cache.py), in T: bf16 or fp16, as the queries. Queries in e4m3 are
+// cache's rows stand for (flashmla_ops/kv_cache.py), in T: bf16 or fp16. Queries in e4m3 are
 // fwd_kvcache_mla_fp8_queries.cu's, up to 16 query rows a key head fwd_kvcache_mla_fp8_few_rows.cu's.
 //
 // Keys pass through registers on their way to shared memory, where they become T. So a third of the warps convert, and
@@ -16,7 +16,8 @@
 // Shared memory, in slices of 64 x 64 values (8 KB, wgmma.cuh): Q 9, two key tiles 2 x 9. A tile's ninth slice holds
 // the 64 rope values; once the tile is scored, its P takes that place.
 //
-// Values become T as e4m3.cuh has it. One scale for all is left to the softmax's scale and to the results.
+// Values become T as e4m3.cuh has it. One scale for all is left to the softmax's scale and to the results; T then is
+// fp16, to which the machine converts in one instruction a pair, and queries in bf16 become that too (to_units).
 //
 // Safety. As in fwd_kvcache_mla.cu. Tokens past a row's length, and of pages outside the cache, become zeros and are
 // not read.
@@ -52,9 +53,10 @@ template <typename T>
 struct SharedStorage {
     alignas(1024) T sQ[kSlices][64 * 64];
     alignas(1024) T sK[2][kSlices][64 * 64];
-    Part parts[kMaxParts];      // the plan
-    float base[2][kRowTile];    // what P of the tile in each stage is relative to (Softmax)
-    float sum[2][kRowTile][4];  // and P's sum, by the threads that have a row's columns
+    Part parts[kMaxParts];        // the plan
+    float base[2][kRowTile];      // what P of the tile in each stage is relative to (Softmax)
+    float sum[2][kRowTile][4];    // and P's sum, by the threads that have a row's columns
+    float query_units[kRowTile];  // see to_units
     uint64_t landed[2], freed[2];
     uint64_t queries_landed, queries_freed;
 };
@@ -191,14 +193,14 @@ __device__ __forceinline__ void store_latents(uint32_t to, int row, const uint4 
 }
 
 // Queries are copied asynchronously while the first tile is converted; finish_queries waits for that.
-template <typename T>
+template <typename T, typename Stored>
 __device__ __forceinline__ void start_queries(const FwdParams& params, SharedStorage<T>& shared, const RowTile& rows,
                                               const Segment& segment, int warp, uint32_t phase) {
     const int lane = threadIdx.x % 32, chunk = lane % 8;
     wait(&shared.queries_freed, phase ^ 1);
 #pragma unroll 1
     for (int r = 4 * warp + lane / 8; r < rows.count(params); r += 4 * kConverterWarps) {
-        const T* from = query_row<T>(params, rows, segment.row, r) + chunk * 8;
+        const Stored* from = query_row<Stored>(params, rows, segment.row, r) + chunk * 8;
         const uint32_t to = ptx::shared_address(shared.sQ) + wgmma::swizzled(r, chunk);
 #pragma unroll 1  // registers are short: they hold a tile
         for (int slice = 0; slice < kSlices; ++slice) {
@@ -206,13 +208,38 @@ __device__ __forceinline__ void start_queries(const FwdParams& params, SharedSto
         }
     }
     if (segment.more && warp * 32 + lane < rows.count(params)) {  // the next row's to L2
-        ptx::prefetch_bulk_l2(query_row<T>(params, rows, segment.row + 1, warp * 32 + lane), kDimQK * sizeof(T));
+        ptx::prefetch_bulk_l2(query_row<Stored>(params, rows, segment.row + 1, warp * 32 + lane),
+                              kDimQK * sizeof(Stored));
     }
 }
 
-template <typename T>
-__device__ __forceinline__ void finish_queries(SharedStorage<T>& shared) {
+template <typename T, typename Stored>
+__device__ __forceinline__ void finish_queries(const FwdParams& params, SharedStorage<T>& shared, const RowTile& rows,
+                                               int warp) {
     ptx::cp_async_wait_all();
+    if constexpr (!std::is_same_v<T, Stored>) {  // bf16 to fp16, each lane what it has copied: 8 lanes have a row
+        const int lane = ptx::lane();
+#pragma unroll 1
+        for (int first = 4 * warp; first < rows.count(params); first += 4 * kConverterWarps) {
+            const int r = first + lane / 8;
+            char* mine = reinterpret_cast<char*>(shared.sQ) + wgmma::swizzled(r, lane % 8);
+            uint32_t greatest = 0;
+#pragma unroll 1
+            for (int slice = 0; slice < kSlices; ++slice) {
+                greatest =
+                    __vmaxu2(greatest, greatest_finite(*reinterpret_cast<uint4*>(mine + slice * wgmma::kSliceBytes)));
+            }
+            for (int lanes = 1; lanes < 8; lanes *= 2)
+                greatest = __vmaxu2(greatest, __shfl_xor_sync(~0u, greatest, lanes));
+            const float factor = to_units(greatest);
+            if (lane % 8 == 0) shared.query_units[r] = inverse_power(factor);
+#pragma unroll 1
+            for (int slice = 0; slice < kSlices; ++slice) {
+                auto& chunk = *reinterpret_cast<uint4*>(mine + slice * wgmma::kSliceBytes);
+                chunk = fp16_of_bf16(chunk, factor);
+            }
+        }
+    }
     __syncwarp();
     if (ptx::lane() == 0) cuda::ptx::mbarrier_arrive(&shared.queries_landed);
 }
@@ -266,7 +293,7 @@ __device__ __forceinline__ void convert_rows(const Rows<T, kFormat>& held, T (&t
 // One warp: its share of the segment's queries, and its 16 tokens of every tile, as soon as there is room for them. The
 // late ones are asked for when the early ones have landed, and before these are converted; the next tile's early ones
 // when the late ones have.
-template <typename T, CacheFormat kFormat>
+template <typename T, typename Stored, CacheFormat kFormat>
 __device__ __forceinline__ void convert_keys(const FwdParams& params, SharedStorage<T>& shared, const RowTile& rows,
                                              const Segment& segment, int warp, Place& place, uint32_t& queries_phase) {
     if (segment.begin == segment.end) return;
@@ -276,7 +303,7 @@ __device__ __forceinline__ void convert_keys(const FwdParams& params, SharedStor
     const uint32_t zero = params.row_tiles >> 31;
     Rows<T, kFormat> early, late;
     load(early, TokenRows(params, rows, pages, segment.begin, page, first), lane);
-    start_queries(params, shared, rows, segment, warp, queries_phase);
+    start_queries<T, Stored>(params, shared, rows, segment, warp, queries_phase);
     queries_phase ^= 1;
 #pragma unroll 1
     for (int tile = segment.begin; tile < segment.end; ++tile, place.next()) {
@@ -287,13 +314,12 @@ __device__ __forceinline__ void convert_keys(const FwdParams& params, SharedStor
         next_entry = pages.entry_of(tile + 2);            // looked up a tile ahead
         wait(&shared.freed[place.stage], place.phase ^ 1);
         convert_rows(early, to, first, lane, [&] { return rows_from(first); });
-        if (zero == 0) {  // a branch, or ptxas moves a use of the late ones up to where they are asked for
-            load(early, TokenRows(params, rows, pages, tile + 1, next_page, first).after(late.last(), zero), lane);
-            convert_rows(late, to, second, lane, [&] { return rows_from(second); });
-        }
+        if (zero != 0) __trap();  // a branch, or ptxas moves uses of the late ones up to where they are asked for
+        load(early, TokenRows(params, rows, pages, tile + 1, next_page, first).after(late.last(), zero), lane);
+        convert_rows(late, to, second, lane, [&] { return rows_from(second); });
         __syncwarp();
         if (lane == 0) cuda::ptx::mbarrier_arrive(&shared.landed[place.stage]);
-        if (tile == segment.begin) finish_queries(shared);
+        if (tile == segment.begin) finish_queries<T, Stored>(params, shared, rows, warp);
         page = next_page;
         // the rows after the next to L2, so that what a tile waits for does not come from memory
         if (params.cache_stride_token == Rows<T, kFormat>::kBytes) {
@@ -354,7 +380,7 @@ __device__ __forceinline__ void leave_probabilities(SharedStorage<T>& shared, co
 }
 
 // Warpgroup 0. Leaves its last tile unreleased, and `place` there.
-template <typename T>
+template <typename T, typename Stored>
 __device__ __forceinline__ void attend_scorer(const FwdParams& params, SharedStorage<T>& shared, const RowTile& rows,
                                               const Consumer& me, const Segment& segment, float scale_log2,
                                               Place& place, uint32_t& queries_phase, Softmax& softmax,
@@ -363,6 +389,11 @@ __device__ __forceinline__ void attend_scorer(const FwdParams& params, SharedSto
     visible_keys(params, rows, me, segment, visible);
     wait(&shared.queries_landed, queries_phase);
     queries_phase ^= 1;
+    float scale[2] = {scale_log2, scale_log2};
+    if constexpr (!std::is_same_v<T, Stored>) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) scale[i] *= shared.query_units[me.row(i)];
+    }
     for (int tile = segment.begin;; ++tile) {
         const bool last = tile + 1 == segment.end;
         float rS[32], high[2], factor[2], sum[2];
@@ -371,7 +402,9 @@ __device__ __forceinline__ void attend_scorer(const FwdParams& params, SharedSto
         wgmma::wait<0>();
         wgmma::keep(rS);
         if (last && me.lane == 0) cuda::ptx::mbarrier_arrive(&shared.queries_freed);
-        scale_and_mask(me, scale_log2, tile, visible, rS);
+#pragma unroll
+        for (int k = 0; k < 32; ++k) rS[k] = __fmul_rn(rS[k], scale[k / 2 % 2]);  // for itself: see scale_and_mask
+        mask(me, tile, visible, rS);
         row_maxima(rS, high);
         const float base[2] = {fmaxf(high[0], softmax.base[0]), fmaxf(high[1], softmax.base[1])};
         change_base(softmax, base, factor);
@@ -435,7 +468,7 @@ __device__ __forceinline__ void attend_follower(SharedStorage<T>& shared, const 
 }
 
 // What became of a segment, from a warpgroup's accumulators to memory, by way of its half of the last tile's V.
-template <typename T>
+template <typename Out, typename T>
 __device__ __forceinline__ void store(const FwdParams& params, SharedStorage<T>& shared, const RowTile& rows,
                                       const Consumer& me, const Segment& segment, int warpgroup, float out_scale,
                                       Place& place, Softmax& softmax, float (&rO)[128]) {
@@ -450,7 +483,7 @@ __device__ __forceinline__ void store(const FwdParams& params, SharedStorage<T>&
     if (segment.place >= 0) {
         store_share(params, rows, me, segment.place, warpgroup, lse_log2, rO);
     } else {
-        store_rows<T>(params, rows, me, segment.row, warpgroup, lse_log2, rO, staging);
+        store_rows<Out>(params, rows, me, segment.row, warpgroup, lse_log2, rO, staging);
     }
     release(me, &shared.freed[place.stage]);
     place.next();
@@ -463,7 +496,7 @@ __device__ __forceinline__ Consumer consumer() {
     return {__shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32 % 4, 0), ptx::lane()};
 }
 
-template <typename T, CacheFormat kFormat>
+template <typename T, typename Stored, CacheFormat kFormat>
 __global__ void __launch_bounds__(kThreads, 1) fwd_kvcache_mla_fp8_kernel(const __grid_constant__ FwdParams params) {
     extern __shared__ __align__(1024) uint8_t shared_bytes[];
     SharedStorage<T>& shared = *reinterpret_cast<SharedStorage<T>*>(shared_bytes);
@@ -491,28 +524,28 @@ __global__ void __launch_bounds__(kThreads, 1) fwd_kvcache_mla_fp8_kernel(const 
         ptx::increase_registers<kScorerRegisters>();
         const float scale_log2 = params.softmax_scale_log2 * kv_scale;
         for_each_segment(params, shared.parts, [&](const Segment& segment) {
-            if (segment.begin == segment.end) return store_nothing<T, kConsumers>(params, rows, segment);
+            if (segment.begin == segment.end) return store_nothing<Stored, kConsumers>(params, rows, segment);
             float rO[128] = {};  // [64, 256] of the warpgroup
             Softmax softmax;
             const Consumer me = consumer();
-            attend_scorer(params, shared, rows, me, segment, scale_log2, place, queries_phase, softmax, rO);
-            store(params, shared, rows, me, segment, 0, kv_scale, place, softmax, rO);
+            attend_scorer<T, Stored>(params, shared, rows, me, segment, scale_log2, place, queries_phase, softmax, rO);
+            store<Stored>(params, shared, rows, me, segment, 0, kv_scale, place, softmax, rO);
         });
     } else if (warp < kConsumerWarps) {
         ptx::decrease_registers<kFollowerRegisters>();
         for_each_segment(params, shared.parts, [&](const Segment& segment) {
-            if (segment.begin == segment.end) return store_nothing<T, kConsumers>(params, rows, segment);
+            if (segment.begin == segment.end) return store_nothing<Stored, kConsumers>(params, rows, segment);
             float rO[128] = {};
             Softmax softmax;
             const Consumer me = consumer();
             attend_follower(shared, me, segment, place, softmax, rO);
-            store(params, shared, rows, me, segment, 1, kv_scale, place, softmax, rO);
+            store<Stored>(params, shared, rows, me, segment, 1, kv_scale, place, softmax, rO);
         });
     } else {
         ptx::decrease_registers<kConverterRegisters>();
         const int converter = warp - kConsumerWarps;
         for_each_segment(params, shared.parts, [&](const Segment& segment) {
-            convert_keys<T, kFormat>(params, shared, rows, segment, converter, place, queries_phase);
+            convert_keys<T, Stored, kFormat>(params, shared, rows, segment, converter, place, queries_phase);
         });
         if (converter == 0 && blockIdx.x == 0) list_split_rows(params, shared.parts);
     }
@@ -520,9 +553,9 @@ __global__ void __launch_bounds__(kThreads, 1) fwd_kvcache_mla_fp8_kernel(const 
 
 // ---------------------------------------------------------------------------------------------------------- launcher
 
-template <typename T, CacheFormat kFormat>
+template <typename T, typename Stored, CacheFormat kFormat>
 void launch(const FwdParams& params, cudaStream_t stream) {
-    constexpr auto kKernel = fwd_kvcache_mla_fp8_kernel<T, kFormat>;
+    constexpr auto kKernel = fwd_kvcache_mla_fp8_kernel<T, Stored, kFormat>;
     constexpr int kSharedBytes = sizeof(SharedStorage<T>);
     static_assert(kSharedBytes <= 227 * 1024);
     allow_shared_bytes<kKernel>(kSharedBytes, "fwd_kvcache_mla: shared memory");
@@ -530,10 +563,10 @@ void launch(const FwdParams& params, cudaStream_t stream) {
     cuda_check(launch_dependent(kKernel, grid, kThreads, kSharedBytes, stream, params), "fwd_kvcache_mla");
 }
 
-template <typename T>
+template <typename Stored>
 void launch(const FwdParams& params, cudaStream_t stream) {
-    params.format == CacheFormat::kFp8Blocks ? launch<T, CacheFormat::kFp8Blocks>(params, stream)
-                                             : launch<T, CacheFormat::kFp8Tensor>(params, stream);
+    params.format == CacheFormat::kFp8Blocks ? launch<Stored, Stored, CacheFormat::kFp8Blocks>(params, stream)
+                                             : launch<__half, Stored, CacheFormat::kFp8Tensor>(params, stream);
 }
 
 }  // namespace

@@ -43,8 +43,8 @@ constexpr int kConsumerWarps = 8;
 constexpr int kConsumers = 32 * kConsumerWarps;
 constexpr int kQueryWarps = 3;
 constexpr int kThreads = kConsumers + 32 * (1 + kQueryWarps);
-constexpr int kConsumerRegisters = 232;  // Q takes 16 a slice, O 32
-constexpr int kProducerRegisters = 48;
+constexpr int kConsumerRegisters = 224;  // Q takes 16 a slice, O 32
+constexpr int kProducerRegisters = 56;
 constexpr int kWarpTokens = kTile / kConsumerWarps;   // that a warp scores
 constexpr int kWarpColumns = kDimV / kConsumerWarps;  // of the output
 
@@ -55,7 +55,7 @@ template <typename T, CacheFormat kFormat>
 struct SharedStorage {
     alignas(128) uint8_t ring[kStages<kFormat>][kTile * Layout<kFormat>::kRowBytes];
     uint4 queries[kSlices][4][32];  // see Queries
-    float query_units[kRows];       // see halve
+    float query_units[kRows];       // of rows: see to_units
     // by tiles in turn
     alignas(128) T sP[2][kRows * kTile];
     alignas(16) float high[2][kRows][kConsumerWarps];  // rows' maxima over each warp's keys
@@ -87,8 +87,7 @@ __device__ __forceinline__ void store_query_chunk(SharedStorage<T, kFormat>& sha
     }
 }
 
-// Rows in bf16, of which what multiplies e4m3 becomes fp16, in units of a power of two that bring the row's greatest
-// below 2^15: exact for values down to 2^-31 of that.
+// Rows in bf16, of which what multiplies e4m3 becomes fp16 (to_units).
 template <CacheFormat kFormat>
 __device__ __forceinline__ void load_bf16_queries(const FwdParams& params,
                                                   SharedStorage<__nv_bfloat16, kFormat>& shared, const RowTile& rows,
@@ -116,14 +115,13 @@ __device__ __forceinline__ void load_bf16_queries(const FwdParams& params,
             for (int i = 0; i < kOfLane; ++i) {
                 if (i * 32 < kInFP16) greatest = __vmaxu2(greatest, greatest_finite(chunks[r][i]));
             }
-            greatest = __reduce_max_sync(~0u, max(greatest & 0xffff, greatest >> 16));
-            const uint32_t up = min(127 + 14 + 127 - (greatest >> 7), 253u);  // an exponent
-            if (lane == 0 && first + r < count) shared.query_units[first + r] = __uint_as_float((254 - up) << 23);
+            const float factor = to_units(__reduce_max_sync(~0u, max(greatest & 0xffff, greatest >> 16)));
+            if (lane == 0 && first + r < count) shared.query_units[first + r] = inverse_power(factor);
 #pragma unroll
             for (int i = 0; i < kOfLane; ++i) {
                 const int chunk = i * 32 + lane;
                 if (chunk >= kChunks || first + r >= count) continue;
-                if (chunk < kInFP16) chunks[r][i] = fp16_of_bf16(chunks[r][i], __uint_as_float(up << 23));
+                if (chunk < kInFP16) chunks[r][i] = fp16_of_bf16(chunks[r][i], factor);
                 store_query_chunk(shared, first + r, chunk, chunks[r][i]);
             }
         }
