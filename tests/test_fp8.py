@@ -337,8 +337,8 @@ def test_queries_of_any_magnitude(target, name, h_q):
         if outlier:
             q[..., 3] = 2.0 ** (power + outlier)
         actual = fwd_kvcache_mla(**fp8 | {"q": q, "softmax_scale": case.softmax_scale * 2.0**-power})
-        for a, e in zip(actual, expected, strict=True):
-            torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-5)
+        for a, e, rtol in zip(actual, expected, (2**-7, 1e-5), strict=True):  # a bf16's last place
+            torch.testing.assert_close(a, e, rtol=rtol, atol=1e-5)
 
 
 @pytest.mark.parametrize("h_q", HEADS)

@@ -42,8 +42,7 @@ constexpr int kConsumerWarps = 8;
 constexpr int kConsumers = 32 * kConsumerWarps;
 constexpr int kConverterWarps = 4;
 constexpr int kThreads = kConsumers + 32 * kConverterWarps;
-constexpr int kTokens = 8;  // of a converter's 16 of a tile, at a time: early and late ones
-static_assert(2 * kTokens * kConverterWarps == kTile);
+constexpr int kTokens = kTile / kConverterWarps;  // a converter's of a tile
 constexpr int kTogether = 2;              // of them: one alone is a chain of instructions that wait for each other
 constexpr int kScorerRegisters = 200;     // O takes 128, S 32, P 16
 constexpr int kFollowerRegisters = 160;   // O 128
@@ -84,33 +83,25 @@ __device__ __forceinline__ void store_chunk(T* slice, int row, int chunk, const 
 
 // ------------------------------------------------------------------------------------------- converters (4 warps)
 
-// Where kTokens of a tile lie, from `begin` on: rows of bytes; those past the length, and all of a page that does not
+// Where a converter's 16 tokens of a tile lie: rows of bytes; those past the length, and all of a page that does not
 // exist, are not there.
 struct TokenRows {
     const uint8_t* first;
     int64_t stride;
     int count;
 
-    __device__ TokenRows(const FwdParams& params, const RowTile& rows, const Pages& pages, int tile, int page,
-                         int begin)
+    __device__ TokenRows(const FwdParams& params, const RowTile& rows, const Pages& pages, int tile, int page, int warp)
         : first(static_cast<const uint8_t*>(params.kv_cache) + page * params.cache_stride_page +
-                (pages.token_of(tile) + begin) * params.cache_stride_token + rows.head * params.cache_stride_head),
+                (pages.token_of(tile) + warp * kTokens) * params.cache_stride_token +
+                rows.head * params.cache_stride_head),
           stride(params.cache_stride_token),
-          count(page < 0 ? 0 : pages.segment.length - tile * kTile - begin) {}
+          count(page < 0 ? 0 : pages.segment.length - tile * kTile - warp * kTokens) {}
 
     __device__ const uint8_t* row(int token) const { return first + token * stride; }
     __device__ bool has(int token) const { return token < count; }
-
-    // The same, but known only when a register has landed: ptxas counts all of a warp's loads on one scoreboard, so who
-    // waits for some waits for those too that were asked for later. `zero` is 0, which ptxas does not know.
-    __device__ TokenRows after(uint32_t landed, uint32_t zero) const {
-        TokenRows same = *this;
-        same.first += landed & zero;
-        return same;
-    }
 };
 
-// A lane's share of kTokens tokens: 16 latents of each, and what it has of their other values.
+// A lane's share of a converter's 16 tokens: 16 latents of each, and what it has of their other values.
 template <typename T, CacheFormat kFormat>
 struct Rows;
 
@@ -120,11 +111,17 @@ struct Rows<T, CacheFormat::kFp8Blocks> {
     static constexpr bool kScaled = true;
     static constexpr int kBytes = 656;
     uint4 latents[kTokens];
-    uint4 rope[kTokens / 4];  // of token 4 i + lane / 8: 8 values
-    float scale;              // of token lane / 4: block lane % 4
+    uint4 rope[kTokens / 4];   // of token 4 i + lane / 8: 8 values
+    float scale[kTokens / 8];  // of token 8 i + lane / 4: block lane % 4
 
-    __device__ void load_others(const TokenRows& from, int lane) {
-        scale = from.has(lane / 4) ? ptx::load_in_order(from.row(lane / 4) + kDimV + lane % 4 * 4) : 0.f;
+    __device__ void load_scales(const TokenRows& from, int lane) {
+        const uint8_t* at = from.row(lane / 4) + kDimV + lane % 4 * 4;
+#pragma unroll
+        for (int i = 0; i < kTokens / 8; ++i, at += 8 * from.stride) {
+            scale[i] = from.has(8 * i + lane / 4) ? ptx::load_in_order(at) : 0.f;
+        }
+    }
+    __device__ void load_rope(const TokenRows& from, int lane) {
         const uint8_t* at = from.row(lane / 8) + kDimV + 16 + lane % 8 * 16;
 #pragma unroll
         for (int i = 0; i < kTokens / 4; ++i, at += 4 * from.stride) {
@@ -132,9 +129,16 @@ struct Rows<T, CacheFormat::kFp8Blocks> {
         }
     }
     // Whether all scales are such that convert is right.
-    __device__ bool usual() const { return __all_sync(~0u, scale >= 0.f && scale < kGreatestScale); }
-    __device__ uint32_t factors() const { return factors_of<T>(scale); }
-    __device__ uint32_t last() const { return rope[kTokens / 4 - 1].x; }  // of what is loaded
+    __device__ bool usual() const {
+        bool usual = true;
+#pragma unroll
+        for (int i = 0; i < kTokens / 8; ++i) usual &= scale[i] >= 0.f && scale[i] < kGreatestScale;
+        return __all_sync(~0u, usual);
+    }
+    __device__ void factors(uint32_t (&mine)[kTokens / 8]) const {
+#pragma unroll
+        for (int i = 0; i < kTokens / 8; ++i) mine[i] = factors_of<T>(scale[i]);
+    }
     __device__ void store_rope(T* slice, int lane, int first) const {
 #pragma unroll
         for (int i = 0; i < kTokens / 4; ++i) {
@@ -149,31 +153,29 @@ struct Rows<T, CacheFormat::kFp8Tensor> {
     static constexpr bool kScaled = false;
     static constexpr int kBytes = 576;
     uint4 latents[kTokens];
-    uint4 rope;  // of token lane / 4: 16 values
+    uint4 rope[kTokens / 8];  // of token 8 i + lane / 4: 16 values
 
-    __device__ void load_others(const TokenRows& from, int lane) {
-        rope = ptx::load_in_order(from.row(lane / 4) + kDimV + lane % 4 * 16, from.has(lane / 4));
+    __device__ void load_scales(const TokenRows&, int) {}
+    __device__ void load_rope(const TokenRows& from, int lane) {
+        const uint8_t* at = from.row(lane / 4) + kDimV + lane % 4 * 16;
+#pragma unroll
+        for (int i = 0; i < kTokens / 8; ++i, at += 8 * from.stride) {
+            rope[i] = ptx::load_in_order(at, from.has(8 * i + lane / 4));
+        }
     }
     __device__ bool usual() const { return true; }
-    __device__ uint32_t factors() const { return 0; }
-    __device__ uint32_t last() const { return rope.x; }
+    __device__ void factors(uint32_t (&)[kTokens / 8]) const {}
     __device__ void store_rope(T* slice, int lane, int first) const {
-        uint4 chunks[2];
-        convert<T>(rope, chunks);
-        store_chunk(slice, first + lane / 4, lane % 4 * 2, chunks[0]);
-        store_chunk(slice, first + lane / 4, lane % 4 * 2 + 1, chunks[1]);
+#pragma unroll
+        for (int i = 0; i < kTokens / 8; ++i) {
+            uint4 chunks[2];
+            convert<T>(rope[i], chunks);
+            const int row = first + 8 * i + lane / 4;
+            store_chunk(slice, row, lane % 4 * 2, chunks[0]);
+            store_chunk(slice, row, lane % 4 * 2 + 1, chunks[1]);
+        }
     }
 };
-
-template <typename T, CacheFormat kFormat>
-__device__ __forceinline__ void load(Rows<T, kFormat>& rows, const TokenRows& from, int lane) {
-    const uint8_t* at = from.first + lane * 16;  // counted up: so many addresses would not fit in registers
-#pragma unroll
-    for (int token = 0; token < kTokens; ++token, at += from.stride) {
-        rows.latents[token] = ptx::load_in_order(at, from.has(token));
-    }
-    rows.load_others(from, lane);
-}
 
 // Of 8 lanes that store at once half has its chunks in the same banks as the other half: so each half stores the other
 // one of its two chunks first, and its values are swapped for that.
@@ -224,7 +226,7 @@ __device__ __forceinline__ void finish_queries(const FwdParams& params, SharedSt
             const int r = first + lane / 8;
             char* mine = reinterpret_cast<char*>(shared.sQ) + wgmma::swizzled(r, lane % 8);
             uint32_t greatest = 0;
-#pragma unroll 1
+#pragma unroll 3
             for (int slice = 0; slice < kSlices; ++slice) {
                 greatest =
                     __vmaxu2(greatest, greatest_finite(*reinterpret_cast<uint4*>(mine + slice * wgmma::kSliceBytes)));
@@ -233,7 +235,7 @@ __device__ __forceinline__ void finish_queries(const FwdParams& params, SharedSt
                 greatest = __vmaxu2(greatest, __shfl_xor_sync(~0u, greatest, lanes));
             const float factor = to_units(greatest);
             if (lane % 8 == 0) shared.query_units[r] = inverse_power(factor);
-#pragma unroll 1
+#pragma unroll 3
             for (int slice = 0; slice < kSlices; ++slice) {
                 auto& chunk = *reinterpret_cast<uint4*>(mine + slice * wgmma::kSliceBytes);
                 chunk = fp16_of_bf16(chunk, factor);
@@ -257,75 +259,81 @@ __device__ __forceinline__ void convert_unusual(const TokenRows& from, int lane,
     }
 }
 
-// From rows to a tile's tokens `first` on. `again`: where the rows lie, if they are to be read again.
-template <typename T, CacheFormat kFormat, typename Again>
-__device__ __forceinline__ void convert_rows(const Rows<T, kFormat>& held, T (&to)[kSlices][64 * 64], int first,
-                                             int lane, Again&& again) {
-    const uint32_t latents = latents_address(to, lane) + first * 128;
-    const uint32_t factors = held.factors();
-    const auto convert_latents = [&]<int kProducts>() {
-#pragma unroll
-        for (int token = 0; token < kTokens; token += kTogether) {
-            uint4 chunks[kTogether][2];
-#pragma unroll
-            for (int i = 0; i < kTogether; ++i) {
-                const int t = token + i;
-                const uint32_t both = kProducts == 0 ? 0 : __shfl_sync(~0u, factors, t * 4 + lane / 8);
-                convert<T, kProducts>(swap_halves(held.latents[t], swapped(lane)), both, chunks[i]);
-            }
-#pragma unroll
-            for (int i = 0; i < kTogether; ++i) store_latents(latents, token + i, chunks[i]);
-        }
-    };
-    if constexpr (!Rows<T, kFormat>::kScaled) {
-        convert_latents.template operator()<0>();
-    } else {
-        if (__all_sync(~0u, factors >> 16 << 1 == 0)) {  // powers of two, mostly
-            convert_latents.template operator()<1>();
-        } else {
-            convert_latents.template operator()<2>();
-        }
-        if (!held.usual()) convert_unusual<T>(again(), lane, latents);
-    }
-    held.store_rope(to[kRope], lane, first);
-}
-
-// One warp: its share of the segment's queries, and its 16 tokens of every tile, as soon as there is room for them. The
-// late ones are asked for when the early ones have landed, and before these are converted; the next tile's early ones
-// when the late ones have.
+// One warp: its share of the segment's queries, and its 16 tokens of every tile, as soon as there is room for them.
 template <typename T, typename Stored, CacheFormat kFormat>
 __device__ __forceinline__ void convert_keys(const FwdParams& params, SharedStorage<T>& shared, const RowTile& rows,
                                              const Segment& segment, int warp, Place& place, uint32_t& queries_phase) {
     if (segment.begin == segment.end) return;
-    const int lane = threadIdx.x % 32, first = warp * 2 * kTokens, second = first + kTokens;
+    const int lane = threadIdx.x % 32, first = warp * kTokens;
     const Pages pages(params, segment);
-    int page = pages.page_of(segment.begin), next_entry = pages.entry_of(segment.begin + 1);
-    const uint32_t zero = params.row_tiles >> 31;
-    Rows<T, kFormat> early, late;
-    load(early, TokenRows(params, rows, pages, segment.begin, page, first), lane);
+    Rows<T, kFormat> held;
+    int next_entry = pages.entry_of(segment.begin + 1);
+    {
+        const TokenRows from(params, rows, pages, segment.begin, pages.page_of(segment.begin), warp);
+        held.load_scales(from, lane);
+        const uint8_t* at = from.first + lane * 16;
+#pragma unroll
+        for (int token = 0; token < kTokens; ++token, at += from.stride) {
+            held.latents[token] = ptx::load_in_order(at, from.has(token));
+        }
+        held.load_rope(from, lane);
+    }
     start_queries<T, Stored>(params, shared, rows, segment, warp, queries_phase);
     queries_phase ^= 1;
 #pragma unroll 1
     for (int tile = segment.begin; tile < segment.end; ++tile, place.next()) {
         auto& to = shared.sK[place.stage];
-        const auto rows_from = [&](int begin) { return TokenRows(params, rows, pages, tile, page, begin); };
-        load(late, rows_from(second).after(early.last(), zero), lane);
-        const int next_page = pages.checked(next_entry);  // none after the last
-        next_entry = pages.entry_of(tile + 2);            // looked up a tile ahead
+        const uint32_t latents = latents_address(to, lane) + first * 128;
+        // of page -1, so none, after the last
+        const TokenRows from(params, rows, pages, tile + 1, pages.checked(next_entry), warp);
+        next_entry = pages.entry_of(tile + 2);  // looked up a tile ahead
+        uint32_t factors[kTokens / 8];
+        held.factors(factors);
+        const bool usual = held.usual();
+        held.load_scales(from, lane);
+        const uint8_t* at = from.first + lane * 16;  // counted up: 16 addresses would not fit in registers
         wait(&shared.freed[place.stage], place.phase ^ 1);
-        convert_rows(early, to, first, lane, [&] { return rows_from(first); });
-        if (zero != 0) __trap();  // a branch, or ptxas moves uses of the late ones up to where they are asked for
-        load(early, TokenRows(params, rows, pages, tile + 1, next_page, first).after(late.last(), zero), lane);
-        convert_rows(late, to, second, lane, [&] { return rows_from(second); });
+        // the latents, each token's successor asked for as soon as it is converted
+        const auto convert_latents = [&]<int kProducts>() {
+#pragma unroll
+            for (int token = 0; token < kTokens; token += kTogether) {
+                uint4 chunks[kTogether][2];
+#pragma unroll
+                for (int i = 0; i < kTogether; ++i) {
+                    const int t = token + i;
+                    const uint32_t both = kProducts == 0 ? 0 : __shfl_sync(~0u, factors[t / 8], t % 8 * 4 + lane / 8);
+                    convert<T, kProducts>(swap_halves(held.latents[t], swapped(lane)), both, chunks[i]);
+                }
+#pragma unroll
+                for (int i = 0; i < kTogether; ++i) store_latents(latents, token + i, chunks[i]);
+#pragma unroll
+                for (int i = 0; i < kTogether; ++i, at += from.stride) {
+                    held.latents[token + i] = ptx::load_in_order(at, from.has(token + i));
+                }
+            }
+        };
+        if constexpr (!Rows<T, kFormat>::kScaled) {
+            convert_latents.template operator()<0>();
+        } else if (__all_sync(~0u, (factors[0] | factors[1]) >> 16 << 1 == 0)) {  // powers of two, mostly
+            convert_latents.template operator()<1>();
+        } else {
+            convert_latents.template operator()<2>();
+        }
+        if constexpr (Rows<T, kFormat>::kScaled) {
+            if (!usual) {
+                convert_unusual<T>(TokenRows(params, rows, pages, tile, pages.page_of(tile), warp), lane, latents);
+            }
+        }
+        held.store_rope(to[kRope], lane, first);
+        held.load_rope(from, lane);
         __syncwarp();
         if (lane == 0) cuda::ptx::mbarrier_arrive(&shared.landed[place.stage]);
         if (tile == segment.begin) finish_queries<T, Stored>(params, shared, rows, warp);
-        page = next_page;
         // the rows after the next to L2, so that what a tile waits for does not come from memory
         if (params.cache_stride_token == Rows<T, kFormat>::kBytes) {
-            const TokenRows after(params, rows, pages, tile + 2, pages.checked(next_entry), first);
+            const TokenRows after(params, rows, pages, tile + 2, pages.checked(next_entry), warp);
             if (lane == 0 && after.count > 0) {
-                ptx::prefetch_bulk_l2(after.first, min(after.count, 2 * kTokens) * Rows<T, kFormat>::kBytes);
+                ptx::prefetch_bulk_l2(after.first, min(after.count, kTokens) * Rows<T, kFormat>::kBytes);
             }
         }
     }

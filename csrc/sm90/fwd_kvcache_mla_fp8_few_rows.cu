@@ -134,6 +134,14 @@ __device__ __forceinline__ void load_queries(const FwdParams& params, SharedStor
                                              const RowTile& rows, const Segment& segment, int warp, uint32_t& phase) {
     if (segment.begin == segment.end) return;
     const int lane = threadIdx.x % 32;
+    using Stored = std::conditional_t<kFp8Queries, uint8_t, T>;
+    const auto to_l2 = [&](int row) {  // all at once, since memory is slow to answer while keys are on their way
+        if (warp == 0 && lane < rows.count(params)) {
+            ptx::prefetch_bulk_l2(query_row<Stored>(params, rows, row, lane), kDimQK * sizeof(Stored));
+        }
+    };
+    to_l2(segment.row);
+    if (segment.more) to_l2(segment.row + 1);
     wait(&shared.queries_freed, phase ^ 1);
     phase ^= 1;
     if constexpr (kIsBF16<T>) {
@@ -142,7 +150,6 @@ __device__ __forceinline__ void load_queries(const FwdParams& params, SharedStor
         if (lane == 0) cuda::ptx::mbarrier_arrive(&shared.queries_landed);
         return;
     }
-    using Stored = std::conditional_t<kFp8Queries, uint8_t, T>;
     constexpr int kChunks = kDimQK * sizeof(Stored) / 16;  // of 16 bytes in memory
     constexpr int kAtOnce = kFp8Queries ? 3 : 4;
     const int count = rows.count(params) * kChunks;
@@ -180,9 +187,9 @@ struct Lane {
     int row, column;  // lane / 4, lane % 4: of operands of 8 rows and 16 bytes a lane
 };
 
-// Slices of queries that stay in registers. With all of them too few are left to convert values side by side: in
-// machine code a turn's stalls sum up to 2300 to 2600 cycles, with 3 to 6 slices to 1700.
-constexpr int kHeld = 5;
+// Slices of queries that stay in registers; with all of them too few are left to convert values side by side.
+template <CacheFormat kFormat>
+constexpr int kHeld = Layout<kFormat>::kScaled ? 5 : 7;
 // From the ring, which the keys' warp fills (load_tokens).
 template <typename Vector>
 __device__ __forceinline__ Vector take_bytes(const uint8_t* shared_place, int at) {
@@ -196,6 +203,7 @@ __device__ __forceinline__ uint4 take_query_chunk(const uint4* shared_operands, 
 
 // Queries, as the operands of products: of the rows lane / 4 + {0, 8} the dimensions 16 (lane % 4) + 4 step + {0,
 // 1} of a slice, then those two further.
+template <int kHeld>
 struct alignas(16) Queries {
     uint32_t held[kHeld][4][4];
     float units[2];       // what the rows are to be multiplied by
@@ -218,10 +226,10 @@ struct RowSoftmax {
 };
 
 // S of the warp's 8 keys, of which `key` is this lane's, and `scored` are those of its scores. Latents are multiplied
-// in fp16, and their scales the sums of a block's products.
-template <typename T, CacheFormat kFormat>
+// in fp16, and their scales, or those' powers of two if they are other numbers, the sums of a block's products.
+template <typename T, CacheFormat kFormat, bool kPlain>
 __device__ __forceinline__ void score(const uint8_t* key, const uint8_t* const (&scored)[2], const Lane& me,
-                                      const Queries& queries, float (&rS)[4]) {
+                                      const Queries<kHeld<kFormat>>& queries, const Factors& factors, float (&rS)[4]) {
     using L = Layout<kFormat>;
     constexpr int kGroups = L::kScaled ? kLatents / kBlocks : kSlices;  // slices that are asked for together
     constexpr int kOfGroup = L::kScaled ? kBlocks : 1;
@@ -238,10 +246,15 @@ __device__ __forceinline__ void score(const uint8_t* key, const uint8_t* const (
 #pragma unroll
             for (int j = 0; j < kOfGroup; ++j) {
                 const uint32_t words[4] = {chunks[j].x, chunks[j].y, chunks[j].z, chunks[j].w};
+                uint32_t b0 = ptx::fp16_of_e4m3<0>(words[i]), b1 = ptx::fp16_of_e4m3<1>(words[i]);
+                if constexpr (!kPlain) {
+                    const float mantissa = __shfl_sync(~0u, factors.mantissa, me.row * 4 + j);
+                    b0 = times_rounded<T>(b0, mantissa);
+                    b1 = times_rounded<T>(b1, mantissa);
+                }
                 uint32_t q[4];
                 queries.take(group + kGroups * j, i, q);
-                ptx::mma_m16n8k16<false>(sums[L::kScaled ? j : i], q, ptx::fp16_of_e4m3<0>(words[i]),
-                                         ptx::fp16_of_e4m3<1>(words[i]));
+                ptx::mma_m16n8k16<false>(sums[L::kScaled ? j : i], q, b0, b1);
             }
         }
     }
@@ -261,9 +274,10 @@ __device__ __forceinline__ void score(const uint8_t* key, const uint8_t* const (
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
             const float4 four = take_bytes<float4>(scored[k], L::kScales);
-            const float scales[4] = {four.x, four.y, four.z, four.w};
+            float scales[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
             for (int j = 0; j < kBlocks; ++j) {
+                if constexpr (!kPlain) scales[j] = power_of(scales[j]);
 #pragma unroll
                 for (int h = 0; h < 2; ++h) {
                     const float scale = kIsBF16<T> ? scales[j] * queries.units[h] : scales[j];
@@ -459,7 +473,7 @@ __device__ __forceinline__ void attend(const FwdParams& params, SharedStorage<T,
     const auto key_of = [&](int at) { return warp / 2 * 16 + L::key_of(warp % 2 * kWarpTokens + at); };  // of the warp
     const int my_key = key_of(me.row), scored[2] = {key_of(2 * me.column), key_of(2 * me.column + 1)};
 
-    Queries queries;
+    Queries<kHeld<kFormat>> queries;
     wait(&shared.queries_landed, phase);
     phase ^= 1;
     queries.others = &shared.queries[0][0][lane];
@@ -468,7 +482,7 @@ __device__ __forceinline__ void attend(const FwdParams& params, SharedStorage<T,
         for (int h = 0; h < 2; ++h) queries.units[h] = shared.query_units[me.row + 8 * h];
     }
 #pragma unroll
-    for (int slice = 0; slice < kHeld; ++slice) {
+    for (int slice = 0; slice < kHeld<kFormat>; ++slice) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             *reinterpret_cast<uint4*>(queries.held[slice][i]) = take_query_chunk(queries.others, slice, i);
@@ -482,12 +496,20 @@ __device__ __forceinline__ void attend(const FwdParams& params, SharedStorage<T,
         wait(&shared.landed[at.slot], at.phase);
         const uint8_t* keys = shared.ring[at.slot];
         const uint8_t* key = keys + my_key * L::kRowBytes;
-        score<T, kFormat>(key, {keys + scored[0] * L::kRowBytes, keys + scored[1] * L::kRowBytes}, me, queries, rS);
+        const uint8_t* const of_scores[2] = {keys + scored[0] * L::kRowBytes, keys + scored[1] * L::kRowBytes};
+        uint32_t odd = 0;  // scales that are no numbers
         if constexpr (L::kScaled) {
             const float of_block = take_bytes<float>(key, L::kScales + me.column * 4);
             const bool there = tile * kTile + my_key < segment.length;
             factors = make_factors<T>(there ? of_block : 0.f);
-            const uint32_t odd = __ballot_sync(~0u, there && !(fabsf(of_block) < INFINITY));
+            odd = __ballot_sync(~0u, there && !(fabsf(of_block) < INFINITY));
+        }
+        if (factors.plain) {
+            score<T, kFormat, true>(key, of_scores, me, queries, factors, rS);
+        } else if constexpr (L::kScaled) {
+            score<T, kFormat, false>(key, of_scores, me, queries, factors, rS);
+        }
+        if constexpr (L::kScaled) {
             if (odd != 0) {
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {

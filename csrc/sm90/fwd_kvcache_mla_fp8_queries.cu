@@ -32,28 +32,13 @@ constexpr int kConsumerWarps = 8;
 constexpr int kConsumers = 32 * kConsumerWarps;
 constexpr int kConverterWarps = 3;
 constexpr int kThreads = kConsumers + 32 * (1 + kConverterWarps);
-#ifndef V_SR
-#define V_SR 216
-#endif
-constexpr int kScorerRegisters = V_SR;   // O takes 128, S 32, P 16
+constexpr int kScorerRegisters = 216;    // O takes 128, S 32, P 16
 constexpr int kFollowerRegisters = 160;  // O 128
-constexpr int kProducerRegisters = 504 - 160 - V_SR;
+constexpr int kProducerRegisters = 120;
 
-#ifndef V_K
-#define V_K 3
-#define V_H 2
-#endif
-#ifndef V_PRE
-#define V_PRE 1
-#endif
-constexpr int kKeyStages = V_K;
+constexpr int kKeyStages = 2;
 constexpr int kHalf = kTile / 2;  // tokens that are converted, and freed, together
-#ifndef V_G
-#define V_G 1
-#endif
-constexpr int kGroups = V_G;
-constexpr int kTurns = 1;     // tiles' P
-constexpr int kHalves = V_H;  // of such, on their way to P V
+constexpr int kHalves = 3;        // of such, on their way to P V
 constexpr int kHalfLatents = kLatents / 2;
 
 // Slices of 64 bytes a row, in the 64-byte swizzle, and of 64 fp16 values a row of half a tile.
@@ -64,10 +49,10 @@ struct SharedStorage {
     alignas(1024) uint8_t sQ[kSlices][kByteSlice];
     alignas(1024) uint8_t sK[kKeyStages][kSlices][kByteSlice];
     alignas(1024) uint8_t sV[kHalves][kLatents][kValueSlice];
-    alignas(1024) __half sP[kTurns][kRowTile * kTile];
-    Part parts[kMaxParts];           // the plan
-    float base[kTurns][kRowTile];    // what P is relative to (Softmax)
-    float sum[kTurns][kRowTile][4];  // and P's sum, by the threads that have a row's columns
+    alignas(1024) __half sP[2][kRowTile * kTile];  // of tiles in turn
+    Part parts[kMaxParts];                         // the plan
+    float base[2][kRowTile];                       // what P is relative to (Softmax)
+    float sum[2][kRowTile][4];                     // and P's sum, by the threads that have a row's columns
     uint64_t keys_landed[kKeyStages], keys_freed[kKeyStages];
     uint64_t values_landed[kHalves], values_freed[kHalves];
     uint64_t queries_landed, queries_freed;
@@ -104,6 +89,8 @@ __device__ __forceinline__ void load(const FwdParams& params, const CUtensorMap&
     const Pages pages(params, segment);
     const int lane = ptx::lane();
     int page = pages.page_of(segment.begin), next_page = pages.page_of(segment.begin + 1);
+    // tiles that several CTAs read are brought to L2 two tiles ahead, by each in turn
+    const bool shared_by_row_tiles = params.row_tiles > 1 && params.h_k == 1;
     for (int tile = segment.begin; tile < segment.end; ++tile, place.next()) {
         const int page_after = pages.page_of(tile + 2);  // looked up two tiles ahead
         uint64_t* landed = &shared.keys_landed[place.slot];
@@ -114,7 +101,7 @@ __device__ __forceinline__ void load(const FwdParams& params, const CUtensorMap&
             const int32_t where[5] = {0, pages.token_of(tile), 0, rows.head, page};
             cuda::ptx::cp_async_bulk_tensor(cuda::ptx::space_cluster, cuda::ptx::space_global, shared.sK[place.slot][0],
                                             &cache, where, landed);
-            if (V_PRE && page_after >= 0 && tile % params.row_tiles == rows.index()) {
+            if (shared_by_row_tiles && page_after >= 0 && tile % params.row_tiles == rows.index()) {
                 ptx::prefetch_box_l2(&cache, {0, pages.token_of(tile + 2), 0, rows.head, page_after});
             }
         }
@@ -214,29 +201,20 @@ struct Values {
     }
 };
 
-// S = Q K^T of a tile, once it has landed.
+// Starts S = Q K^T of a tile, once it has landed.
 __device__ __forceinline__ void score(SharedStorage& shared, const KeyPlace& place, float (&rS)[32]) {
     wait(&shared.keys_landed[place.slot], place.phase);
+    wgmma::fence();
 #pragma unroll
-    for (int group = 0; group < kGroups; ++group) {
-        float rT[32];
-        wgmma::fence();
+    for (int slice = 0; slice < kSlices; ++slice) {
+        const uint64_t q = wgmma::k_major_64(shared.sQ[slice]), k = wgmma::k_major_64(shared.sK[place.slot][slice]);
 #pragma unroll
-        for (int i = 0; i < kSlices / kGroups; ++i) {
-            const int slice = group * (kSlices / kGroups) + i;
-            const uint64_t q = wgmma::k_major_64(shared.sQ[slice]), k = wgmma::k_major_64(shared.sK[place.slot][slice]);
-#pragma unroll
-            for (int step = 0; step < 2; ++step) {
-                wgmma::m64n64k32_e4m3(rT, wgmma::advance(q, step * wgmma::kStepBytesKMajor),
-                                      wgmma::advance(k, step * wgmma::kStepBytesKMajor), i + step > 0);
-            }
+        for (int step = 0; step < 2; ++step) {
+            wgmma::m64n64k32_e4m3(rS, wgmma::advance(q, step * wgmma::kStepBytesKMajor),
+                                  wgmma::advance(k, step * wgmma::kStepBytesKMajor), slice + step > 0);
         }
-        wgmma::commit();
-        wgmma::wait<0>();
-        wgmma::keep(rT);
-#pragma unroll
-        for (int k = 0; k < 32; ++k) rS[k] = group == 0 ? rT[k] : rS[k] + rT[k];
     }
+    wgmma::commit();
 }
 
 // Leaves P for the follower, with what it is relative to and its sums.
@@ -267,6 +245,8 @@ __device__ __forceinline__ Values attend_scorer(const FwdParams& params, SharedS
         float rS[32], high[2], factor[2], sum[2];
         uint32_t rP[16];
         score(shared, keys, rS);
+        wgmma::wait<0>();
+        wgmma::keep(rS);
         release(me, &shared.keys_freed[keys.slot]);
         keys.next();
         if (last && me.lane == 0) cuda::ptx::mbarrier_arrive(&shared.queries_freed);
@@ -276,10 +256,11 @@ __device__ __forceinline__ Values attend_scorer(const FwdParams& params, SharedS
         change_base(softmax, base, factor);
         exponentiate<__half>(base, rS, rP, sum);
         add_sum(softmax, sum);
-        const Values values(place);
-        values.wait_for(shared);  // that there was room for it says that the follower has done with the P before
+        // room for the V of the tile before this one says that the follower has done with P of the one before that
         leave_probabilities(shared, me, turn, base, sum, rP);
-        turn = (turn + 1) % kTurns;
+        turn ^= 1;
+        const Values values(place);
+        values.wait_for(shared);
         rescale(factor, rO);
         wgmma::keep(rO);
         wgmma::keep(rP);
@@ -318,7 +299,7 @@ __device__ __forceinline__ Values attend_follower(SharedStorage& shared, const C
         rescale(factor, rO);
         wgmma::keep(rO);
         const uint64_t p = wgmma::k_major(shared.sP[turn]);
-        turn = (turn + 1) % kTurns;
+        turn ^= 1;
         wgmma::fence();
 #pragma unroll
         for (int step = 0; step < 4; ++step) {
