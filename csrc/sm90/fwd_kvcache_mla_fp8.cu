@@ -231,8 +231,9 @@ __device__ __forceinline__ void finish_queries(const FwdParams& params, SharedSt
                 greatest =
                     __vmaxu2(greatest, greatest_finite(*reinterpret_cast<uint4*>(mine + slice * wgmma::kSliceBytes)));
             }
-            for (int lanes = 1; lanes < 8; lanes *= 2)
+            for (int lanes = 1; lanes < 8; lanes *= 2) {
                 greatest = __vmaxu2(greatest, __shfl_xor_sync(~0u, greatest, lanes));
+            }
             const float factor = to_units(greatest);
             if (lane % 8 == 0) shared.query_units[r] = inverse_power(factor);
 #pragma unroll 3
@@ -410,9 +411,13 @@ __device__ __forceinline__ void attend_scorer(const FwdParams& params, SharedSto
         wgmma::wait<0>();
         wgmma::keep(rS);
         if (last && me.lane == 0) cuda::ptx::mbarrier_arrive(&shared.queries_freed);
+        if constexpr (std::is_same_v<T, Stored>) {
+            scale_and_mask(me, scale_log2, tile, visible, rS);
+        } else {
 #pragma unroll
-        for (int k = 0; k < 32; ++k) rS[k] = __fmul_rn(rS[k], scale[k / 2 % 2]);  // for itself: see scale_and_mask
-        mask(me, tile, visible, rS);
+            for (int k = 0; k < 32; ++k) rS[k] = __fmul_rn(rS[k], scale[k / 2 % 2]);
+            mask(me, tile, visible, rS);
+        }
         row_maxima(rS, high);
         const float base[2] = {fmaxf(high[0], softmax.base[0]), fmaxf(high[1], softmax.base[1])};
         change_base(softmax, base, factor);

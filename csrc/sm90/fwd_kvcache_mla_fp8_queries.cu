@@ -256,11 +256,10 @@ __device__ __forceinline__ Values attend_scorer(const FwdParams& params, SharedS
         change_base(softmax, base, factor);
         exponentiate<__half>(base, rS, rP, sum);
         add_sum(softmax, sum);
-        // room for the V of the tile before this one says that the follower has done with P of the one before that
+        const Values values(place);
+        values.wait_for(shared);  // that there was room for it says that the follower has done with P two tiles before
         leave_probabilities(shared, me, turn, base, sum, rP);
         turn ^= 1;
-        const Values values(place);
-        values.wait_for(shared);
         rescale(factor, rO);
         wgmma::keep(rO);
         wgmma::keep(rP);
