@@ -209,12 +209,9 @@ struct alignas(16) Queries {
     float units[2];       // what the rows are to be multiplied by
     const uint4* others;  // this lane's in shared memory
 
-    // From registers, if it is there and kFromHeld.
-    template <bool kFromHeld>
     __device__ __forceinline__ void take(int slice, int step, uint32_t (&fragment)[4]) const {
-        const bool is_held = kFromHeld && slice < kHeld;
-        const uint4 values = is_held ? *reinterpret_cast<const uint4*>(held[is_held ? slice : 0][step])
-                                     : take_query_chunk(others, slice, step);
+        const uint4 values = slice < kHeld ? *reinterpret_cast<const uint4*>(held[slice < kHeld ? slice : 0][step])
+                                           : take_query_chunk(others, slice, step);
         fragment[0] = values.x;
         fragment[1] = values.y;
         fragment[2] = values.z;
@@ -237,7 +234,7 @@ __device__ __forceinline__ void score(const uint8_t* key, const uint8_t* const (
     constexpr int kGroups = L::kScaled ? kLatents / kBlocks : kSlices;  // slices that are asked for together
     constexpr int kOfGroup = L::kScaled ? kBlocks : 1;
     float sums[4][4] = {};  // of blocks, or four so that no product waits for the one before
-#pragma unroll kPlain ? kGroups : 1
+#pragma unroll
     for (int group = 0; group < kGroups; ++group) {
         uint4 chunks[kOfGroup];
 #pragma unroll
@@ -256,7 +253,7 @@ __device__ __forceinline__ void score(const uint8_t* key, const uint8_t* const (
                     b1 = times_rounded<T>(b1, mantissa);
                 }
                 uint32_t q[4];
-                queries.template take<kPlain>(group + kGroups * j, i, q);
+                queries.take(group + kGroups * j, i, q);
                 ptx::mma_m16n8k16<false>(sums[L::kScaled ? j : i], q, b0, b1);
             }
         }
@@ -267,8 +264,8 @@ __device__ __forceinline__ void score(const uint8_t* key, const uint8_t* const (
         for (int half = 0; half < 2; ++half) {
             const uint4 rope = convert_bf16<T>(take_bytes<uint4>(key, L::kRope + half * 64 + me.column * 16));
             uint32_t q[2][4];
-            queries.template take<false>(kLatents, 2 * half, q[0]);
-            queries.template take<false>(kLatents, 2 * half + 1, q[1]);
+            queries.take(kLatents, 2 * half, q[0]);
+            queries.take(kLatents, 2 * half + 1, q[1]);
             ptx::mma_m16n8k16<kIsBF16<T>>(ropes[0], q[0], rope.x, rope.y);
             ptx::mma_m16n8k16<kIsBF16<T>>(ropes[1], q[1], rope.z, rope.w);
         }
@@ -501,19 +498,18 @@ __device__ __forceinline__ void attend(const FwdParams& params, SharedStorage<T,
         const uint8_t* key = keys + my_key * L::kRowBytes;
         const uint8_t* const of_scores[2] = {keys + scored[0] * L::kRowBytes, keys + scored[1] * L::kRowBytes};
         uint32_t odd = 0;  // scales that are no numbers
-        // at once, if the tile before was plain: that this one is shows later
-        if (factors.plain) score<T, kFormat, true>(key, of_scores, me, queries, factors, rS);
-        const bool scored_plain = factors.plain;
         if constexpr (L::kScaled) {
             const float of_block = take_bytes<float>(key, L::kScales + me.column * 4);
             const bool there = tile * kTile + my_key < segment.length;
             factors = make_factors<T>(there ? of_block : 0.f);
             odd = __ballot_sync(~0u, there && !(fabsf(of_block) < INFINITY));
         }
+        if (factors.plain) {
+            score<T, kFormat, true>(key, of_scores, me, queries, factors, rS);
+        } else if constexpr (L::kScaled) {
+            score<T, kFormat, false>(key, of_scores, me, queries, factors, rS);
+        }
         if constexpr (L::kScaled) {
-            if (!scored_plain || !factors.plain) {  // right for powers of two as well
-                score<T, kFormat, false>(key, of_scores, me, queries, factors, rS);
-            }
             if (odd != 0) {
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
