@@ -15,6 +15,9 @@
 // It runs once a decode step, before everything else, on one multiprocessor: what counts is the length of the chain of
 // dependent instructions, and that they be few, since none of them is in the instruction cache. So all is computed in
 // 32 bits where the total allows it, which the CTA knows after the scan.
+//
+// Uneven queries have a kernel of their own: a row may there have thousands of blocks (flashmla_ops/plan.py) that each
+// count as a row, and its cuts are dealt to threads.
 
 #include <climits>
 #include <type_traits>
@@ -151,16 +154,27 @@ __device__ int ceil_div(int x, int y) { return x / y + (x % y != 0); }
 __device__ int64_t ceil_div(int64_t x, int y) { return x / y + (x % y != 0); }
 
 static_assert(kFirstRow == 0 && kFirstTile == 1 && kLastRow == 2 && kLastTile == 3 && kFirstSplit == 4);
-__device__ void write_part(const MetadataParams& params, int part, int4 work, int first_split) {
+static_assert(kFlags == 5 && kFirstRowTile == 6 && kLastRowTile == 7);
+__device__ void write_part(const MetadataParams& params, int part, int4 work, int first_split, int first_row_tile = 0,
+                           int last_row_tile = 0) {
     int4* columns = reinterpret_cast<int4*>(params.metadata + part * kColumns);
     columns[0] = work;  // first_row, first_tile, last_row, last_tile
-    columns[1] = {first_split, 0, 0, 0};
+    columns[1] = {first_split, 0, first_row_tile, last_row_tile};
 }
 constexpr int4 kNoWork = {0, 0, -1, 0};
 
 // --------------------------------------------------------------------------------------------------- rows cut alike
 
-// Into how many parts each row is cut, if that is better than the line; else 0.
+// Into how many parts each of `rows` rows is cut, the longest of `most` tiles, the shortest of `least`, if that is
+// better than the line; else 0.
+template <typename Int>
+__device__ int parts_if_alike(const MetadataParams& params, int rows, int most, int least, const Line<Int>& line) {
+    int worth = max(1, static_cast<int>(sqrtf(static_cast<float>(most) / kSharesPerTile)));  // tiles; rounded up:
+    while (kSharesPerTile * worth * worth < most) ++worth;
+    const int parts = max(1, min(min(ceil_div(most, worth), least), params.num_parts / rows));
+    return ceil_div(most, parts) <= ceil_div(line.total, line.parts) ? parts : 0;
+}
+
 template <typename Int>
 __device__ int parts_of_a_row(const MetadataParams& params, const SharedStorage& shared, const Line<Int>& line) {
     if (params.b == 0 || params.b > params.num_parts) return 0;
@@ -168,10 +182,7 @@ __device__ int parts_of_a_row(const MetadataParams& params, const SharedStorage&
     const bool is_warp = lane < blockDim.x / 32;
     const int most = __reduce_max_sync(~0u, is_warp ? shared.most[lane] : 0);
     const int least = __reduce_min_sync(~0u, is_warp ? shared.least[lane] : INT_MAX);
-    int worth = max(1, static_cast<int>(sqrtf(static_cast<float>(most) / kSharesPerTile)));  // tiles; rounded up:
-    while (kSharesPerTile * worth * worth < most) ++worth;
-    const int parts = max(1, min(min(ceil_div(most, worth), least), params.num_parts / params.b));
-    return ceil_div(most, parts) <= ceil_div(line.total, line.parts) ? parts : 0;
+    return parts_if_alike(params, params.b, most, least, line);
 }
 
 __device__ void write_alike(const MetadataParams& params, int parts_of_row) {
@@ -290,13 +301,190 @@ __global__ void __launch_bounds__(kManyThreads) get_mla_metadata_kernel(const Me
     }
 }
 
+// ----------------------------------------------------------------------------------------------------- uneven queries
+
+// Where a cut of the line stands, and the first cut in that block.
+struct Cut {
+    int row, block, tile, first;
+};
+
+struct UnevenStorage {
+    int64_t sum[2][32];  // of the warps: cost, blocks
+    int most[32], least[32];
+    int parts_of_block;               // if every block is cut alike, else 0
+    uint32_t marked[kWords];          // bit p: cut p is the first of its row
+    uint32_t starting[kWords];        // and: does not split its block
+    int marked_row[kMaxParts];        // at the marks: the row,
+    int64_t marked_begin[kMaxParts];  // and where on the line it begins
+    Cut cuts[kMaxParts + 1];
+};
+
+struct BlocksOf {
+    int tiles;       // of keys, of each
+    int64_t blocks;  // of the row
+    int64_t cost;    // of each
+
+    __device__ BlocksOf(const MetadataParams& params, int row) : tiles(num_tiles(params, row)) {
+        const int64_t difference = int64_t{params.cu_seqlens_q[row + 1]} - params.cu_seqlens_q[row];
+        const int64_t queries = max(int64_t{0}, min(difference, int64_t{params.max_seqlen_q}));
+        const int size = (params.group + kRowTile - 1) / kRowTile * kRowTile;
+        blocks = (queries * params.group + size - 1) / size;
+        cost = params.row_cost + tiles;
+    }
+};
+
+// The last bit that is set up to bit `end`; there is one.
+__device__ int last_bit(const uint32_t (&words)[kWords], int end) {
+    int word = end / 32;
+    uint32_t bits = words[word] & (~0u >> (31 - end % 32));
+    while (bits == 0 && word > 0) bits = words[--word];
+    return word * 32 + 31 - __clz(bits);
+}
+
+// The number of bits set in words 0 .. up to bit `end`, exclusive.
+__device__ int bits_below(const uint32_t (&words)[kWords], int end) {
+    int count = 0;
+    for (int word = 0; word < end / 32; ++word) count += __popc(words[word]);
+    return end % 32 == 0 ? count : count + __popc(words[end / 32] & ((1u << end % 32) - 1));
+}
+
+__global__ void __launch_bounds__(kManyThreads)
+    get_mla_metadata_uneven_kernel(const MetadataParams params, int per_thread) {
+    __shared__ UnevenStorage shared;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int first_row = min(static_cast<int>(threadIdx.x) * per_thread, params.b);
+    const int end_row = min(first_row + per_thread, params.b);
+    int64_t cost = 0, blocks = 0;
+    int most = 0, least = INT_MAX;
+    for (int row = first_row; row < end_row; ++row) {
+        const BlocksOf of(params, row);
+        if (of.blocks == 0) continue;
+        cost += of.blocks * of.cost;
+        blocks += of.blocks;
+        most = max(most, of.tiles);
+        least = min(least, of.tiles);
+    }
+    most = __reduce_max_sync(~0u, most);
+    least = __reduce_min_sync(~0u, least);
+    if (lane == 0) {
+        shared.most[warp] = most;
+        shared.least[warp] = least;
+    }
+    if (threadIdx.x < kWords) shared.marked[threadIdx.x] = shared.starting[threadIdx.x] = 0;
+    int64_t total, all_blocks;
+    const int64_t begin = sum_before(cost, shared.sum[0], total);
+    const int64_t blocks_before = sum_before(blocks, shared.sum[1], all_blocks);
+    const Line<int64_t> line(total, params);
+
+    if (warp == 0) {
+        const bool is_warp = lane < blockDim.x / 32;
+        const int greatest = __reduce_max_sync(~0u, is_warp ? shared.most[lane] : 0);
+        const int smallest = __reduce_min_sync(~0u, is_warp ? shared.least[lane] : INT_MAX);
+        const bool few = all_blocks > 0 && all_blocks <= params.num_parts;
+        const int alike = few ? parts_if_alike(params, static_cast<int>(all_blocks), greatest, smallest, line) : 0;
+        if (lane == 0) shared.parts_of_block = alike;
+    }
+    if (threadIdx.x == 0) params.num_splits[0] = 0;
+    __syncthreads();
+
+    if (const int each = shared.parts_of_block; each > 0) {
+        int64_t block = blocks_before;
+        for (int row = first_row; row < end_row; ++row) {  // which mark their first block
+            const BlocksOf of(params, row);
+            if (of.blocks > 0) {
+                atomicOr(&shared.marked[block / 32], 1u << block % 32);
+                shared.marked_row[block] = row;
+            }
+            block += of.blocks;
+            params.num_splits[row + 1] = static_cast<int>(block) * each;
+        }
+        __syncthreads();
+        for (int part = threadIdx.x; part < kMaxParts; part += blockDim.x) {
+            const int of_part = part / each, split = part - of_part * each;
+            if (of_part >= all_blocks) {
+                write_part(params, part, kNoWork, 0);
+                continue;
+            }
+            const int first = last_bit(shared.marked, of_part), row = shared.marked_row[first];
+            const int64_t tiles = num_tiles(params, row);
+            const int from = split * tiles / each, to = (split + 1) * tiles / each;
+            write_part(params, part, {row, from, row, to}, split, of_part - first, of_part - first);
+        }
+        return;
+    }
+
+    // Rows mark the first of their cuts.
+    int64_t at = begin;
+    for (int row = first_row; row < end_row; ++row) {
+        const BlocksOf of(params, row);
+        const int64_t next = at + of.blocks * of.cost;
+        const int first = line.cuts_below(at);
+        if (first < line.cuts_below(next)) {
+            atomicOr(&shared.marked[first / 32], 1u << first % 32);
+            shared.marked_row[first] = row;
+            shared.marked_begin[first] = at;
+        }
+        at = next;
+    }
+    __syncthreads();
+
+    // A thread each: where the cuts stand.
+    for (int i = threadIdx.x; i <= kMaxParts; i += blockDim.x) {
+        Cut cut = {params.b, 0, 0, 0};
+        if (i < line.parts && total > 0) {
+            const int mark = last_bit(shared.marked, i);
+            cut.row = shared.marked_row[mark];
+            const BlocksOf of(params, cut.row);
+            const int64_t in_row = i * total / line.parts - shared.marked_begin[mark];
+            const int64_t block = in_row / of.cost, in_block = in_row - block * of.cost;
+            cut.block = static_cast<int>(block);
+            cut.tile = static_cast<int>(max(in_block - params.row_cost, int64_t{0}));
+            cut.first = line.cuts_below(shared.marked_begin[mark] + block * of.cost);
+            if (cut.tile == 0) atomicOr(&shared.starting[i / 32], 1u << i % 32);
+        }
+        shared.cuts[i] = cut;
+    }
+    __syncthreads();
+
+    for (int part = threadIdx.x; part < kMaxParts; part += blockDim.x) {
+        const Cut cut = shared.cuts[part], next = shared.cuts[part + 1];
+        if (cut.row >= params.b) {
+            write_part(params, part, kNoWork, 0);
+            continue;
+        }
+        int last_row = next.row, last_block = next.block, last_tile = next.tile;
+        if (next.tile == 0) {  // the next part starts with a block of its own
+            if (next.block == 0) {
+                do --last_row;  // rows without queries have none
+                while (BlocksOf(params, last_row).blocks == 0);
+                last_block = BlocksOf(params, last_row).blocks;
+            }
+            --last_block;
+            last_tile = num_tiles(params, last_row);
+        }
+        // of the block's cuts only the first one may not split it
+        const int splits = cut.tile > 0 ? part - cut.first + (shared.cuts[cut.first].tile > 0) : 0;
+        write_part(params, part, {cut.row, cut.tile, last_row, last_tile}, splits, cut.block, last_block);
+    }
+    at = begin;
+    int64_t block = blocks_before;
+    for (int row = first_row; row < end_row; ++row) {
+        const BlocksOf of(params, row);
+        at += of.blocks * of.cost;
+        block += of.blocks;
+        const int cuts = line.cuts_below(at);
+        params.num_splits[row + 1] = static_cast<int>(block + cuts - bits_below(shared.starting, cuts));
+    }
+}
+
 }  // namespace
 
 // ---------------------------------------------------------------------------------------------------------- launcher
 
 void get_mla_metadata(const MetadataParams& params, cudaStream_t stream) {
     const int threads = params.b <= 2 * kFewThreads ? kFewThreads : kManyThreads;
-    get_mla_metadata_kernel<<<1, threads, 0, stream>>>(params, (params.b + threads - 1) / threads);
+    const auto kernel = params.cu_seqlens_q != nullptr ? get_mla_metadata_uneven_kernel : get_mla_metadata_kernel;
+    kernel<<<1, threads, 0, stream>>>(params, (params.b + threads - 1) / threads);
     cuda_check(cudaGetLastError(), "get_mla_metadata");
 }
 

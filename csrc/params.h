@@ -12,6 +12,11 @@ constexpr int kTile = 64;       // keys in a tile, whatever the page size
 constexpr int kRowTile = 64;    // query rows in a row tile
 constexpr int kMaxParts = 256;  // rows of the plan
 constexpr int kColumns = 8;
+constexpr int kWorkspaceTiles = 1024;  // of 64 x 512 fp32, for the shares of all row tiles: 128 MiB
+constexpr int kUnitTiles = 8;          // and these for batch-invariant plans
+constexpr int kMaxUnits = 64;
+constexpr int kLaunchRowTiles = 160;  // so that the workspace stays bounded (units.cuh)
+constexpr int kOwnPlaces = 6;         // log2(kMaxUnits): nodes of a row that wait at once for one that is to come
 constexpr int kMinTiles = 1;
 constexpr int kFewRows = 16;
 constexpr int kSharesPerTile = 16;
@@ -31,6 +36,9 @@ struct MetadataParams {
     int b;
     int num_parts;  // 1 to kMaxParts
     int row_cost;
+    const int* cu_seqlens_q;  // [b + 1]; null: rows have as many queries
+    int max_seqlen_q;         // of a row
+    int group;                // h_q / h_k, of uneven queries
 };
 
 struct AppendParams {
@@ -70,28 +78,36 @@ struct FwdParams {
     const float* kv_scale;     // of kFp8Tensor
     const int* block_table;    // [b, max_pages]
     const int* cache_seqlens;  // [b]
-    const int* metadata;       // [kMaxParts, kColumns]
+    const int* metadata;       // [kMaxParts, kColumns], of a batch-invariant plan [kMaxParts + 1, kColumns]
     float* partial_out;        // [2 * split_parts, row_tiles, 64 * 512]: normalised outputs of split rows' shares
     float* partial_lse;        // [2 * split_parts, row_tiles, 64]: their log-sum-exp, base 2
     int* arrivals;             // [split_parts, row_tiles, 2]: for rows of two shares; null: they are merged like others
+    const int* cu_seqlens_q;   // [b + 1]; null: rows have s_q queries each, else s_q is the most that one has, and
+                               // q is [total_q, h_q, 576], out [total_q, h_q, 512], lse [h_q, total_q]
     int2* split_rows;          // [split_parts]: (row, shares) of the row that the part begins, if it is to be combined
     void* scratch;             // 16 bytes whose contents mean nothing
     int64_t q_stride_b, q_stride_s, q_stride_h;
     int64_t cache_stride_page, cache_stride_token, cache_stride_head;
     int64_t table_stride;
     int64_t num_pages;
-    int b, s_q, h_q, h_k, page_size;
+    int b, s_q, h_q, h_k, page_size, total_q;
     int max_len;      // keys that a row of the table reaches: longer lengths clamp to it
     int group;        // h_q / h_k
-    int rows;         // s_q * group: query rows of one key head, in the order (s_q, group)
-    int row_tiles;    // h_k * ceil(rows / kRowTile)
+    int rows;         // s_q * group: query rows of one key head, in the order (s_q, group); of uneven queries the
+                      // most that a block of them has (plan.py)
+    int row_tiles;    // h_k * ceil(rows / kRowTile), of uneven queries h_k * ceil(group / kRowTile)
     int grid_parts;   // parts at work at once
     int plan_parts;   // parts that the plan may use
     int split_parts;  // parts that the workspace has room for; a plan that uses others is executed unsplit
     float softmax_scale_log2;
     bool causal;
     bool few_rows;  // up to kFewRows, for which there are kernels of their own; their shares lie in rows
-    DType dtype;    // of out
+    // Under a batch-invariant plan (units.cuh) few_rows goes by `group`, and a row tile then has kFewRows rows.
+    bool batch_invariant;
+    int places;          // that the plan may give a row tile; a plan that uses more is executed unsplit
+    int first_row_tile;  // of this launch
+    int2* nodes;         // [places]: (row, its units up to the node's end) of what parts leave to be merged
+    DType dtype;         // of out
     CacheFormat format;
 };
 
@@ -115,6 +131,7 @@ void fwd_kvcache_mla_fp8(const FwdParams& params, cudaStream_t stream);
 void fwd_kvcache_mla_fp8_queries(const FwdParams& params, cudaStream_t stream);
 void fwd_kvcache_mla_fp8_few_rows(const FwdParams& params, cudaStream_t stream);
 void fwd_kvcache_mla_combine(const FwdParams& params, cudaStream_t stream);
+void fwd_kvcache_mla_merge_nodes(const FwdParams& params, cudaStream_t stream);
 void paged_stream(const StreamParams& params, cudaStream_t stream);
 }  // namespace sm90
 

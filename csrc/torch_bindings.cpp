@@ -29,7 +29,6 @@ using torch::stable::Tensor;
 // ----------------------------------------------------------------------------------------------------------- helpers
 
 constexpr int kVectorBytes = 16;
-constexpr int64_t kWorkspaceTiles = 1024;  // of 64 x 512 fp32: 128 MiB
 constexpr int64_t kDimV = 512;
 
 DType dtype_of(const Tensor& t) {
@@ -75,36 +74,83 @@ const float* pointer_to(const std::optional<Tensor>& scale) {
     return scale.has_value() ? static_cast<const float*>(scale->data_ptr()) : nullptr;
 }
 
+const int* ints_of(const std::optional<Tensor>& t) {
+    return t.has_value() ? static_cast<const int*>(t->data_ptr()) : nullptr;
+}
+
+// Query rows fit in 32 bits, whatever bound of them a caller names.
+int int_of(int64_t value) { return static_cast<int>(std::min<int64_t>(value, std::numeric_limits<int>::max())); }
+
 // --------------------------------------------------------------------------------------------------------------- ops
 
-// rows: query rows of a key head.
+// rows: query rows of a key head; with cu_seqlens_q of one query.
 void get_mla_metadata_op(Tensor tile_scheduler_metadata, Tensor num_splits, const Tensor cache_seqlens,
-                         int64_t num_parts, int64_t rows) {
+                         int64_t num_parts, int64_t rows, const std::optional<Tensor> cu_seqlens_q,
+                         int64_t max_seqlen_q) {
     const OnDevice on(cache_seqlens);
     get_mla_metadata({.metadata = static_cast<int*>(tile_scheduler_metadata.data_ptr()),
                       .num_splits = static_cast<int*>(num_splits.data_ptr()),
                       .cache_seqlens = static_cast<const int*>(cache_seqlens.data_ptr()),
                       .b = static_cast<int>(cache_seqlens.size(0)),
                       .num_parts = static_cast<int>(num_parts),
-                      .row_cost = row_cost(rows)},
+                      .row_cost = row_cost(cu_seqlens_q.has_value() ? int_of(max_seqlen_q) * rows : rows),
+                      .cu_seqlens_q = ints_of(cu_seqlens_q),
+                      .max_seqlen_q = int_of(max_seqlen_q),
+                      .group = static_cast<int>(rows)},
                      on.stream);
 }
 
+// A call under a batch-invariant plan (sm90/units.cuh), of which all else is known. Which kernel serves it and what its
+// row tiles are goes by h_q / h_k, never by s_q or the batch.
+void fwd_kvcache_mla_invariant(FwdParams params, const Tensor& like, cudaStream_t stream) {
+    const int64_t max_units = std::min(kMaxUnits, params.max_len / (kTile * kUnitTiles) + 1);
+    // of a row tile of the planner, as plan.py's `places`
+    params.places = static_cast<int>(std::min(int64_t{kWorkspaceTiles / params.row_tiles}, params.b * max_units));
+    params.batch_invariant = true;
+    params.few_rows = params.group <= kFewRows;
+    const int tile_rows = params.few_rows ? kFewRows : kRowTile;
+    params.row_tiles = params.h_k * ((params.rows + tile_rows - 1) / tile_rows);
+    if (params.row_tiles > kLaunchRowTiles) params.places = 0;  // of several launches: rows are whole then
+    params.grid_parts = std::clamp(multiprocessors() / params.row_tiles, 1, kMaxParts);
+    const int64_t own = int64_t{std::min(params.row_tiles, kLaunchRowTiles)} * params.grid_parts * kOwnPlaces;
+    const int64_t tiles = int64_t{params.places} * params.row_tiles + own;
+    // partial_out, partial_lse, nodes: in floats
+    Tensor workspace =
+        new_empty({tiles * (tile_rows * kDimV + 2 * kRowTile) + 2 * params.places}, ScalarType::Float, like);
+    params.partial_out = static_cast<float*>(workspace.data_ptr());
+    params.partial_lse = params.partial_out + tiles * tile_rows * kDimV;
+    params.nodes = reinterpret_cast<int2*>(params.partial_lse + tiles * 2 * kRowTile);
+    const auto kernel = params.few_rows ? sm90::fwd_kvcache_mla_few_rows : sm90::fwd_kvcache_mla;
+    kernel(params, stream);
+    if (params.places > 0) sm90::fwd_kvcache_mla_merge_nodes(params, stream);
+}
+
 // num_parts: parts at work at once; plan_parts: how many the plan may use. Without a plan it makes one of num_parts. A
-// cache of bytes is in fp8: with kv_scale in fp8_tensor, without in fp8.
+// cache of bytes is in fp8: with kv_scale in fp8_tensor, without in fp8. With cu_seqlens_q there is no dimension b.
 std::tuple<Tensor, Tensor> fwd_kvcache_mla_op(const Tensor q, const Tensor kv_cache, const Tensor block_table,
                                               const Tensor cache_seqlens, double softmax_scale, bool causal,
                                               const std::optional<Tensor> tile_scheduler_metadata, int64_t num_parts,
                                               int64_t plan_parts, const std::optional<Tensor> q_scale,
-                                              const std::optional<Tensor> kv_scale) {
+                                              const std::optional<Tensor> kv_scale,
+                                              const std::optional<Tensor> cu_seqlens_q, int64_t max_seqlen_q) {
     const OnDevice on(q);
-    const int64_t b = q.size(0), s_q = q.size(1), h_q = q.size(2);
+    const bool uneven = cu_seqlens_q.has_value();
+    const int64_t b = cache_seqlens.size(0), h_q = q.size(uneven ? 1 : 2);
+    const int64_t total_q = uneven ? q.size(0) : b * q.size(1);
+    const int64_t s_q = uneven ? int_of(max_seqlen_q) : q.size(1);
     const ScalarType out_dtype = q_scale.has_value() ? ScalarType::BFloat16 : q.scalar_type();
-    Tensor out = new_empty({b, s_q, h_q, kDimV}, out_dtype, q);
-    Tensor lse = new_empty({b, h_q, s_q}, ScalarType::Float, q);
+    Tensor out =
+        uneven ? new_empty({total_q, h_q, kDimV}, out_dtype, q) : new_empty({b, s_q, h_q, kDimV}, out_dtype, q);
+    Tensor lse =
+        uneven ? new_empty({h_q, total_q}, ScalarType::Float, q) : new_empty({b, h_q, s_q}, ScalarType::Float, q);
     if (out.numel() == 0) return {out, lse};
     const int64_t num_pages = kv_cache.size(0), page_size = kv_cache.size(1), h_k = kv_cache.size(2);
-    const int64_t rows = s_q * (h_q / h_k);
+    const int64_t group = h_q / h_k;
+    // of uneven queries: those of a block, of as many row tiles as one query fills (plan.py)
+    const int64_t block_tiles = (group + kRowTile - 1) / kRowTile;
+    const int64_t rows = uneven ? std::min(s_q * group, block_tiles * kRowTile) : s_q * group;
+    // what tells a batch-invariant plan, without reading it, is that it has one more row
+    const bool invariant = tile_scheduler_metadata.has_value() && tile_scheduler_metadata->size(0) > kMaxParts;
     Tensor metadata = tile_scheduler_metadata.has_value() ? *tile_scheduler_metadata
                                                           : new_empty({kMaxParts, kColumns}, ScalarType::Int, q);
     if (!tile_scheduler_metadata.has_value()) {
@@ -114,24 +160,29 @@ std::tuple<Tensor, Tensor> fwd_kvcache_mla_op(const Tensor q, const Tensor kv_ca
                           .cache_seqlens = static_cast<const int*>(cache_seqlens.data_ptr()),
                           .b = static_cast<int>(b),
                           .num_parts = static_cast<int>(num_parts),
-                          .row_cost = row_cost(rows)},
+                          .row_cost = row_cost(uneven ? s_q * group : rows),
+                          .cu_seqlens_q = ints_of(cu_seqlens_q),
+                          .max_seqlen_q = int_of(max_seqlen_q),
+                          .group = static_cast<int>(group)},
                          on.stream);
     }
-    const int64_t row_tiles = h_k * ((rows + kRowTile - 1) / kRowTile);
+    const int64_t row_tiles = h_k * (uneven ? block_tiles : (rows + kRowTile - 1) / kRowTile);
     constexpr int64_t kLongest = std::numeric_limits<int>::max() - kTile;  // so that no tile ends beyond an int
     const int64_t max_len = num_pages == 0 ? 0 : std::min(block_table.size(1) * page_size, kLongest);
     // A part has at least one tile, or a row without keys: so many parts are enough for any valid plan.
-    const int64_t possible_parts = b * ((max_len + kTile - 1) / kTile + 1);
+    const int64_t possible_rows = uneven ? b + total_q * group / (block_tiles * kRowTile) : b;  // and blocks
+    const int64_t possible_parts = possible_rows * ((max_len + kTile - 1) / kTile + 1);
     // A plan of one part splits nothing.
     const int64_t split_parts =
-        plan_parts == 1 ? 0 : std::min({plan_parts, possible_parts, kWorkspaceTiles / (2 * row_tiles)});
+        plan_parts == 1 || invariant ? 0 : std::min({plan_parts, possible_parts, kWorkspaceTiles / (2 * row_tiles)});
     const int64_t places = 2 * split_parts * row_tiles * kRowTile;
-    // A machine's own plan gives rows num_parts / b parts, more or less. Where most are split in two, and shares are
-    // large, merging them in the decode kernel saves more than clearing the counters costs (csrc/NOTES.md).
+    // A machine's own plan gives rows num_parts / b parts, more or less. Where most parts have a row's end and
+    // another's begin, and rows have several row tiles, merging the two shares of a row in the decode kernel saves more
+    // than clearing the counters costs (csrc/NOTES.md).
     const CacheFormat format = kv_cache.element_size() > 1 ? CacheFormat::kPlain
                                : kv_scale.has_value()      ? CacheFormat::kFp8Tensor
                                                            : CacheFormat::kFp8Blocks;
-    const bool mostly_pairs = num_parts < 2 * b && rows >= kRowTile && format == CacheFormat::kPlain;
+    const bool mostly_pairs = !uneven && num_parts < b && rows > kRowTile && format == CacheFormat::kPlain;
     const int64_t arrivals = mostly_pairs ? 2 * split_parts * row_tiles : 0;
     // partial_out, partial_lse, arrivals, split_rows, scratch: in floats
     constexpr int64_t kScratch = 4;
@@ -158,11 +209,12 @@ std::tuple<Tensor, Tensor> fwd_kvcache_mla_op(const Tensor q, const Tensor kv_ca
         .partial_out = partial_out,
         .partial_lse = partial_lse,
         .arrivals = arrivals > 0 ? reinterpret_cast<int*>(counters) : nullptr,
+        .cu_seqlens_q = ints_of(cu_seqlens_q),
         .split_rows = reinterpret_cast<int2*>(counters + arrivals),
         .scratch = counters + arrivals + 2 * split_parts,
-        .q_stride_b = q.stride(0),
-        .q_stride_s = q.stride(1),
-        .q_stride_h = q.stride(2),
+        .q_stride_b = uneven ? 0 : q.stride(0),
+        .q_stride_s = q.stride(uneven ? 0 : 1),
+        .q_stride_h = q.stride(uneven ? 1 : 2),
         .cache_stride_page = kv_cache.stride(0),
         .cache_stride_token = kv_cache.stride(1),
         .cache_stride_head = kv_cache.stride(2),
@@ -173,8 +225,9 @@ std::tuple<Tensor, Tensor> fwd_kvcache_mla_op(const Tensor q, const Tensor kv_ca
         .h_q = static_cast<int>(h_q),
         .h_k = static_cast<int>(h_k),
         .page_size = static_cast<int>(page_size),
+        .total_q = static_cast<int>(total_q),
         .max_len = static_cast<int>(max_len),
-        .group = static_cast<int>(h_q / h_k),
+        .group = static_cast<int>(group),
         .rows = static_cast<int>(rows),
         .row_tiles = static_cast<int>(row_tiles),
         .grid_parts = static_cast<int>(num_parts),
@@ -186,6 +239,10 @@ std::tuple<Tensor, Tensor> fwd_kvcache_mla_op(const Tensor q, const Tensor kv_ca
         .dtype = dtype_of(out),
         .format = format,
     };
+    if (invariant) {
+        fwd_kvcache_mla_invariant(params, q, on.stream);
+        return {out, lse};
+    }
     const auto kernel = format != CacheFormat::kPlain ? sm90::fwd_kvcache_mla_fp8
                         : params.few_rows             ? sm90::fwd_kvcache_mla_few_rows
                                                       : sm90::fwd_kvcache_mla;
@@ -276,12 +333,12 @@ std::tuple<int64_t, int64_t> cuda_versions_op() {
 STABLE_TORCH_LIBRARY_FRAGMENT(flashmla_sm90, m) {
     m.def(
         "get_mla_metadata(Tensor(a!) tile_scheduler_metadata, Tensor(b!) num_splits, Tensor cache_seqlens, int "
-        "num_parts, int rows) "
+        "num_parts, int rows, Tensor? cu_seqlens_q, int max_seqlen_q) "
         "-> ()");
     m.def(
         "fwd_kvcache_mla(Tensor q, Tensor kv_cache, Tensor block_table, Tensor cache_seqlens, float softmax_scale, "
         "bool causal, Tensor? tile_scheduler_metadata, int num_parts, int plan_parts, Tensor? q_scale, Tensor? "
-        "kv_scale) "
+        "kv_scale, Tensor? cu_seqlens_q, int max_seqlen_q) "
         "-> (Tensor out, Tensor lse)");
     m.def(
         "concat_and_cache_mla(Tensor(a!) kv_cache, Tensor kv_c, Tensor k_pe, Tensor slot_mapping, Tensor? kv_scale, "

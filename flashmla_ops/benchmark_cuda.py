@@ -9,6 +9,7 @@ arithmetic cost nothing), and its FLOP at the highest matrix rate seen so far in
 a launch inside a graph, or its bytes at the rate of a copy. benchmark_layer.py has whole steps of a layer.
 
 Decoding of an fp8 cache takes turns with ours of the same values in bf16, and is held against a limit on their ratio.
+So does decoding under a batch-invariant plan, with the plan that one gets otherwise.
 """
 
 import json
@@ -19,6 +20,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -63,6 +65,9 @@ PROCESS_SECONDS, OP_SECONDS = 90, 15  # a row takes a few seconds; for each furt
 CEILINGS = "ceilings"
 FP8 = "fp8"  # the group of decode rows over fp8 caches
 TRITON = "triton"  # the group of decode rows that the Triton backend runs, forced
+INVARIANT = "batch invariant"  # the group of decode rows under such plans
+# the most of its time over the balanced plan's: of a row, and of the geometric mean
+INVARIANT_LIMIT, INVARIANT_MEAN = 2.0, 1.3
 PEER_FP8_TOLERANCE = 0.1  # FlashMLA's, which rounds P to e4m3: steps of 2^-4 to 2^-3
 CHECKOUT = Path(__file__).resolve().parent.parent
 # Paged streaming of 128 and 16384 pages and the matrix rate of sound cards: floors of a slower run do not count.
@@ -92,8 +97,8 @@ class DecodeShape:
     def name(self) -> str:
         kind = self.kv_format or str(self.dtype).removeprefix("torch.")
         dims = f" d{self.d_v}+{self.d_qk - self.d_v}" if (self.d_qk, self.d_v) != (576, 512) else ""
-        backend = f" {TRITON}" if self.group == TRITON else ""
-        return f"fwd_kvcache_mla b{self.b} h{self.h_q} s{self.s_q} k{self.s_k}{dims} {kind}{backend}"
+        suffix = f" {self.group}" if self.group in (TRITON, INVARIANT) else ""
+        return f"fwd_kvcache_mla b{self.b} h{self.h_q} s{self.s_q} k{self.s_k}{dims} {kind}{suffix}"
 
     def limits(self, gpu: str) -> dict[str, float | None]:
         return {
@@ -110,7 +115,7 @@ class DecodeShape:
         return quantized(case, self.kv_format) if self.kv_format else case
 
 
-def _shapes() -> Iterator[DecodeShape]:
+def _plain_shapes() -> Iterator[DecodeShape]:
     for s_k in (4096, 8192, 16384):
         yield DecodeShape("b128 h128 s1", 128, 128, 1, s_k, varied=True)
     yield DecodeShape("b128 h128 s1", 128, 128, 1, 8192, True, torch.float16)
@@ -129,6 +134,10 @@ def _shapes() -> Iterator[DecodeShape]:
         yield DecodeShape("other", 1, h_q, 1, 131072, varied=False)
     for h_q in (8, 12, 20):
         yield DecodeShape("other", 32, h_q, 1, 4096, varied=True)
+
+
+def _shapes() -> Iterator[DecodeShape]:
+    yield from _plain_shapes()
     for b, h_q, s_k, *of_bf16 in (
         (128, 16, 8192, 0.66, 0.66),
         (128, 64, 8192, 0.72, 0.85),
@@ -147,6 +156,8 @@ def _shapes() -> Iterator[DecodeShape]:
     ):
         yield DecodeShape(TRITON, b, h_q, 1, s_k, varied=b == 128, over_peer=over_peer)
     yield DecodeShape(TRITON, 128, 32, 1, 8192, varied=True, d_qk=320, d_v=256, of_stream=0.7)
+    for shape in _plain_shapes():
+        yield replace(shape, group=INVARIANT)
 
 
 @dataclass
@@ -294,8 +305,8 @@ def _stream(case: DecodeCase) -> Callable:
     return lambda: torch.ops.flashmla_sm90.paged_stream(case.kv_cache, pages)
 
 
-def _ours(case: DecodeCase) -> Callable:
-    metadata, num_splits = get_mla_metadata(*case.plan_args)
+def _ours(case: DecodeCase, batch_invariant: bool = False) -> Callable:
+    metadata, num_splits = get_mla_metadata(*case.plan_args, batch_invariant=batch_invariant)
     args = {**case.kwargs(), "tile_scheduler_metadata": metadata, "num_splits": num_splits}
     return lambda: fwd_kvcache_mla(**args)
 
@@ -306,14 +317,15 @@ def decode_row(shape: DecodeShape, flush: ColdL2, peer: bool) -> dict:
         backends.use_backend(TRITON)
     first = shape.make(0)
     nodes = nodes_for(DECODE_NODES, DECODE_BYTES, first.bytes_moved())
-    peer = peer and (shape.d_qk, shape.d_v) == (576, 512)
+    invariant = shape.group == INVARIANT
+    peer = peer and (shape.d_qk, shape.d_v) == (576, 512) and not invariant
     call_peer, check_peer = PEERS.get(shape.kv_format, (None, None)) if peer else (None, None)
     if peer_wrong := call_peer and _refusal(call_peer, first):
         call_peer = None
     makers: dict[str, Callable[[DecodeCase], Callable]] = {"stream": _stream}
     makers |= {"bf16": _ours} if shape.kv_format else {}
     makers |= {"peer": call_peer} if call_peer else {}
-    makers |= {"ours": _ours}
+    makers |= {"balanced": _ours, "ours": partial(_ours, batch_invariant=True)} if invariant else {"ours": _ours}
     medians: dict[str, list[float]] = {name: [] for name in makers}
     errors: dict[str, list[float]] = {name: [] for name in makers}
     kept = []  # so that the next round's memory is other memory
@@ -351,6 +363,7 @@ def decode_row(shape: DecodeShape, flush: ColdL2, peer: bool) -> dict:
         "matmul_tflops": matrix_tflops(flush),
     }
     row |= shape.limits(torch.cuda.get_device_name())
+    row |= {"balanced_us": statistics.median(medians["balanced"])} if invariant else {}
     if not shape.kv_format:
         return row
     row |= {"bf16_us": statistics.median(medians["bf16"])}
@@ -487,6 +500,8 @@ def complete(row: dict, ceilings: dict) -> None:
             reached.append(row["flops"] / peer_us / 1e6)
     if "bf16_us" in row:
         row["of_bf16"] = us / row["bf16_us"]
+    if "balanced_us" in row:
+        row["of_balanced"] = us / row["balanced_us"]
     ceilings["matrix_tflops"] = max(ceilings["matrix_tflops"], *reached)
     if "parts" in row:
         row["floor_us"] = complete_parts(row["parts"], ceilings)
@@ -533,6 +548,15 @@ def triton_line(row: dict) -> str:
     return "    " + ("; ".join(shown) or "no peer")
 
 
+def invariant_line(row: dict) -> str:
+    """Below the row's own line: the balanced plan on the same tensors, and the limit."""
+    kept = "kept" if row["of_balanced"] <= INVARIANT_LIMIT else "MISSED"
+    return (
+        f"    {row['of_balanced']:.2f} x the {row['balanced_us']:.1f} us of the balanced plan "
+        f"(limit {INVARIANT_LIMIT:g}: {kept})"
+    )
+
+
 def header(peer: bool) -> str:
     line = f"{'case':46} {'us':>8} {'TFLOP/s':>8} {'GB/s':>6} {'floor us':>9} {'% of floor':>10}"
     return line + (f" {'peer us':>8} {'peer/ours':>9}" if peer else "") + f" {'error':>8} {'host us':>8}"
@@ -549,7 +573,7 @@ def line(row: dict, peer: bool) -> str:
         text += f" {peer_us:>8} {ratio:>9}"
     text += f" {row['error']:8.1e} {row['host_us']:8.1f}"
     below = layer_line if "parts" in row else fp8_line if "bf16_us" in row else None
-    below = triton_line if row["group"] == TRITON else below
+    below = {TRITON: triton_line, INVARIANT: invariant_line}.get(row["group"], below)
     text += f"\n{below(row)}" if below else ""
     return f"{text}\n    peer: {row['peer_wrong']}" if row.get("peer_wrong") else text
 
@@ -570,10 +594,17 @@ def summary(rows: list[dict], ceilings: dict, gpu: str) -> Iterator[str]:
         yield f"limits of fp8 rows kept: {sum(verdicts)} of {len(verdicts)}"
     if verdicts := [kept for row in rows if row.get("group") == TRITON for *_, kept in triton_verdicts(row).values()]:
         yield f"limits of triton rows kept: {sum(verdicts)} of {len(verdicts)}"
+    if ratios := [row["of_balanced"] for row in rows if "of_balanced" in row]:
+        mean = statistics.geometric_mean(ratios)
+        kept = "kept" if mean <= INVARIANT_MEAN and max(ratios) <= INVARIANT_LIMIT else "MISSED"
+        yield (
+            f"{INVARIANT} over balanced: geometric mean {mean:.3f} of {len(ratios)} rows, most {max(ratios):.2f} "
+            f"(limits {INVARIANT_MEAN:g}, {INVARIANT_LIMIT:g}: {kept})"
+        )
     figure = "peer_over_ours" if compared else "of_floor"
     layers = [row for row in rows if "parts" in row]
     if worst := min(
-        (r for r in rows if figure in r and r not in layers and r["group"] != TRITON),
+        (r for r in rows if figure in r and r not in layers and r["group"] not in (TRITON, INVARIANT)),
         key=lambda row: row[figure],
         default=None,
     ):

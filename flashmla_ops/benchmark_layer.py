@@ -167,13 +167,14 @@ class _Chain:
         self.parts.append(Part(name, run, args, bytes_moved, **figures))
         return outputs
 
-    def norm(self, name: str, x: Tensor, module: RMSNorm, columns: int) -> Tensor:
-        """Of the first columns of x."""
+    def norm(self, name: str, x: Tensor, module: RMSNorm, first: int = 0) -> Tensor:
+        """Of as many columns of x as the norm has weights, from `first` on."""
+        columns = module.weight.numel()
 
         def run(x: Tensor, weight: Tensor) -> tuple[Tensor]:
-            return (F.rms_norm(x[..., :columns], (columns,), weight, module.eps),)
+            return (F.rms_norm(x[..., first : first + columns], (columns,), weight, module.eps),)
 
-        moved = x[..., :columns], module.weight
+        moved = x[..., first : first + columns], module.weight
         return self.add(name, run, x, module.weight, moved=moved, fusible=True)[0]
 
     def linear(self, name: str, x: Tensor, weight: Tensor) -> Tensor:
@@ -189,14 +190,16 @@ def parts_of(args: StepArgs) -> tuple[list[Part], Tensor]:
     layer, x, kv_cache, block_table, cache_seqlens, slots, cos, sin = args
     attn, config, chain = layer.attn, layer.attn.config, _Chain()
     h, r, d_nope = config.num_attention_heads, config.kv_lora_rank, config.qk_nope_head_dim
+    q_rank = config.q_lora_rank
     b, scale = x.shape[0], config.softmax_scale
     w_uk, w_uv = _absorbed_weights(attn.wkv_b.weight, config)
 
     def plan(cache_seqlens):
         return get_mla_metadata(cache_seqlens, h, 1)
 
-    def rope(q, kv, cos, sin):
-        return rotate(q[..., d_nope:], (cos, sin), config), rotate(kv[..., None, r:], (cos, sin), config)[:, :, 0]
+    def rope(q, latents, cos, sin):
+        q_pe, k_pe = q[..., d_nope:], latents[..., None, q_rank + r :]
+        return rotate(q_pe, (cos, sin), config), rotate(k_pe, (cos, sin), config)[:, :, 0]
 
     def append(kv_cache, kv_c, k_pe, slots):
         concat_and_cache_mla(kv_cache, kv_c.flatten(0, 1), k_pe.flatten(0, 1), slots)
@@ -213,14 +216,13 @@ def parts_of(args: StepArgs) -> tuple[list[Part], Tensor]:
         return (torch.einsum("bshr,hdr->bshd", out, _absorbed_weights(wkv_b, config)[1]).flatten(2),)
 
     metadata, num_splits = chain.add("plan", plan, cache_seqlens)
-    normed = chain.norm("norm", x, layer.norm, config.hidden_size)
-    q_latent = chain.linear("wq_a", normed, attn.wq_a.weight)
-    q_latent = chain.norm("q_norm", q_latent, attn.q_norm, config.q_lora_rank)
-    q = chain.linear("wq_b", q_latent, attn.wq_b.weight).unflatten(-1, (h, config.qk_head_dim))
-    kv = chain.linear("wkv_a", normed, attn.wkv_a.weight)
-    kv_c = chain.norm("kv_norm", kv, attn.kv_norm, r)
-    rotated = q[..., d_nope:], kv[..., r:], cos, sin
-    q_pe, k_pe = chain.add("rope", rope, q, kv, cos, sin, moved=rotated, fusible=True)
+    normed = chain.norm("norm", x, layer.norm)
+    latents = chain.linear("wqkv_a", normed, attn.wqkv_a.weight)
+    q_c = chain.norm("q_norm", latents, attn.q_norm)
+    q = chain.linear("wq_b", q_c, attn.wq_b.weight).unflatten(-1, (h, config.qk_head_dim))
+    kv_c = chain.norm("kv_norm", latents, attn.kv_norm, q_rank)
+    rotated = q[..., d_nope:], latents[..., q_rank + r :], cos, sin
+    q_pe, k_pe = chain.add("rope", rope, q, latents, cos, sin, moved=rotated, fusible=True)
     written = 2 * (kv_c, k_pe)  # read, and written to the cache
     chain.add("append", append, kv_cache, kv_c, k_pe, slots, moved=(*written, slots))
     moved, flops = (q[..., :d_nope], q_pe, w_uk), 2 * b * w_uk.numel()

@@ -5,8 +5,9 @@ qk_rope_head_dim, 576 for DeepSeek V2/V3), d_v value width (kv_lora_rank, 512). 
 names the tensor, what was expected and what came, before anything is written.
 
 Values are bad input too: a length below 0 or beyond the table, a page outside the cache, a slot out of range or given
-twice, a plan for other rows. They raise on the CPU, and on CUDA if FLASHMLA_DEBUG=1 is set when flashmla_ops is
-imported: each call then waits for the device. Otherwise on CUDA lengths clamp to the table, bad pages read as zeros,
+twice, cu_seqlens_q that decreases or goes beyond q, a plan for other rows. They raise on the CPU, and on CUDA if
+FLASHMLA_DEBUG=1 is set when flashmla_ops is imported: each call then waits for the device. Otherwise on CUDA lengths
+clamp to the table and cu_seqlens_q to q (queries that no row has then keep what memory held), bad pages read as zeros,
 bad slots are skipped, and a plan for other rows gives wrong numbers. Under FLASHMLA_DEBUG=1 scales that are not finite
 and above 0 and plans for other heads raise too, and calls that are being captured into a CUDA graph are refused.
 """
@@ -46,6 +47,8 @@ def get_mla_metadata(
     *,
     num_q_tokens_per_head_k: int | None = None,
     batch_invariant: bool = False,
+    cu_seqlens_q: Tensor | None = None,
+    max_seqlen_q: int | None = None,
 ) -> tuple[Tensor, Tensor] | tuple[FlashMLASchedMeta, None]:
     """Plans a decode step: which worker attends to which keys. Make it once a step and share it between layers.
 
@@ -53,19 +56,22 @@ def get_mla_metadata(
 
     Args:
         cache_seqlens: [b] int32, keys in each row, those of this step included.
-        num_heads_per_head_k: s_q * h_q / h_k (num_q_tokens_per_head_k is another name of it).
+        num_heads_per_head_k: s_q * h_q / h_k, with cu_seqlens_q h_q / h_k (num_q_tokens_per_head_k is another name).
         num_heads_k: h_k.
         num_heads_q, topk, is_fp8_kvcache: accepted for FlashMLA's 2025-09 form; sparse attention is not served.
         batch_invariant: a plan under which a row's output and lse are the same bits whatever the other rows are, how
-            many, in which order, and however many queries stand before its own, within one backend and architecture
-            (and on the CPU one number of threads). It holds for calls that are given this plan. CPU only; it is slower,
-            as every query is worked on alone.
+            many, in which order, and however many queries stand before its own, eager or in a CUDA graph. Within one
+            backend, architecture and version of what compiles its kernels; on the CPU, one number of threads. It holds
+            for calls that are given this plan, which its shape tells from others. `sm90` serves it for bf16 and fp16
+            caches, `triton` and `cpu` for all; for uneven queries `cpu` alone. The price is in the README; planning
+            takes longer, too.
+        cu_seqlens_q, max_seqlen_q: as of `fwd_kvcache_mla`, for a call of it that is given them.
     Returns:
-        tile_scheduler_metadata [256, 8] int32, num_splits [b + 1] int32.
+        tile_scheduler_metadata [256, 8] int32 ([257, 8] if batch_invariant), num_splits [b + 1] int32.
         Called with nothing (FlashMLA's 2026 form): (FlashMLASchedMeta(), None), and each call plans for itself.
     Raises:
         RuntimeError: bad shape, dtype or head count; on the CPU, and on CUDA under FLASHMLA_DEBUG=1, also a negative
-            length.
+            length or numbers of queries below 0 or above max_seqlen_q.
         NotImplementedError: topk or an fp8 cache is asked for, or batch_invariant where no backend serves it.
     """
     _not_served(topk=topk, is_fp8_kvcache=is_fp8_kvcache or None)
@@ -83,6 +89,8 @@ def get_mla_metadata(
         if value is None:
             raise RuntimeError(f"{name}: expected a value (give {', '.join(given)}, or nothing), got None")
     options = {"batch_invariant": True} if batch_invariant else {}
+    if cu_seqlens_q is not None or max_seqlen_q is not None:
+        options |= {"cu_seqlens_q": cu_seqlens_q, "max_seqlen_q": max_seqlen_q}
     return torch.ops.flashmla.get_mla_metadata.default(cache_seqlens, num_heads_per_head_k, num_heads_k, **options)
 
 
@@ -92,6 +100,8 @@ def get_mla_metadata_(
     num_heads_k: int,
     *,
     batch_invariant: bool = False,
+    cu_seqlens_q: Tensor | None = None,
+    max_seqlen_q: int | None = None,
     tile_scheduler_metadata: Tensor,
     num_splits: Tensor,
 ) -> None:
@@ -100,8 +110,10 @@ def get_mla_metadata_(
     For a plan that is made outside a captured CUDA graph which reads it: replan in place, then replay.
 
     Args:
-        cache_seqlens, num_heads_per_head_k, num_heads_k, batch_invariant: as of `get_mla_metadata`.
-        tile_scheduler_metadata: [256, 8] int32, overwritten. num_splits: [b + 1] int32, overwritten.
+        cache_seqlens, num_heads_per_head_k, num_heads_k, batch_invariant, cu_seqlens_q, max_seqlen_q: as of
+            `get_mla_metadata`.
+        tile_scheduler_metadata: [256, 8] int32 ([257, 8] if batch_invariant), overwritten.
+        num_splits: [b + 1] int32, overwritten.
     Raises:
         RuntimeError: what is wrong with which argument; nothing is written then.
     """
@@ -110,6 +122,8 @@ def get_mla_metadata_(
         num_heads_per_head_k,
         num_heads_k,
         batch_invariant=batch_invariant,
+        cu_seqlens_q=cu_seqlens_q,
+        max_seqlen_q=max_seqlen_q,
         tile_scheduler_metadata=tile_scheduler_metadata,
         num_splits=num_splits,
     )
@@ -128,6 +142,8 @@ def fwd_kvcache_mla(
     *,
     q_scale: Tensor | None = None,
     kv_scale: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    max_seqlen_q: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of s_q queries a row over that row's keys in a paged cache, whose first head_dim_v elements are values.
 
@@ -140,10 +156,15 @@ def fwd_kvcache_mla(
     j <= cache_seqlens[r] - s_q + i. A query that sees no key (length 0, or before the start) gets out = 0, lse = +inf.
     Key j of row r lies in page block_table[r, j // page_size], at j % page_size. Absorbed MLA: arXiv 2405.04434, 2.1.2.
 
+    With `cu_seqlens_q` rows have different numbers of queries, also none: row r's are cu_seqlens_q[r] ..
+    cu_seqlens_q[r + 1] - 1 of q's total_q, and their number takes the place of s_q above. Queries from
+    cu_seqlens_q[b] on are nobody's and see no key: a captured call of fixed total_q may have such.
+
     Args:
         q: [b, s_q, h_q, d_qk] bf16, fp16 (CPU: also fp32), or float8_e4m3fn with q_scale, over a cache of fp8 with
-            kv_scale; strides: innermost 1, others multiples of 16 bytes. For e4m3 of more than 16 query rows a key head
-            (s_q * h_q / h_k) sm90's scores are sums of e4m3 products, which Hopper adds up with 14 bits or so.
+            kv_scale; strides: innermost 1, others multiples of 16 bytes. With cu_seqlens_q [total_q, h_q, d_qk]. For
+            e4m3 of more than 16 query rows a key head (s_q * h_q / h_k) sm90's scores are sums of e4m3 products, which
+            Hopper adds up with 14 bits or so.
         kv_cache: [num_pages, page_size, h_k, d_qk], q's dtype, strides as q's; page_size a multiple of 16. Or fp8,
             in uint8 or float8_e4m3fn, whose format the last dimension tells (kv_cache.py): d_qk for one
             kv_scale, d_v + 4 * ceil(d_v / 128) + 2 * (d_qk - d_v) up to a multiple of 16 (656 for 576, 512) for scales
@@ -155,12 +176,15 @@ def fwd_kvcache_mla(
         tile_scheduler_metadata, num_splits: the plan of `get_mla_metadata`; without it the call plans for itself.
         q_scale, kv_scale: one fp32 value each, by which what is stored is multiplied; for fp8 q, and caches of one
             scale, only.
+        cu_seqlens_q: [b + 1] int32, the queries of the rows before: from 0, not decreasing, at most total_q.
+        max_seqlen_q: of any row, at least 1; the kernel is chosen by it, and of a row with more queries only so many
+            are computed. A bound above the truth costs little, unless it crosses 16 query rows a key head.
     Returns:
         out [b, s_q, h_q, d_v] in q's dtype (bf16 for fp8 q) and lse [b, h_q, s_q] fp32 (natural logarithm), both
-        contiguous.
+        contiguous. With cu_seqlens_q [total_q, h_q, d_v] and [h_q, total_q].
     Raises:
-        RuntimeError: what is wrong with which tensor; on the CPU, and on CUDA under FLASHMLA_DEBUG=1, also a length or
-            a page number out of range.
+        RuntimeError: what is wrong with which tensor; on the CPU, and on CUDA under FLASHMLA_DEBUG=1, also a length, a
+            page number or a value of cu_seqlens_q out of range.
         NotImplementedError: no backend serves this call; the message says why not.
     """
     if softmax_scale is None:
@@ -177,6 +201,9 @@ def fwd_kvcache_mla(
         num_splits,
     )
     op = torch.ops.flashmla.fwd_kvcache_mla.default
+    if cu_seqlens_q is not None or max_seqlen_q is not None:
+        uneven = {"cu_seqlens_q": cu_seqlens_q, "max_seqlen_q": max_seqlen_q}
+        return op(*call, q_scale=q_scale, kv_scale=kv_scale, **uneven)
     if q_scale is None and kv_scale is None:  # most calls: the dispatcher takes a microsecond for keywords
         return op(*call)
     return op(*call, q_scale=q_scale, kv_scale=kv_scale)

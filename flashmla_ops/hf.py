@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .modules import DeepseekModel, MLAConfig, MoE
+from .modules import DeepseekModel, MLAConfig, MLAttention, MoE
 
 # What a family's config.json may leave out, because its own code has it built in.
 V2 = {
@@ -32,16 +32,15 @@ FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "moe_
 
 ATTENTION = {
     "q_proj": "wq",
-    "q_a_proj": "wq_a",
     "q_a_layernorm": "q_norm",
     "q_b_proj": "wq_b",
-    "kv_a_proj_with_mqa": "wkv_a",
     "kv_a_layernorm": "kv_norm",
     "kv_b_proj": "wkv_b",
     "o_proj": "wo",
 }
 KV_SCALE = "self_attn.k_scale"  # of a layer, in checkpoints that were calibrated for a cache of one scale
 DTYPES = ("bfloat16", "float16", "float32", "float64")
+STORED, FP8 = ("BF16", "F16", "F32", "F64"), "F8_E4M3"  # dtypes of tensors in safetensors' words; FP8 needs scales
 LARGEST = 2**31 - 1
 FP8_BLOCK = (128, 128)  # rows and columns that share a scale, where quantization_config does not say
 
@@ -64,13 +63,13 @@ def load(directory, dtype: torch.dtype | None = None, device=None, mesh=None) ->
         mesh: loads this rank's part of the model, parallelized over the DeviceMesh (parallel.py); what belongs to other
             ranks is not read, but for the tensors of which this one has a part.
     Raises:
-        RuntimeError: tensors are missing, unknown, or of a wrong shape, by name; a file that is damaged, missing or
-        elsewhere; a setting of a wrong type or size. NotImplementedError: a setting in config.json that modules.py does
-        not serve. ImportError: safetensors is not installed. A mesh that does not divide the model raises before any
-        file of weights is opened.
+        RuntimeError: tensors are missing, unknown, or of a wrong shape or dtype, by name; a file that is damaged,
+        missing or elsewhere; a setting of a wrong type or size. NotImplementedError: a setting in config.json that
+        modules.py does not serve. ImportError: safetensors is not installed. A mesh that does not divide the model
+        raises before any file of weights is opened.
     """
     directory = Path(directory)
-    settings = _read_json(directory / "config.json")
+    settings = read_json(directory / "config.json")
     config = config_from_hf(settings)
     block = _block_of(settings)
     dtype = dtype or _dtype_of(settings)
@@ -83,7 +82,7 @@ def load(directory, dtype: torch.dtype | None = None, device=None, mesh=None) ->
     model = DeepseekModel(config, device="meta", dtype=dtype)
     shapes = {name: place.shape for name, place in _places(model, checkpoint.files).items()}
     _check_names(directory, checkpoint.files, shapes, config)
-    _check_shapes(directory, checkpoint, shapes, block)
+    _check_tensors(directory, checkpoint, shapes, block)
     if mesh is not None:
         model = parallelize(model, mesh)
     model.to_empty(device=device or (torch.get_default_device() if mesh is None else mesh.device_type))
@@ -93,8 +92,6 @@ def load(directory, dtype: torch.dtype | None = None, device=None, mesh=None) ->
     for name in _with_progress(f"loading {directory.name}", sorted(places, key=checkpoint.order), places):
         tensor, place = checkpoint.read(name).view(shapes[name]), places[name]
         if tensor.dtype == torch.float8_e4m3fn:
-            if _scale_of(name) not in checkpoint.files:
-                raise RuntimeError(f"{name}: expected {_scale_of(name)} beside this fp8 weight in {directory}")
             scale = checkpoint.read(_scale_of(name)).to(place.device)
             tensor = dequantize(tensor.to(place.device), scale, block)
         if mesh is not None:
@@ -128,34 +125,42 @@ def save(model: DeepseekModel, directory) -> None:
 def config_from_hf(settings: dict) -> MLAConfig:
     """config.json's content as an MLAConfig; settings that no model of ours needs are ignored."""
     family = settings.get("model_type")
-    if family not in FAMILIES:
+    if family not in [*FAMILIES]:  # by equality: it may be anything
         raise NotImplementedError(f"model_type: expected one of {', '.join(FAMILIES)}, got {family}")
     for name, served in FIXED.items():
         if settings.get(name, served) != served:
             raise NotImplementedError(f"{name}: expected {served}, got {settings[name]}")
-    method = (settings.get("quantization_config") or {}).get("quant_method", "fp8")
+    method = _object(settings, "quantization_config").get("quant_method", "fp8")
     if method != "fp8":
         raise NotImplementedError(f"quantization_config: expected quant_method fp8, got {method}")
     # transformers 5 has rope_parameters with rope_theta inside; before, rope_theta stood beside rope_scaling
-    rope = dict(settings.get("rope_parameters") or settings.get("rope_scaling") or {})
-    kind = rope.pop("rope_type", None) or rope.get("type")
+    rope = dict(_object(settings, "rope_parameters") or _object(settings, "rope_scaling"))
+    kind = rope.pop("rope_type", None) or rope.pop("type", None)
     theta = rope.pop("rope_theta", None) or settings.get("rope_theta")
-    own = {
-        "rope_scaling": None if kind in (None, "default") else {**rope, "type": kind},
-        "rope_theta": theta,
-    }
-    hints = typing.get_type_hints(MLAConfig)
-    known = {field.name for field in dataclasses.fields(MLAConfig)}
-    found = {name: value for name, value in {**settings, **own}.items() if name in known and value is not None}
-    config = MLAConfig(**{**FAMILIES[family], **found})
+    plain = kind == "default" or not (kind or rope)
+    own = {"rope_scaling": None if plain else {**rope, "type": kind}, "rope_theta": theta}
+    hints, found = typing.get_type_hints(MLAConfig), dict(FAMILIES[family])
     for field in dataclasses.fields(MLAConfig):
-        value = getattr(config, field.name)
+        value = {**settings, **own}.get(field.name)
+        if value is None:
+            if field.name not in found and field.default is dataclasses.MISSING:
+                raise RuntimeError(f"{field.name}: expected in config.json, got none")
+            continue
         kinds = typing.get_args(hints[field.name]) or (hints[field.name],)
         fits = type(value) in kinds or (float in kinds and type(value) is int)
         if not fits or (type(value) in (int, float) and not 0 <= value <= LARGEST):
             kind = " or ".join("None" if k is type(None) else k.__name__ for k in kinds)
             raise RuntimeError(f"{field.name}: expected {kind}, numbers from 0 to {LARGEST}, got {value!r}")
-    return config
+        found[field.name] = value
+    return MLAConfig(**found)
+
+
+def _object(settings: dict, name: str) -> dict:
+    """A setting that is an object itself; empty if it is left out."""
+    value = settings.get(name)
+    if value is not None and not isinstance(value, dict):
+        raise RuntimeError(f"{name}: expected an object, got {type(value).__name__}")
+    return value or {}
 
 
 def _dtype_of(settings: dict) -> torch.dtype:
@@ -166,8 +171,10 @@ def _dtype_of(settings: dict) -> torch.dtype:
 
 
 def _block_of(settings: dict) -> tuple[int, int]:
-    block = (settings.get("quantization_config") or {}).get("weight_block_size") or FP8_BLOCK
-    if len(block) != 2 or not all(type(edge) is int and 0 < edge <= LARGEST for edge in block):
+    block = _object(settings, "quantization_config").get("weight_block_size")
+    if block is None:
+        return FP8_BLOCK
+    if type(block) is not list or len(block) != 2 or not all(type(n) is int and 0 < n <= LARGEST for n in block):
         raise RuntimeError(f"weight_block_size: expected two numbers of rows and columns, got {block!r}")
     return tuple(block)
 
@@ -206,9 +213,7 @@ def _places(model: DeepseekModel, names: Iterable[str] = ()) -> dict[str, Tensor
         prefix = f"model.layers.{i}."
         places[f"{prefix}input_layernorm.weight"] = layer.attn_norm.weight
         places[f"{prefix}post_attention_layernorm.weight"] = layer.ffn_norm.weight
-        for theirs, ours in ATTENTION.items():
-            if hasattr(layer.attn, ours):
-                places[f"{prefix}self_attn.{theirs}.weight"] = getattr(layer.attn, ours).weight
+        places |= _attention_places(f"{prefix}self_attn.", layer.attn)
         if f"{prefix}{KV_SCALE}" in names:
             places[f"{prefix}{KV_SCALE}"] = layer.attn.kv_scale
         if isinstance(layer.ffn, MoE):
@@ -216,6 +221,18 @@ def _places(model: DeepseekModel, names: Iterable[str] = ()) -> dict[str, Tensor
         else:
             places |= _mlp_places(f"{prefix}mlp.", layer.ffn.gate_up.weight, layer.ffn.down.weight)
     return {name: place.detach() for name, place in places.items()}
+
+
+def _attention_places(prefix: str, attn: MLAttention) -> dict[str, Tensor]:
+    places = {
+        f"{prefix}{theirs}.weight": getattr(attn, ours).weight
+        for theirs, ours in ATTENTION.items()
+        if hasattr(attn, ours)
+    }
+    q_rank = attn.config.q_lora_rank
+    if q_rank is not None:
+        places[f"{prefix}q_a_proj.weight"] = attn.wqkv_a.weight[:q_rank]
+    return places | {f"{prefix}kv_a_proj_with_mqa.weight": attn.wqkv_a.weight[q_rank or 0 :]}
 
 
 def _moe_places(prefix: str, moe: MoE, fused: bool) -> dict[str, Tensor]:
@@ -269,20 +286,27 @@ def _check_counts(directory: Path, config: MLAConfig, num_tensors: int) -> None:
             raise RuntimeError(f"{name}: expected at most what {num_tensors} tensors in {directory} hold, got {count}")
 
 
-def _check_shapes(directory: Path, checkpoint: "_Checkpoint", shapes: dict[str, torch.Size], block) -> None:
-    """Raises on a shape that is not the model's, before that has any memory. A scale may be [] or [1]."""
-    for name in sorted(shapes, key=checkpoint.order):
-        expected, shape = list(shapes[name]), checkpoint.shape(name)
+def _check_tensors(directory: Path, checkpoint: "_Checkpoint", shapes: dict[str, torch.Size], block) -> None:
+    """Raises on a shape that is not the model's and on a dtype that is not read, before the model has any memory. A
+    kv_scale may be [] or [1]."""
+
+    def check(name: str, expected: list[int], dtypes: tuple[str, ...]) -> str:
+        dtype, shape = checkpoint.dtype(name), checkpoint.shape(name)
+        if dtype not in dtypes:
+            raise RuntimeError(f"{name}: expected one of {', '.join(dtypes)}, got {dtype} in {directory}")
         if shape != expected and not (name.endswith(KV_SCALE) and shape == [1]):
             raise RuntimeError(f"{name}: expected shape {expected}, got {shape} in {directory}")
-        if (scale := _scale_of(name)) in checkpoint.files:
-            if len(expected) < 2:
-                raise RuntimeError(
-                    f"{scale}: expected no scale of a tensor of shape {expected}, got one in {directory}"
-                )
-            blocks, shape = [*expected[:-2], *_blocks(expected, block)], checkpoint.shape(scale)
-            if shape != blocks:
-                raise RuntimeError(f"{scale}: expected shape {blocks}, got {shape} in {directory}")
+        return dtype
+
+    for name in sorted(shapes, key=checkpoint.order):
+        shape, scale = list(shapes[name]), _scale_of(name)
+        dtype, scaled = check(name, shape, (*STORED, FP8) if len(shape) > 1 else STORED), scale in checkpoint.files
+        if dtype == FP8 and not scaled:
+            raise RuntimeError(f"{name}: expected {scale} beside this fp8 weight in {directory}")
+        if dtype != FP8 and scaled:
+            raise RuntimeError(f"{scale}: expected no scale of a tensor in {dtype}, got one in {directory}")
+        if scaled:
+            check(scale, [*shape[:-2], *_blocks(shape, block)], STORED)
 
 
 def _blocks(shape: Sequence[int], block: tuple[int, int]) -> list[int]:
@@ -322,7 +346,7 @@ class _Checkpoint:
         self._file, self._tensors = None, None
         index, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
         if index.exists():
-            weight_map = _read_json(index).get("weight_map")
+            weight_map = read_json(index).get("weight_map")
             if not isinstance(weight_map, dict):
                 raise RuntimeError(
                     f"{index}: expected a weight_map of names and files, got {type(weight_map).__name__}"
@@ -342,6 +366,10 @@ class _Checkpoint:
 
     def shape(self, name: str) -> list[int]:
         return self._opened(name).get_slice(name).get_shape()
+
+    def dtype(self, name: str) -> str:
+        """In the format's words: F32, I8, ..."""
+        return self._opened(name).get_slice(name).get_dtype()
 
     def read(self, name: str) -> Tensor:
         return self._opened(name).get_tensor(name)
@@ -367,7 +395,8 @@ def _open(file: Path):
         ) from error
 
 
-def _read_json(file: Path) -> dict:
+def read_json(file: Path) -> dict:
+    """An object in a JSON file; RuntimeError if it holds none."""
     try:
         content = json.loads(file.read_text())
     except (ValueError, RecursionError) as error:

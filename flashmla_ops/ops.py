@@ -14,7 +14,7 @@ from torch.fx.experimental.symbolic_shapes import guard_or_false
 
 from . import backends
 from .kv_cache import BYTE_DTYPES, CACHE_DTYPES, PLAIN_DTYPES, CacheFormat, formats_of
-from .plan import COLUMNS, MAX_PARTS
+from .plan import COLUMNS, MAX_PARTS, is_invariant
 
 LIB = torch.library.Library("flashmla", "DEF")
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
@@ -176,50 +176,85 @@ def _facts(scale: Tensor | None) -> tuple | None:
 # ------------------------------------------------------------------------------------------------- get_mla_metadata
 
 
-def _metadata_error(cache_seqlens: Tensor, num_heads_per_head_k: int, num_heads_k: int) -> str | None:
+def _metadata_error(
+    cache_seqlens: Tensor,
+    num_heads_per_head_k: int,
+    num_heads_k: int,
+    cu_seqlens_q: Tensor | None,
+    max_seqlen_q: int | None,
+) -> str | None:
     error = _misplaced("cache_seqlens", cache_seqlens, "[b]", torch.int32, cache_seqlens.device, "its own")
     error = error or _strided("cache_seqlens", cache_seqlens)
     for name, value in (("num_heads_per_head_k", num_heads_per_head_k), ("num_heads_k", num_heads_k)):
         if not error and _known(value < 1):
             error = f"{name}: expected at least 1, got {value}"
+    return error or _uneven_error(cu_seqlens_q, max_seqlen_q, cache_seqlens, "cache_seqlens")
+
+
+def _uneven_error(cu_seqlens_q: Tensor | None, max_seqlen_q: int | None, of: Tensor, like: str) -> str | None:
+    """What is wrong with the numbers of queries of the rows of `of`, the argument called `like`."""
+    if cu_seqlens_q is None and max_seqlen_q is None:
+        return None
+    if cu_seqlens_q is None or max_seqlen_q is None:
+        missing, given = ("cu_seqlens_q", "max_seqlen_q") if cu_seqlens_q is None else ("max_seqlen_q", "cu_seqlens_q")
+        return f"{missing}: expected a value with {given} (give both or neither), got None"
+    error = (
+        _misplaced("cu_seqlens_q", cu_seqlens_q, "[b + 1]", torch.int32, of.device, like)
+        or _size("cu_seqlens_q", cu_seqlens_q, 0, of.shape[0] + 1, f"{like}'s batch + 1")
+        or _strided("cu_seqlens_q", cu_seqlens_q)
+    )
+    if not error and _known(max_seqlen_q < 1):
+        error = f"max_seqlen_q: expected at least 1, got {max_seqlen_q}"
     return error
 
 
-def _new_plan(cache_seqlens: Tensor) -> tuple[Tensor, Tensor]:
-    return cache_seqlens.new_empty(MAX_PARTS, COLUMNS), cache_seqlens.new_empty(cache_seqlens.shape[0] + 1)
+def _uneven(cu_seqlens_q: Tensor | None, max_seqlen_q: int | None) -> dict:
+    """What backends are told of rows of different numbers of queries."""
+    return {} if cu_seqlens_q is None else {"cu_seqlens_q": cu_seqlens_q, "max_seqlen_q": max_seqlen_q}
 
 
-def _make_plan(outputs, cache_seqlens, num_heads_per_head_k, num_heads_k, batch_invariant) -> None:
-    options = {"batch_invariant": True} if batch_invariant else {}
+def _new_plan(cache_seqlens: Tensor, batch_invariant: bool) -> tuple[Tensor, Tensor]:
+    rows = MAX_PARTS + batch_invariant
+    return cache_seqlens.new_empty(rows, COLUMNS), cache_seqlens.new_empty(cache_seqlens.shape[0] + 1)
+
+
+def _make_plan(
+    outputs, cache_seqlens, num_heads_per_head_k, num_heads_k, batch_invariant, cu_seqlens_q, max_seqlen_q
+) -> None:
+    options = ({"batch_invariant": True} if batch_invariant else {}) | _uneven(cu_seqlens_q, max_seqlen_q)
     backend = backends.choose("get_mla_metadata", cache_seqlens, **options)
     backend.get_mla_metadata(*outputs, cache_seqlens, num_heads_per_head_k, num_heads_k, **options)
 
 
-def _get_mla_metadata(cache_seqlens, num_heads_per_head_k, num_heads_k, *, batch_invariant=False):
-    _refuse(_metadata_error(cache_seqlens, num_heads_per_head_k, num_heads_k))
-    outputs = _new_plan(cache_seqlens)
-    _make_plan(outputs, cache_seqlens, num_heads_per_head_k, num_heads_k, batch_invariant)
+def _get_mla_metadata(
+    cache_seqlens, num_heads_per_head_k, num_heads_k, *, batch_invariant=False, cu_seqlens_q=None, max_seqlen_q=None
+):
+    _refuse(_metadata_error(cache_seqlens, num_heads_per_head_k, num_heads_k, cu_seqlens_q, max_seqlen_q))
+    outputs = _new_plan(cache_seqlens, batch_invariant)
+    heads = num_heads_per_head_k, num_heads_k
+    _make_plan(outputs, cache_seqlens, *heads, batch_invariant, cu_seqlens_q, max_seqlen_q)
     return outputs
 
 
-def _get_mla_metadata_fake(cache_seqlens, num_heads_per_head_k, num_heads_k, *, batch_invariant=False):
-    _refuse(_metadata_error(cache_seqlens, num_heads_per_head_k, num_heads_k))
-    return _new_plan(cache_seqlens)
+def _get_mla_metadata_fake(
+    cache_seqlens, num_heads_per_head_k, num_heads_k, *, batch_invariant=False, cu_seqlens_q=None, max_seqlen_q=None
+):
+    _refuse(_metadata_error(cache_seqlens, num_heads_per_head_k, num_heads_k, cu_seqlens_q, max_seqlen_q))
+    return _new_plan(cache_seqlens, batch_invariant)
 
 
 _define(
     "get_mla_metadata(Tensor cache_seqlens, SymInt num_heads_per_head_k, SymInt num_heads_k, *, "
-    "bool batch_invariant=False) "
+    "bool batch_invariant=False, Tensor? cu_seqlens_q=None, SymInt? max_seqlen_q=None) "
     "-> (Tensor tile_scheduler_metadata, Tensor num_splits)",
     _get_mla_metadata,
     _get_mla_metadata_fake,
 )
 
 
-def _replan_error(cache_seqlens, num_heads_per_head_k, num_heads_k, tile_scheduler_metadata, num_splits) -> str | None:
-    return _metadata_error(cache_seqlens, num_heads_per_head_k, num_heads_k) or _plan_shape_error(
-        tile_scheduler_metadata, num_splits, cache_seqlens, "cache_seqlens"
-    )
+def _replan_error(call: tuple, batch_invariant: bool, tile_scheduler_metadata, num_splits) -> str | None:
+    of = call[0], "cache_seqlens"
+    return _metadata_error(*call) or _plan_shape_error(tile_scheduler_metadata, num_splits, *of, batch_invariant)
 
 
 def _get_mla_metadata_(
@@ -228,13 +263,16 @@ def _get_mla_metadata_(
     num_heads_k,
     *,
     batch_invariant=False,
+    cu_seqlens_q=None,
+    max_seqlen_q=None,
     tile_scheduler_metadata,
     num_splits,
 ):
     plan = tile_scheduler_metadata, num_splits
-    _refuse(_replan_error(cache_seqlens, num_heads_per_head_k, num_heads_k, *plan))
+    heads = num_heads_per_head_k, num_heads_k
+    _refuse(_replan_error((cache_seqlens, *heads, cu_seqlens_q, max_seqlen_q), batch_invariant, *plan))
     _refuse_misaligned(("tile_scheduler_metadata", tile_scheduler_metadata))
-    _make_plan(plan, cache_seqlens, num_heads_per_head_k, num_heads_k, batch_invariant)
+    _make_plan(plan, cache_seqlens, *heads, batch_invariant, cu_seqlens_q, max_seqlen_q)
 
 
 def _get_mla_metadata__fake(
@@ -243,10 +281,13 @@ def _get_mla_metadata__fake(
     num_heads_k,
     *,
     batch_invariant=False,
+    cu_seqlens_q=None,
+    max_seqlen_q=None,
     tile_scheduler_metadata,
     num_splits,
 ):
-    _refuse(_replan_error(cache_seqlens, num_heads_per_head_k, num_heads_k, tile_scheduler_metadata, num_splits))
+    call = cache_seqlens, num_heads_per_head_k, num_heads_k, cu_seqlens_q, max_seqlen_q
+    _refuse(_replan_error(call, batch_invariant, tile_scheduler_metadata, num_splits))
 
 
 def _contiguous_plan(tile_scheduler_metadata: Tensor) -> str | None:
@@ -257,12 +298,12 @@ def _contiguous_plan(tile_scheduler_metadata: Tensor) -> str | None:
     return None
 
 
-def _plan_shape_error(tile_scheduler_metadata, num_splits, of: Tensor, like: str) -> str | None:
+def _plan_shape_error(tile_scheduler_metadata, num_splits, of: Tensor, like: str, batch_invariant: bool) -> str | None:
     """What is wrong with a plan for the rows of `of`, the argument called `like`."""
-    name, device = "tile_scheduler_metadata", of.device
+    name, device, kind = "tile_scheduler_metadata", of.device, ", batch_invariant=True" if batch_invariant else ""
     return (
         _misplaced(name, tile_scheduler_metadata, "[MAX_PARTS, COLUMNS]", torch.int32, device, like)
-        or _size(name, tile_scheduler_metadata, 0, MAX_PARTS, "as get_mla_metadata makes it")
+        or _size(name, tile_scheduler_metadata, 0, MAX_PARTS + batch_invariant, f"as get_mla_metadata makes it{kind}")
         or _size(name, tile_scheduler_metadata, 1, COLUMNS, "as get_mla_metadata makes it")
         or _contiguous_plan(tile_scheduler_metadata)
         or _misplaced("num_splits", num_splits, "[b + 1]", torch.int32, device, like)
@@ -273,7 +314,8 @@ def _plan_shape_error(tile_scheduler_metadata, num_splits, of: Tensor, like: str
 
 _define(
     "get_mla_metadata_(Tensor cache_seqlens, SymInt num_heads_per_head_k, SymInt num_heads_k, *, "
-    "bool batch_invariant=False, Tensor(a!) tile_scheduler_metadata, Tensor(b!) num_splits) -> ()",
+    "bool batch_invariant=False, Tensor? cu_seqlens_q=None, SymInt? max_seqlen_q=None, "
+    "Tensor(a!) tile_scheduler_metadata, Tensor(b!) num_splits) -> ()",
     _get_mla_metadata_,
     _get_mla_metadata__fake,
 )
@@ -282,14 +324,18 @@ _define(
 # -------------------------------------------------------------------------------------------------- fwd_kvcache_mla
 
 
-def _fwd_error(q, kv_cache, block_table, cache_seqlens, head_dim_v, q_scale, kv_scale) -> str | None:
+def _fwd_error(
+    q, kv_cache, block_table, cache_seqlens, head_dim_v, q_scale, kv_scale, cu_seqlens_q, max_seqlen_q
+) -> str | None:
     dtype, device = q.dtype, q.device
     fp8 = dtype is torch.float8_e4m3fn
     if dtype not in PLAIN_DTYPES and not fp8:
         return f"q: expected one of {_listed((*PLAIN_DTYPES, torch.float8_e4m3fn))}, got {dtype}"
     bytes_ = kv_cache.dtype in BYTE_DTYPES
+    even = cu_seqlens_q is None
+    dims = "[b, s_q, h_q, d_qk]" if even else "[total_q, h_q, d_qk] (with cu_seqlens_q)"
     error = (
-        _misplaced("q", q, "[b, s_q, h_q, d_qk]", dtype, device, "its own")
+        _misplaced("q", q, dims, dtype, device, "its own")
         or _strided("q", q)
         or _cache_error(kv_cache, kv_cache.dtype if bytes_ else dtype, device, "q")
         or _misplaced("block_table", block_table, "[b, max_pages]", torch.int32, device, "q")
@@ -299,15 +345,19 @@ def _fwd_error(q, kv_cache, block_table, cache_seqlens, head_dim_v, q_scale, kv_
     )
     if error:
         return error
-    b, _, h_q, d_qk = q.shape
+    *_, h_q, d_qk = q.shape
     h_k = kv_cache.shape[2]
-    error = _size("block_table", block_table, 0, b, "q's batch") or _size(
-        "cache_seqlens", cache_seqlens, 0, b, "q's batch"
-    )
+    if even:
+        error = _size("block_table", block_table, 0, q.shape[0], "q's batch") or _size(
+            "cache_seqlens", cache_seqlens, 0, q.shape[0], "q's batch"
+        )
+    else:
+        error = _size("block_table", block_table, 0, cache_seqlens.shape[0], "cache_seqlens' batch")
+    error = error or _uneven_error(cu_seqlens_q, max_seqlen_q, cache_seqlens, "cache_seqlens")
     if error:
         return error
     if _known(d_qk % DIM_MULTIPLE != 0) or _known(d_qk < DIM_MULTIPLE):
-        return f"q: expected d_qk (dimension 3) to be a multiple of {DIM_MULTIPLE}, got {d_qk}"
+        return f"q: expected d_qk (dimension {q.dim() - 1}) to be a multiple of {DIM_MULTIPLE}, got {d_qk}"
     if _known(h_k < 1) or _known(h_q < 1) or _known(h_q % h_k != 0):
         return f"kv_cache: expected h_k (dimension 2) to divide q's {h_q} heads, got {h_k}"
     if _known(head_dim_v < DIM_MULTIPLE) or _known(head_dim_v > d_qk) or _known(head_dim_v % DIM_MULTIPLE != 0):
@@ -319,13 +369,15 @@ def _fwd_error(q, kv_cache, block_table, cache_seqlens, head_dim_v, q_scale, kv_
     return error
 
 
-def _plan_error(tile_scheduler_metadata, num_splits, q) -> str | None:
+def _plan_error(tile_scheduler_metadata, num_splits, q, cache_seqlens, cu_seqlens_q) -> str | None:
     if tile_scheduler_metadata is None and num_splits is None:
         return None
     if tile_scheduler_metadata is None or num_splits is None:
         missing = "tile_scheduler_metadata" if tile_scheduler_metadata is None else "num_splits"
         return f"{missing}: expected the other half of get_mla_metadata's plan (give both or neither), got None"
-    return _plan_shape_error(tile_scheduler_metadata, num_splits, q, "q")
+    of = (q, "q") if cu_seqlens_q is None else (cache_seqlens, "cache_seqlens")
+    invariant = _known(is_invariant(tile_scheduler_metadata))
+    return _plan_shape_error(tile_scheduler_metadata, num_splits, *of, invariant)
 
 
 def _fwd_kvcache_mla(
@@ -341,28 +393,37 @@ def _fwd_kvcache_mla(
     *,
     q_scale=None,
     kv_scale=None,
+    cu_seqlens_q=None,
+    max_seqlen_q=None,
 ):
     signature = _signature("fwd_kvcache_mla", q, kv_cache, block_table, cache_seqlens), head_dim_v
     if q_scale is not None or kv_scale is not None:
         signature = *signature, _facts(q_scale), _facts(kv_scale)
+    if cu_seqlens_q is not None and max_seqlen_q is not None:
+        signature = *signature, max_seqlen_q, cu_seqlens_q.shape, cu_seqlens_q.stride(), cu_seqlens_q.dtype
+        signature = *signature, cu_seqlens_q.device
     if tile_scheduler_metadata is not None and num_splits is not None:
         for t in (tile_scheduler_metadata, num_splits):
             signature = *signature, t.shape, t.stride(), t.dtype, t.device
     backend = _served.get(signature)
-    if backend is None:
-        _refuse(_fwd_error(q, kv_cache, block_table, cache_seqlens, head_dim_v, q_scale, kv_scale))
+    if backend is None or (cu_seqlens_q is None) != (max_seqlen_q is None):
+        scales, uneven = (q_scale, kv_scale), (cu_seqlens_q, max_seqlen_q)
+        _refuse(_fwd_error(q, kv_cache, block_table, cache_seqlens, head_dim_v, *scales, *uneven))
     if (q.data_ptr() | kv_cache.data_ptr()) % ALIGNMENT:
         _refuse_misaligned(("q", q), ("kv_cache", kv_cache))
     if tile_scheduler_metadata is not None and tile_scheduler_metadata.data_ptr() % ALIGNMENT:
         _refuse_misaligned(("tile_scheduler_metadata", tile_scheduler_metadata))
     if backend is None or (tile_scheduler_metadata is None) != (num_splits is None):
-        _refuse(_plan_error(tile_scheduler_metadata, num_splits, q))
+        _refuse(_plan_error(tile_scheduler_metadata, num_splits, q, cache_seqlens, cu_seqlens_q))
+    uneven = _uneven(cu_seqlens_q, max_seqlen_q)
     if backend is None:
-        backend = backends.choose("fwd_kvcache_mla", q, kv_cache=kv_cache, head_dim_v=head_dim_v)
+        invariant = tile_scheduler_metadata is not None and is_invariant(tile_scheduler_metadata)
+        facts = {"kv_cache": kv_cache, "head_dim_v": head_dim_v} | ({"batch_invariant": True} if invariant else {})
+        backend = backends.choose("fwd_kvcache_mla", q, **facts, **uneven)
         _remember(signature, backend)
     plan = None if num_splits is None else (tile_scheduler_metadata, num_splits)
     return backend.fwd_kvcache_mla(
-        q, kv_cache, block_table, cache_seqlens, head_dim_v, softmax_scale, causal, plan, q_scale, kv_scale
+        q, kv_cache, block_table, cache_seqlens, head_dim_v, softmax_scale, causal, plan, q_scale, kv_scale, **uneven
     )
 
 
@@ -379,19 +440,22 @@ def _fwd_kvcache_mla_fake(
     *,
     q_scale=None,
     kv_scale=None,
+    cu_seqlens_q=None,
+    max_seqlen_q=None,
 ):
-    _refuse(_fwd_error(q, kv_cache, block_table, cache_seqlens, head_dim_v, q_scale, kv_scale))
-    _refuse(_plan_error(tile_scheduler_metadata, num_splits, q))
-    b, s_q, h_q, _ = q.shape
+    scales, uneven = (q_scale, kv_scale), (cu_seqlens_q, max_seqlen_q)
+    _refuse(_fwd_error(q, kv_cache, block_table, cache_seqlens, head_dim_v, *scales, *uneven))
+    _refuse(_plan_error(tile_scheduler_metadata, num_splits, q, cache_seqlens, cu_seqlens_q))
+    *batch, queries, h_q, _ = q.shape
     out_dtype = torch.bfloat16 if q.dtype is torch.float8_e4m3fn else q.dtype
-    out = q.new_empty(b, s_q, h_q, head_dim_v, dtype=out_dtype)
-    return out, q.new_empty(b, h_q, s_q, dtype=torch.float32)
+    out = q.new_empty(*batch, queries, h_q, head_dim_v, dtype=out_dtype)
+    return out, q.new_empty(*batch, h_q, queries, dtype=torch.float32)
 
 
 _define(
     "fwd_kvcache_mla(Tensor q, Tensor kv_cache, Tensor block_table, Tensor cache_seqlens, SymInt head_dim_v, "
     "float softmax_scale, bool causal, Tensor? tile_scheduler_metadata=None, Tensor? num_splits=None, *, "
-    "Tensor? q_scale=None, Tensor? kv_scale=None) "
+    "Tensor? q_scale=None, Tensor? kv_scale=None, Tensor? cu_seqlens_q=None, SymInt? max_seqlen_q=None) "
     "-> (Tensor out, Tensor lse)",
     _fwd_kvcache_mla,
     _fwd_kvcache_mla_fake,

@@ -32,11 +32,13 @@ prints what each rank would hold and send, without GPUs or processes; `plan` com
 
 import argparse
 import json
+import math
 import sys
 import weakref
 import zlib
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -81,6 +83,9 @@ class Layout:
         unknown = [dim for dim in self.sizes if dim not in DIMENSIONS]
         if unknown or not self.sizes:
             raise RuntimeError(f"mesh: expected dimensions named {', '.join(DIMENSIONS)}, got {', '.join(unknown)}")
+        for dim, size in self.sizes.items():
+            if size < 1:
+                raise RuntimeError(f"mesh: expected {dim} to have at least 1 rank, got {size}")
         dense = config.intermediate_size if not config.is_moe(0) else 0
         inner = config.moe_intermediate_size if config.n_routed_experts else 0
         divided = [
@@ -132,6 +137,13 @@ class Group:
         ones = [1] * self.size
         return _done(torch.ops._c10d_functional.all_to_all_single(x.contiguous(), ones, ones, self.name))
 
+    def gather_objects(self, value, device: torch.device) -> list:
+        """Every rank's value, of kinds that JSON has, by tensors on a device. (all_gather_object would need numpy.)"""
+        text = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8, device=device)
+        sizes = self.gather(torch.tensor(len(text), device=device)).tolist()
+        texts = self.gather(nn.functional.pad(text, (0, max(sizes) - len(text))))
+        return [json.loads(bytes(text[:size].tolist())) for text, size in zip(texts, sizes, strict=True)]
+
 
 def _done(x: Tensor) -> Tensor:
     return torch.ops._c10d_functional.wait_tensor(x)
@@ -157,6 +169,7 @@ class Parallel:
     heads: Group | None
     rows: Group | None
     context: Group | None
+    everyone: Group | None = None  # under FLASHMLA_DEBUG=1: those whose tensors are compared
 
     @property
     def share(self) -> Share:
@@ -166,7 +179,8 @@ class Parallel:
     @staticmethod
     def of(mesh: DeviceMesh) -> "Parallel":
         layout = Layout.of(mesh)
-        return Parallel(layout, *(_group(mesh, layout, dims) for dims in (HEADS, ("dp",), ("cp",))))
+        groups = (HEADS, ("dp",), ("cp",), *([DIMENSIONS] if DEBUG else []))
+        return Parallel(layout, *(_group(mesh, layout, dims) for dims in groups))
 
     @staticmethod
     def imagined(layout: Layout) -> "Parallel":
@@ -176,6 +190,16 @@ class Parallel:
             return Group(dims[0], layout.part(dims)[1]) if set(dims) & set(layout.sizes) else None
 
         return Parallel(layout, group(*HEADS), group("dp"), group("cp"))
+
+    def agree(self, kv_caches: list[Tensor], **tensors: Tensor | None) -> None:
+        """Under FLASHMLA_DEBUG=1 compares what all ranks give an eager call: dtypes and shapes, and where they have the
+        same rows also values, and the pages of caches (not what is in them). Waits for the device."""
+        if self.everyone is None or torch.compiler.is_compiling():
+            return
+        mine = {name: _facts(t) for name, t in tensors.items() if t is not None}
+        mine |= {f"kv_caches[{i}]": _facts_of_cache(cache) for i, cache in enumerate(kv_caches)}
+        known = dist.get_rank(), self.layout.part(("dp",))[0], mine
+        _compare(self.everyone.gather_objects(known, kv_caches[0].device))
 
     def part_of(self, name: str, tensor: Tensor, shape: torch.Size) -> Tensor:
         """The piece, of the given shape, of a checkpoint's tensor that is this rank's."""
@@ -212,6 +236,7 @@ def parallelize(model: DeepseekModel, mesh: DeviceMesh) -> DeepseekModel:
     Caches are those of `new_cache`. Under FLASHMLA_DEBUG=1 each eager call checks that ranks' tensors agree.
 
     To load a checkpoint so that no rank ever holds more than its part: DeepseekModel.from_pretrained(..., mesh=mesh).
+    A part can be pickled; it works again in a process at the same place of the same mesh.
 
     Args:
         model: on any device, also meta. Its parameters no longer require gradients.
@@ -223,8 +248,6 @@ def parallelize(model: DeepseekModel, mesh: DeviceMesh) -> DeepseekModel:
         raise RuntimeError(f"model: expected a whole one, got a part: {model.parallel.layout}")
     Layout.of(mesh).check(model.config)
     _divide(model, Parallel.of(mesh))
-    if DEBUG:
-        _check_agreement(model, mesh)
     return model
 
 
@@ -236,7 +259,7 @@ def _divide(model: DeepseekModel, parallel: Parallel) -> None:
     if not model.config.tie_word_embeddings:
         _keep(model.head, "weight", 0, part)
         if group:
-            model.head.register_forward_hook(lambda head, args, logits: _gather_last(group, logits))
+            model.head.register_forward_hook(partial(_gather_logits, group))
     for layer in model.layers:
         attn, ffn = layer.attn, layer.ffn
         for name in ("wq", "wq_b", "wkv_b"):
@@ -258,11 +281,18 @@ def _divide(model: DeepseekModel, parallel: Parallel) -> None:
             _keep(mlp.down, "weight", 1, part)
         if group:
             for module in (attn.wo, ffn):
-                module.register_forward_hook(lambda module, args, out: group.sum(out))
+                module.register_forward_hook(partial(_sum_output, group))
 
 
-def _gather_last(group: Group, x: Tensor) -> Tensor:
-    return group.gather(x).movedim(0, -2).flatten(-2)
+# hooks, which can be pickled with their module
+
+
+def _sum_output(group: Group, module: nn.Module, args: tuple, out: Tensor) -> Tensor:
+    return group.sum(out)
+
+
+def _gather_logits(group: Group, module: nn.Module, args: tuple, logits: Tensor) -> Tensor:
+    return group.gather(logits).movedim(0, -2).flatten(-2)
 
 
 # ------------------------------------------------------------------------------------------------- context parallel
@@ -295,10 +325,17 @@ class ContextParallel:
         self.group, self.share = group, share
 
     def step(
-        self, positions: Tensor, block_table: Tensor, cache_seqlens: Tensor, page_size: int, num_heads: int
+        self,
+        positions: Tensor,
+        block_table: Tensor,
+        cache_seqlens: Tensor,
+        page_size: int,
+        num_heads: int,
+        batch_invariant: bool = False,
     ) -> DecodeStep:
         """The step of tokens at `positions` [b, s_q], with num_heads heads a rank; as DeepseekModel.decode makes it."""
         b, s_q = positions.shape
+        options = {"batch_invariant": batch_invariant}
         slots = slots_of(block_table, positions, page_size, self.share).flatten()
         if s_q == 1:
             lengths, own = self.share.lengths(cache_seqlens, page_size), None
@@ -311,8 +348,8 @@ class ContextParallel:
             index = torch.arange(s_q, device=positions.device) - (s_q - count[:, None])
             own_slots = torch.where(index < 0, -1, row[:, None] * (pages * OWN_PAGE) + index).flatten()
             table = (row[:, None] * pages + torch.arange(pages, device=positions.device)).int()
-            own = DecodeStep(own_slots, table, count, get_mla_metadata(count, s_q * num_heads, 1))
-        plan = get_mla_metadata(lengths, s_q * num_heads * self.share.count, 1)
+            own = DecodeStep(own_slots, table, count, get_mla_metadata(count, s_q * num_heads, 1, **options))
+        plan = get_mla_metadata(lengths, s_q * num_heads * self.share.count, 1, **options)
         return DecodeStep(slots, block_table, lengths, plan, own)
 
     def attend(
@@ -359,7 +396,7 @@ def new_cache(
     Args:
         num_pages, max_batch_size, max_pages_per_sequence: as of `PagedKVCache`, for the whole mesh: dp divides rows and
             pages, cp pages and those of each sequence.
-        options: PagedKVCache's others; the model's device, dtype and dimensions if they are left out.
+        options: PagedKVCache's others; the model's device, dtype and dimensions where they are left out, or None.
     Raises:
         RuntimeError: the mesh does not divide them evenly, or the model is not parallelized.
     """
@@ -374,56 +411,46 @@ def new_cache(
         if size % count:
             raise RuntimeError(f"{name}: expected a multiple of {' * '.join(dims)} = {count}, got {size}")
         local[name] = size // count
-    if not {"head_dim", "dtype"} & set(options):
-        options.setdefault("kv_cache_dtype", weight.dtype)
-        options |= {"kv_lora_rank": config.kv_lora_rank, "qk_rope_head_dim": config.qk_rope_head_dim}
-    options.setdefault("device", weight.device)
-    return PagedKVCache(config.num_hidden_layers, **local, share=model.parallel.share, **options)
+    given = {name: value for name, value in options.items() if value is not None}
+    defaults = {"kv_lora_rank": config.kv_lora_rank, "qk_rope_head_dim": config.qk_rope_head_dim}
+    defaults |= {"device": weight.device, "share": model.parallel.share}
+    if "kv_cache_dtype" not in given:
+        defaults["dtype"] = weight.dtype
+    return PagedKVCache(config.num_hidden_layers, **local, **{**defaults, **given})
 
 
 # -------------------------------------------------------------------------------------------------------- checking
 
 
-def _check_agreement(model: DeepseekModel, mesh: DeviceMesh) -> None:
-    """Makes eager calls of prefill and decode compare all ranks' tensors first: shapes, and values where these are the
-    same rows. Waits for the device; compiled and captured calls are not checked."""
-    names = mesh.mesh_dim_names
-    group = (mesh._flatten() if len(names) > 1 else mesh).get_group()
-
-    def checked(call, what):
-        def run(*args, **kwargs):
-            if not torch.compiler.is_compiling():
-                given = {**dict(zip(what, args, strict=False)), **kwargs}
-                _agree({name: t for name, t in given.items() if isinstance(t, Tensor)}, model.parallel.layout, group)
-            return call(*args, **kwargs)
-
-        return run
-
-    model.prefill = checked(model.prefill, ("input_ids", "seqlens_q", "kv_caches", "block_table", "cache_seqlens"))
-    model.decode = checked(model.decode, ("input_ids", "kv_caches", "block_table", "cache_seqlens"))
+def _facts(t: Tensor) -> tuple[str, int, str]:
+    """What ranks compare of a tensor: what is the same on all, what is the same where rows are, and what that is."""
+    raw = bytes(t.detach().cpu().contiguous().view(torch.uint8).flatten().tolist())
+    return f"{t.dtype} {list(t.shape)}", zlib.crc32(raw), "values"
 
 
-def _agree(tensors: dict[str, Tensor], layout: Layout, group) -> None:
-    mine = {
-        name: (list(t.shape), zlib.crc32(bytes(t.detach().cpu().contiguous().view(torch.uint8).flatten().tolist())))
-        for name, t in tensors.items()
-    }
-    everyone = [None] * dist.get_world_size(group)
-    dist.all_gather_object(everyone, (dist.get_rank(), layout.part(("dp",))[0], mine), group=group)
-    first = {}  # of each dp coordinate
+def _facts_of_cache(cache: Tensor) -> tuple[str, int, str]:
+    num_pages, *page = cache.shape
+    return f"{cache.dtype} pages of {page}", num_pages, "number of pages"
+
+
+def _compare(everyone: list[tuple[int, int, dict[str, tuple[str, int, str]]]]) -> None:
+    """Raises, on every rank alike, if ranks' facts differ: of each rank its number, coordinate in dp, and facts."""
+    zero, _, wanted = everyone[0]
+    first_of = {}  # each coordinate in dp: the first rank there and its facts
     for rank, row, theirs in everyone:
-        same = first.setdefault(row, (rank, theirs))
-        for name in same[1].keys() | theirs.keys() | everyone[0][2].keys():
-            facts = [known.get(name, (None, None)) for known in (everyone[0][2], same[1], theirs)]
-            if facts[0][0] != facts[2][0]:
+        first, same = first_of.setdefault(row, (rank, theirs))
+        for name in {**wanted, **theirs}:
+            expected, got = (facts[name][0] if name in facts else "none" for facts in (wanted, theirs))
+            if expected != got:
                 raise RuntimeError(
-                    f"{name}: expected one shape on all ranks, got {facts[0][0]} on rank {everyone[0][0]} and "
-                    f"{facts[2][0]} on rank {rank}"
+                    f"{name}: expected one dtype and shape on all ranks, got {expected} on rank {zero} and {got} on "
+                    f"rank {rank}"
                 )
-            if facts[1] != facts[2]:
+            _, value, what = theirs[name]
+            if value != same[name][1]:
                 raise RuntimeError(
-                    f"{name}: expected the same values on ranks that differ in tp, ep or cp only, got others on rank "
-                    f"{rank} than on rank {same[0]}"
+                    f"{name}: expected the same {what} on ranks that differ in tp, ep or cp only, got others on rank "
+                    f"{rank} than on rank {first}"
                 )
 
 
@@ -477,6 +504,9 @@ def plan(
     """
     layout = Layout(sizes, dict.fromkeys(sizes, 0))
     layout.check(config)
+    for name, value in (("batch", batch), ("s_q", s_q)):
+        if value < 1:
+            raise RuntimeError(f"{name}: expected at least 1, got {value}")
     rows, rest = divmod(batch, layout.part(("dp",))[1])
     if rest:
         raise RuntimeError(f"batch: expected a multiple of dp = {sizes['dp']}, got {batch}")
@@ -576,32 +606,49 @@ def report(plan: Plan, memory: int, batch: int, context: int | None) -> tuple[li
 def _sizes(text: str) -> dict[str, int]:
     """dp=2,tp=4 as {"dp": 2, "tp": 4}."""
     try:
-        sizes = {dim: int(n) for dim, n in (part.split("=") for part in text.split(","))}
+        parts = [(dim, int(n)) for dim, n in (part.split("=") for part in text.split(","))]
     except ValueError:
-        sizes = {}
-    if not sizes or not set(sizes) <= set(DIMENSIONS) or min(sizes.values()) < 1:
-        raise argparse.ArgumentTypeError(f"expected sizes of {', '.join(DIMENSIONS)}, such as dp=2,tp=4, got {text}")
+        parts = []
+    sizes = dict(parts)
+    if not sizes or not set(sizes) <= set(DIMENSIONS) or min(sizes.values()) < 1 or len(sizes) < len(parts):
+        wanted = f"sizes of some of {', '.join(DIMENSIONS)}, each at most once, such as dp=2,tp=4"
+        raise argparse.ArgumentTypeError(f"expected {wanted}, got {text}")
     return sizes
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text}")
+    return int(text)
+
+
+def _gigabytes(text: str) -> float:
+    try:
+        size = float(text)
+    except ValueError:
+        size = 0.0
+    if not 0 < size < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
+    return size
+
+
 def main(arguments: list[str] | None = None) -> int:
-    from .hf import config_from_hf  # which imports this module
+    from .hf import config_from_hf, read_json  # which imports this module
 
     parser = argparse.ArgumentParser(
         prog="python -m flashmla_ops.parallel", description="What each rank of a mesh would hold and send."
     )
     parser.add_argument("--plan", type=Path, required=True, metavar="CONFIG", help="a checkpoint's config.json")
     parser.add_argument("--mesh", type=_sizes, required=True, help="sizes of dp, tp, ep and cp, such as dp=2,tp=4")
-    parser.add_argument("--memory-gb", type=float, required=True, metavar="N", help="of each rank, in 10^9 bytes")
-    parser.add_argument("--batch", type=int, default=128, metavar="N", help="rows, on all ranks together")
-    parser.add_argument("--tokens", type=int, default=1, metavar="N", help="of a row in a decode step")
-    parser.add_argument("--context", type=int, metavar="N", help="tokens of each row in the cache")
+    parser.add_argument("--memory-gb", type=_gigabytes, required=True, metavar="N", help="of each rank, in 10^9 bytes")
+    parser.add_argument("--batch", type=_count, default=128, metavar="N", help="rows, on all ranks together")
+    parser.add_argument("--tokens", type=_count, default=1, metavar="N", help="of a row in a decode step")
+    parser.add_argument("--context", type=_count, metavar="N", help="tokens of each row in the cache")
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     parser.add_argument("--kv-cache", metavar="FORMAT", help="bfloat16, fp8, fp8_tensor, ...; the model's dtype")
     args = parser.parse_args(arguments)
     try:
-        config = config_from_hf(json.loads(args.plan.read_text()))
-        Layout(args.mesh, dict.fromkeys(args.mesh, 0)).check(config)
+        config = config_from_hf(read_json(args.plan))
         planned = plan(
             config,
             args.mesh,

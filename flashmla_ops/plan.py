@@ -10,8 +10,9 @@ FIRST_ROW..LAST_ROW (inclusive); of row r the tiles
     [FIRST_TILE if r == FIRST_ROW else 0,  LAST_TILE if r == LAST_ROW else ceil(cache_seqlens[r] / TILE)).
 
 FIRST_SPLIT is the index of the part's share of FIRST_ROW among that row's splits. FLAGS is 0 but for batch-invariant
-plans (below), and the row-tile columns are 0 in a plan for even queries. Unused parts have LAST_ROW = -1, so that a
-loop over their rows runs zero times.
+plans (below), and the row-tile columns are 0 in a plan for even queries (for others see the end of this file). Unused
+parts have LAST_ROW = -1, so that a loop over their rows runs zero times. A batch-invariant plan has one more row: its
+shape tells it from others, so that a kernel can be chosen without waiting for the device.
 
 `num_splits` [b + 1] int32 is the exclusive prefix sum of the number of parts that touch each row. A row of length 0
 lies in exactly one part, with no tiles: somebody must write its (empty) output.
@@ -158,13 +159,31 @@ def _on_line(tiles: Tensor, total: Tensor, parts: Tensor, row_cost: int) -> tupl
 
 UNIT_TILES = 8  # of a unit at least: results of fewer tiles cost more to merge than their keys to read
 MAX_UNITS = 64  # of a row: as many workers as one row keeps busy
-INVARIANT = 1  # bit of FLAGS; the bits above are the part's first place for the nodes that it leaves
+# Bit of FLAGS; the bits above are the part's first place for the nodes that it leaves. In the plan's row MAX_PARTS,
+# which is empty otherwise, they are the number of places that all parts use.
+INVARIANT = 1
+WORKSPACE_TILES = 1024  # places in a GPU's workspace, for all row tiles together
+
+
+def is_invariant(metadata: Tensor) -> bool:
+    return metadata.shape[0] == MAX_PARTS + 1
+
+
+def places(num_row_tiles: int) -> int:
+    """What a row tile has in the workspace: with very many row tiles none, so that every row is whole."""
+    return WORKSPACE_TILES // num_row_tiles
 
 
 def unit_tiles(tiles):
-    """C, the tiles of a unit of a row of so many (an int or a tensor of them)."""
-    least = -(-tiles // MAX_UNITS)
-    return least.clamp_min(UNIT_TILES) if isinstance(tiles, Tensor) else max(least, UNIT_TILES)
+    """C, the tiles of a unit of a row of so many (an int or a tensor of them).
+
+    UNIT_TILES; in rows that have more than 16 such units as many as make 16 of it, up to twice UNIT_TILES; in the
+    longest rows what MAX_UNITS asks for.
+    """
+    sixteenth, least = -(-tiles // 16), -(-tiles // MAX_UNITS)
+    if isinstance(tiles, Tensor):
+        return sixteenth.clamp(UNIT_TILES, 2 * UNIT_TILES).maximum(least)
+    return max(UNIT_TILES, min(2 * UNIT_TILES, sixteenth), least)
 
 
 def nodes_left(begin: Tensor, end: Tensor, units: Tensor) -> Tensor:
@@ -173,15 +192,22 @@ def nodes_left(begin: Tensor, end: Tensor, units: Tensor) -> Tensor:
     Up to the last multiple of the greatest power of two that the range crosses, and from there on, there is one node
     for each bit of the distance.
     """
-    bits = torch.tensor([bin(i).count("1") for i in range(2 * MAX_UNITS + 1)], device=begin.device)
     powers = 2 ** torch.arange(MAX_UNITS.bit_length(), device=begin.device)
-    padded = powers[torch.searchsorted(powers, units.clamp_min(1))]
-    end = torch.where(end == units, padded, end)  # the row's last nodes are whole, however few units they have
-    # the greatest power of two that divides a number in begin + 1 .. end
-    crossed = torch.where(begin[..., None] // powers < end[..., None] // powers, powers, 0).amax(-1)
+    bits = (torch.arange(2 * MAX_UNITS + 1, device=begin.device)[:, None] // powers % 2).sum(1)
+    # the row's last node is whole, however few units it has: the greatest with the last unit that begins in the range
+    last = _greatest_crossed(begin - 1, units - 1, powers)
+    whole = (units - 1).clamp_min(0) // last.clamp_min(1) * last + last
+    end, all_units = torch.where(end == units, whole, end), (begin == 0) & (end == units)
+    crossed = _greatest_crossed(begin, end, powers)
     middle = end // crossed.clamp_min(1) * crossed
     left = bits[(middle - begin).clamp_min(0)] + bits[(end - middle).clamp_min(0)]
-    return torch.where((begin >= end) | ((begin == 0) & (end == padded)), 0, left)
+    return torch.where((begin >= end) | all_units, 0, left)
+
+
+def _greatest_crossed(low: Tensor, high: Tensor, powers: Tensor) -> Tensor:
+    """The greatest of `powers` that divides a number in low + 1 .. high; 0 of no number."""
+    crossed = low[..., None].div(powers, rounding_mode="floor") < high[..., None].div(powers, rounding_mode="floor")
+    return torch.where(crossed, powers, 0).amax(-1)
 
 
 def make_invariant_plan(
@@ -198,12 +224,13 @@ def make_invariant_plan(
         places: what a row tile has in the workspace.
         row_cost: see row_cost().
     Returns:
-        tile_scheduler_metadata [MAX_PARTS, 8] int32, num_splits [b + 1] int32.
+        tile_scheduler_metadata [MAX_PARTS + 1, 8] int32, num_splits [b + 1] int32.
     """
     b, device = cache_seqlens.shape[0], cache_seqlens.device
     if b == 0:
-        metadata = torch.zeros(MAX_PARTS, COLUMNS, dtype=torch.int32, device=device)
+        metadata = torch.zeros(MAX_PARTS + 1, COLUMNS, dtype=torch.int32, device=device)
         metadata[:, LAST_ROW] = -1
+        metadata[-1, FLAGS] = INVARIANT
         return metadata, torch.zeros(1, dtype=torch.int32, device=device)
     tiles = (cache_seqlens.clamp_min(0).long() + (TILE - 1)) // TILE
     each = unit_tiles(tiles)
@@ -238,8 +265,10 @@ def make_invariant_plan(
     flags = INVARIANT + 2 * (leaves.cumsum(0) - leaves)
     zero = torch.zeros_like(row)
     columns = [row, unit * each[row.clamp_max(b - 1)], last_row + 1, last_tiles, first_split, flags, zero, zero]
-    plan = torch.stack(columns, 1) * used[:, None]
+    plan = torch.zeros(MAX_PARTS + 1, COLUMNS, dtype=torch.long, device=device)
+    plan[:-1] = torch.stack(columns, 1) * used[:, None]
     plan[:, LAST_ROW] -= 1
+    plan[-1, FLAGS] = INVARIANT + 2 * leaves.sum()
     return plan.int(), (torch.arange(b + 1, device=device) + cuts_before[: b + 1]).int()
 
 
@@ -259,3 +288,43 @@ def _ends(cut: tuple[Tensor, Tensor], tiles: Tensor, each: Tensor) -> tuple[Tens
     last_row = row - (unit == 0).long()
     units = ((tiles + each - 1) // each)[last_row.clamp_min(0)]
     return last_row, torch.where(unit == 0, units, unit)
+
+
+# ------------------------------------------------------------------------------------------------------ uneven queries
+#
+# With cu_seqlens_q row r has its own number of queries, cu_seqlens_q[r + 1] - cu_seqlens_q[r], and its query rows of a
+# key head (queries * h_q / h_k of them, in the order (query, h_q / h_k)) are dealt to blocks of as many row tiles as
+# one query fills: ROW_TILE * ceil(h_q / h_k / ROW_TILE) query rows. So there are h_k * ceil(h_q / h_k / ROW_TILE) row
+# tiles to a part, and those of one query read its keys at one time. A block is planned like a row of its own, of the
+# same keys: one that has more blocks is no longer work for one part, and one without queries is none at all.
+#
+# FIRST_ROW_TILE and LAST_ROW_TILE count blocks: a part covers the blocks from FIRST_ROW_TILE of FIRST_ROW to
+# LAST_ROW_TILE of LAST_ROW; FIRST_TILE, FIRST_SPLIT and LAST_TILE are of the first and the last of them. num_splits
+# counts the splits of all of a row's blocks.
+
+
+def rows_of_block(group: int) -> int:
+    """Query rows of a key head in a block, group = h_q / h_k."""
+    return ROW_TILE * row_tiles(group, 1)
+
+
+def row_blocks(cu_seqlens_q: Tensor, max_seqlen_q: int, group: int) -> Tensor:
+    """[b] int64, the blocks of each row. Differences below 0 count as 0, those above max_seqlen_q as that."""
+    queries = cu_seqlens_q.long().diff().clamp(0, max_seqlen_q)
+    size = rows_of_block(group)
+    return (queries * group + (size - 1)) // size
+
+
+def plan_blocks(make, cache_seqlens: Tensor, blocks: Tensor, *args) -> tuple[Tensor, Tensor]:
+    """The plan that make(lengths, *args) makes for rows that have so many blocks each. Waits for their number."""
+    row = torch.repeat_interleave(blocks)  # of each block
+    plan, num_splits = make(cache_seqlens[row], *args)
+    end = blocks.cumsum(0)
+    if row.numel():
+        used = plan[:, LAST_ROW] >= 0
+        for row_column, tile_column in ((FIRST_ROW, FIRST_ROW_TILE), (LAST_ROW, LAST_ROW_TILE)):
+            block = plan[:, row_column].clamp_min(0).long()
+            of = row[block]
+            plan[:, tile_column] = (block - (end - blocks)[of]).int() * used
+            plan[:, row_column] = torch.where(used, of.int(), plan[:, row_column])
+    return plan, num_splits[torch.cat([end.new_zeros(1), end])]

@@ -7,6 +7,7 @@ between ranks to make a call fit, since what would have to move may be a cache.
     fwd_kvcache_mla     replicated
                         heads:   q and out on dimension 2, lse on 1; cache, table, lengths and plan replicated (with
                                  h_k > 1 the cache on dimension 2). A plan is made for a rank's own number of heads.
+                                 With cu_seqlens_q, replicated: q and out on dimension 1, lse on 0.
                         batch:   q, out, lse, table and lengths on dimension 0, and the cache on dimension 0, its pages.
                                  Page numbers are a rank's own, from 0. Each call plans for itself.
     merge_attn_states   replicated, batch, heads (out 2, lse 1) or queries (out 1, lse 2)
@@ -75,11 +76,13 @@ PLAN = ("tile_scheduler_metadata", "num_splits")
 @register_sharding(ops.flashmla.fwd_kvcache_mla.default)
 def _fwd_kvcache_mla(*args, **kwargs):
     given = {**dict(zip((*FWD, *PLAN), args, strict=False)), **kwargs}
-    heads = {"q": Shard(2), "out": Shard(2), "lse": Shard(1)}
+    uneven = given.get("cu_seqlens_q") is not None
+    dim = 1 if uneven else 2  # of q's heads
+    heads = {"q": Shard(dim), "out": Shard(dim), "lse": Shard(dim - 1)}
     if given["kv_cache"].shape[2] > 1:
         heads["kv_cache"] = Shard(2)
     layouts = {"replicated": {}, "heads": heads}
-    if given.get("num_splits") is None:
+    if given.get("num_splits") is None and not uneven:
         rows = ("q", "kv_cache", "block_table", "cache_seqlens", "out", "lse")
         layouts["batch"] = dict.fromkeys(rows, Shard(0))
     return _layouts("fwd_kvcache_mla", layouts, ("out", "lse"), given)
@@ -98,12 +101,16 @@ def _merge_attn_states(out_a, lse_a, out_b, lse_b):
 
 @register_sharding(ops.flashmla.get_mla_metadata.default)
 def _get_mla_metadata(cache_seqlens, num_heads_per_head_k, num_heads_k, **others):
+    cu_seqlens_q = others.get("cu_seqlens_q")
+    if cu_seqlens_q is not None and any(placement != WHOLE for placement in cu_seqlens_q.placements):
+        raise RuntimeError(f"cu_seqlens_q: expected every rank to hold all of it, got {cu_seqlens_q.placements}")
     if any(placement != WHOLE for placement in cache_seqlens.placements):
         raise RuntimeError(
             f"cache_seqlens: expected every rank to hold all lengths, got {cache_seqlens.placements}: the plans of "
             "parts of a batch do not add up to one. Plan on local tensors: cache_seqlens.to_local()"
         )
-    return [([WHOLE, WHOLE], [WHOLE, None, None, *[None] * len(others)])]
+    of_others = [WHOLE if hasattr(value, "placements") else None for value in others.values()]
+    return [([WHOLE, WHOLE], [WHOLE, None, None, *of_others])]
 
 
 def _refuse_dtensors(name: str, written: str):

@@ -87,6 +87,57 @@ class Fp8DecodeCase(DecodeCase):
 
 
 @dataclass
+class UnevenDecodeCase(DecodeCase):
+    """A call of fwd_kvcache_mla for rows of different numbers of queries, as `uneven` makes it: q [total_q, h_q, d]."""
+
+    cu_seqlens_q: Tensor  # [b + 1] int32
+    max_seqlen_q: int
+
+    @property
+    def plan_args(self) -> tuple[Tensor, int, int]:
+        h_q, h_k = self.q.shape[1], self.kv_cache.shape[2]
+        return self.cache_seqlens, h_q // h_k, h_k
+
+    @property
+    def plan_options(self) -> dict:
+        """And its keywords."""
+        return {"cu_seqlens_q": self.cu_seqlens_q, "max_seqlen_q": self.max_seqlen_q}
+
+    def places(self) -> tuple[Tensor, Tensor]:
+        """[cu_seqlens_q[b]] each: the row of each query, and its place there in a call padded in front."""
+        count = self.cu_seqlens_q.long().diff()
+        row = torch.repeat_interleave(count)
+        return row, torch.arange(len(row), device=row.device) - self.cu_seqlens_q[row + 1] + self.max_seqlen_q
+
+    def padded(self) -> DecodeCase:
+        """The call of max_seqlen_q queries a row, of which the last ones are the row's own."""
+        b = self.cache_seqlens.shape[0]
+        row, i = self.places()
+        q = self.q.new_zeros(b, self.max_seqlen_q, *self.q.shape[1:])
+        q[row, i] = self.q[: len(row)]
+        return DecodeCase(**{f.name: getattr(self, f.name) for f in fields(DecodeCase)} | {"q": q})
+
+    def packed(self, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+        """Results of the padded call as those of this one; queries of no row have seen nothing."""
+        row, i = self.places()
+        total_q, h_q, _ = self.q.shape
+        packed_out = out.new_zeros(total_q, h_q, self.head_dim_v)
+        packed_lse = lse.new_full((h_q, total_q), float("inf"))
+        packed_out[: len(row)], packed_lse[:, : len(row)] = out[row, i], lse[row, :, i].T
+        return packed_out, packed_lse
+
+    def flops(self) -> int:
+        h_q, d_qk = self.q.shape[1:]
+        return 2 * h_q * (d_qk + self.head_dim_v) * int((self.cu_seqlens_q.long().diff() * self.cache_seqlens).sum())
+
+    def bytes_moved(self) -> int:
+        total_q, h_q, d_qk = self.q.shape
+        _, _, h_k, last_dim = self.kv_cache.shape
+        key_bytes = h_k * last_dim * self.kv_cache.itemsize * int(self.cache_seqlens.long().sum())
+        return key_bytes + total_q * h_q * ((d_qk + self.head_dim_v) * self.q.itemsize + 4)
+
+
+@dataclass
 class AppendCase(_Case):
     """A call of concat_and_cache_mla."""
 
@@ -192,6 +243,20 @@ def quantized(case: DecodeCase, kv_format: str) -> Fp8DecodeCase:
     return Fp8DecodeCase(**case.kwargs() | {"kv_cache": kv_cache}, kv_scale=kv_scale)
 
 
+def uneven(case: DecodeCase, queries: Sequence[int], spare: int = 0) -> UnevenDecodeCase:
+    """The case with only the last queries[r] <= s_q queries of each row r, and `spare` that are no row's."""
+    _, s_q, h_q, d_qk = case.q.shape
+    cu_seqlens_q = torch.tensor([0, *queries], device=case.q.device).cumsum(0)
+    q = case.q.new_full((int(cu_seqlens_q[-1]) + spare, h_q, d_qk), float("nan"))
+    changed = {"q": q, "cu_seqlens_q": cu_seqlens_q.int(), "max_seqlen_q": s_q}
+    small = UnevenDecodeCase(**{f.name: getattr(case, f.name) for f in fields(DecodeCase)} | changed)
+    row, i = small.places()
+    q[: len(row)] = case.q[row, i]
+    if not case.q.is_contiguous():
+        small.q = with_gaps(q)
+    return small
+
+
 def make_append_case(
     num_tokens: int,
     d_v: int = 512,
@@ -268,6 +333,8 @@ def attention(
 
     With p_dtype, exp(score - max) is rounded to it before its product with the values, as kernels of that dtype do.
     """
+    if isinstance(case, UnevenDecodeCase):
+        return case.packed(*attention(case.padded(), dtype, p_dtype))
     b, s_q, h_q, d_qk = case.q.shape
     h_k = case.kv_cache.shape[2]
     out = case.q.new_zeros(b, s_q, h_q, case.head_dim_v, dtype=dtype)
@@ -362,7 +429,7 @@ def check_decode(
     seen = exact_lse.isfinite()
     assert torch.equal(lse.double()[~seen], exact_lse[~seen]), "lse: expected +inf where a query sees no key"
     largest = max(score_std, exact_lse[seen].abs().amax().item() if seen.any() else 0.0)
-    roundings = {"out": 8, "lse": max(8, case.q.shape[3] // 16) if out.is_cuda else 8}
+    roundings = {"out": 8, "lse": max(8, case.q.shape[-1] // 16) if out.is_cuda else 8}
 
     def lse_error(lse: Tensor) -> float:
         return (lse.double() - exact_lse)[seen].abs().amax().item() if seen.any() else 0.0

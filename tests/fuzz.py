@@ -31,10 +31,11 @@ from flashmla_ops import PagedKVCache, backends, get_mla_metadata
 from flashmla_ops.backends import values
 from flashmla_ops.kv_cache import named_format, slots_of
 from flashmla_ops.plan import TILE
-from flashmla_ops.testing import BAD_PAGE, KV_SCALE, DecodeCase, check_decode, make_merge_case, with_gaps
+from flashmla_ops.testing import BAD_PAGE, KV_SCALE, DecodeCase, check_decode, make_merge_case, uneven, with_gaps
 
 ops = torch.ops.flashmla
 PLAN = ("tile_scheduler_metadata", "num_splits")
+SPARE = 1  # queries that are no row's, of calls with cu_seqlens_q
 DIMS = {"triton": ((576, 512), (160, 128))}  # of d_qk, d_v: each is compiled anew
 
 
@@ -102,6 +103,7 @@ def draw_step(rng: random.Random, kind: str, settings: dict) -> dict:
         "peaked": rng.choice([1.0, 1.0, 15.0]),
         "strided": rng.random() < 0.3,
         "plan": rng.choice(["none", "own", "held", "invariant"]),
+        "queries": [rng.randint(0, 3) for _ in range(rows)] if rng.random() < 0.3 else None,  # of each row, else s_q
         "seed": seed,
     }
 
@@ -162,7 +164,8 @@ WIDE = (*SIZES, "gapped", "odd_rows", "misaligned", "narrower")
 HOSTILE: dict[str, list[tuple[str, str]]] = {  # op -> (argument, change)
     "get_mla_metadata": [
         *(("cache_seqlens", change) for change in ("other_rank", "other_dtype", "gapped", "negative")),
-        *((name, "zero") for name in ("num_heads_per_head_k", "num_heads_k")),
+        *((name, "zero") for name in ("num_heads_per_head_k", "num_heads_k", "max_seqlen_q")),
+        *(("cu_seqlens_q", change) for change in (*SIZES, "gapped", "missing", "decreasing", "too_many")),
     ],
     "get_mla_metadata_": [
         *((name, change) for name in PLAN for change in (*SIZES, "gapped", "other_device")),
@@ -179,6 +182,11 @@ HOSTILE: dict[str, list[tuple[str, str]]] = {  # op -> (argument, change)
         *(("cache_seqlens", change) for change in ("negative", "too_long")),
         *(("block_table", change) for change in ("page_before", "page_beyond")),
         ("cache_seqlens", "stale_plan"),
+        *(
+            ("cu_seqlens_q", change)
+            for change in (*SIZES, "gapped", "other_device", "missing", "decreasing", "too_many")
+        ),
+        *(("max_seqlen_q", change) for change in ("missing", "zero")),
     ],
     "concat_and_cache_mla": [
         *(("kv_cache", change) for change in WIDE if change != "fewer"),
@@ -198,6 +206,8 @@ VALUES = (
     "page_before",
     "page_beyond",
     "stale_plan",
+    "decreasing",
+    "too_many",
     "slot_before",
     "slot_beyond",
     "slot_twice",
@@ -314,18 +324,31 @@ class World:
 
     def check(self, q: Tensor, step: dict, out: Tensor, lse: Tensor) -> None:
         """Against float64 over this world's own copies of the tokens, one page a row."""
+        case = self.case(q, step)
+        if step.get("queries"):
+            case = uneven(case, step["queries"], SPARE)
+        score_std = step["peaked"] * self.d_qk**0.5 * self.scale_of(step)
+        check_decode(case.to(self.device), out, lse, self.target.factor, score_std=score_std)
+
+    def case(self, q: Tensor, step: dict) -> DecodeCase:
         lengths = self.lengths()
         keys = torch.zeros(self.rows, max(*lengths, 1), 1, self.d_qk, dtype=self.dtype)
         for row, tokens in self.tokens.items():
             keys[row, : len(tokens), 0] = tokens
         table = torch.arange(self.rows, dtype=torch.int32)[:, None]
         seqlens = torch.tensor(lengths, dtype=torch.int32)
-        case = DecodeCase(q.cpu(), keys, table, seqlens, self.d_v, self.scale_of(step), step["causal"])
-        score_std = step["peaked"] * self.d_qk**0.5 * self.scale_of(step)
-        check_decode(case.to(self.device), out, lse, self.target.factor, score_std=score_std)
+        return DecodeCase(q.cpu(), keys, table, seqlens, self.d_v, self.scale_of(step), step["causal"])
+
+    def packed(self, q: Tensor, step: dict) -> tuple[Tensor, dict]:
+        """Of queries [rows, s_q, ..] the last ones of each row, as cu_seqlens_q has them, and the options for that."""
+        if not step.get("queries"):
+            return q, {}
+        case = uneven(self.case(q, step), step["queries"], SPARE).to(self.device)
+        return case.q, case.plan_options
 
     def plan(self, s_q: int, **options) -> tuple[Tensor, Tensor]:
-        return get_mla_metadata(self.cache.cache_seqlens, s_q * self.settings["h_q"], 1, **options)
+        heads = self.settings["h_q"] * (1 if "cu_seqlens_q" in options else s_q)
+        return get_mla_metadata(self.cache.cache_seqlens, heads, 1, **options)
 
     # --------------------------------------------------------------------------------------------------------- steps
 
@@ -377,33 +400,37 @@ class World:
         self.held = plan, self.tiles(), step["s_q"] * self.settings["h_q"]
 
     def decode(self, step: dict) -> None:
-        q = self.queries(step).to(self.device)
-        q = with_gaps(q) if step["strided"] else q
+        if step["queries"]:
+            step = step | {"s_q": 3}
+        whole = self.queries(step)
+        q, options = self.packed(whole, step)
+        q = with_gaps(q.to(self.device)) if step["strided"] else q.to(self.device)
         plan, stale = None, False
         if step["plan"] == "invariant":
             try:
-                plan = self.plan(step["s_q"], batch_invariant=True)
+                plan = self.plan(step["s_q"], batch_invariant=True, **options)
             except NotImplementedError:
                 self.refused += 1
-        elif step["plan"] == "own":
-            plan = self.plan(step["s_q"])
+        elif step["plan"] == "own" or (options and step["plan"] == "held"):
+            plan = self.plan(step["s_q"], **options)
         elif step["plan"] == "held" and self.held is not None:
             plan, tiles, heads = self.held
             stale = tiles != self.tiles()
             other_heads = heads != step["s_q"] * self.settings["h_q"]
             if values.DEBUG and self.device == "cuda" and other_heads and not stale:
                 return None  # refused or not, as the machine would use more parts for one than for the other
-        call = self.decode_call(q, step, plan)
+        call = self.decode_call(q, step, plan) | options
         checked = values.DEBUG or self.device == "cpu"
         try:
             out, lse = ops.fwd_kvcache_mla(**call)
         except RuntimeError as error:
-            if not (stale and checked and str(error).startswith(PLAN)):
+            not_served = step["plan"] == "invariant" and "batch_invariant" in str(error)  # an fp8 cache, by sm90
+            if not not_served and not (stale and checked and str(error).startswith(PLAN)):
                 raise
             self.refused += 1
         else:
             if not stale or checked:  # it may deal the new lengths right: those of rows that it does not cut are free
-                self.check(q, step, out, lse)
+                self.check(whole, step, out, lse)
         return self.check_state()
 
     def decode_call(self, q: Tensor, step: dict, plan: tuple[Tensor, Tensor] | None) -> dict:
@@ -425,12 +452,13 @@ class World:
 
     def capture(self, step: dict) -> None:
         """A graph of a plan and the call that uses it."""
-        step = step | {"strided": False}
-        q = self.queries(step).to(self.device)
-        call = self.decode_call(q, step, None) | {"block_table": self.cache.block_table}
+        step = step | {"strided": False} | ({"s_q": 3} if step["queries"] else {})
+        q, options = self.packed(self.queries(step), step)
+        q = q.to(self.device)
+        call = self.decode_call(q, step, None) | {"block_table": self.cache.block_table} | options
 
         def planned() -> tuple[Tensor, Tensor]:
-            return ops.fwd_kvcache_mla(**call | dict(zip(PLAN, self.plan(step["s_q"]), strict=True)))
+            return ops.fwd_kvcache_mla(**call | dict(zip(PLAN, self.plan(step["s_q"], **options), strict=True)))
 
         planned()  # loads the kernels
         torch.cuda.synchronize()
@@ -445,16 +473,17 @@ class World:
             return
         if values.DEBUG:
             raise Accepted("a capture under FLASHMLA_DEBUG=1")
-        self.captured = graph, q, step, results
+        self.captured = graph, q, step, results, options  # all that the graph reads stays alive
 
     def replay(self, step: dict) -> None:
         if self.captured is None:
             return
-        graph, q, captured, (out, lse) = self.captured
-        q.copy_(self.queries(captured | {"seed": step["seed"]}))
+        graph, q, captured, (out, lse), _ = self.captured
+        whole = self.queries(captured | {"seed": step["seed"]})
+        q.copy_(self.packed(whole, captured)[0])
         out.fill_(float("nan"))
         graph.replay()
-        self.check(q, captured, out, lse)
+        self.check(whole, captured, out, lse)
         self.check_state()
 
     # --------------------------------------------------------------------------------------------------- hostile calls
@@ -467,9 +496,10 @@ class World:
             "strided": False,
             "softmax_scale": None,
             "causal": True,
+            "queries": [(seed + row) % (2 + seed % 2) for row in range(self.rows)] if seed % 3 == 0 else None,
             "seed": seed,
         }
-        heads = step["s_q"] * self.settings["h_q"]
+        heads = self.settings["h_q"] * (1 if step["queries"] else step["s_q"])
         if op == "merge_attn_states":
             sizes = {"b": 2, "s_q": step["s_q"], "h_q": self.settings["h_q"], "d_v": self.d_v, "poison": False}
             return make_merge_case(**sizes, dtype=self.dtype, device=self.device, seed=seed).kwargs()
@@ -482,15 +512,21 @@ class World:
             return call | {"kv_scale": self.given_scale}
         lengths = self.cache.cache_seqlens.clone()
         if op == "fwd_kvcache_mla":
-            q = self.queries(step).to(self.device)
-            return self.decode_call(q, step, self.plan(step["s_q"])) | {"cache_seqlens": lengths}
-        call = {"cache_seqlens": lengths, "num_heads_per_head_k": heads, "num_heads_k": 1}
-        in_place = dict(zip(PLAN, self.plan(step["s_q"]), strict=True)) if op == "get_mla_metadata_" else {}
+            q, options = self.packed(self.queries(step), step)
+            call = self.decode_call(q.to(self.device), step, self.plan(step["s_q"], **options))
+            return call | {"cache_seqlens": lengths} | options
+        _, options = self.packed(self.queries(step), step)
+        call = {"cache_seqlens": lengths, "num_heads_per_head_k": heads, "num_heads_k": 1} | options
+        in_place = dict(zip(PLAN, self.plan(step["s_q"], **options), strict=True)) if op == "get_mla_metadata_" else {}
         return call | in_place
 
     def changed(self, call: dict, name: str, change: str, seed: int) -> dict | None:
         """The call with one bad argument; None where the change makes nothing bad."""
         value, row = call.get(name), seed % self.rows
+        if (name == "q" and change == "fewer" and "cu_seqlens_q" in call) or (
+            name in ("cu_seqlens_q", "max_seqlen_q") and value is None
+        ):
+            return None  # not bad where nobody's queries are; not there
         if change in CHANGES:
             bad = None if value is None else CHANGES[change](value)
             return None if bad is None else call | {name: bad}
@@ -510,6 +546,12 @@ class World:
                 return None
             lengths[row] = wrong
             return call | {name: lengths}
+        if change in ("decreasing", "too_many"):
+            cu_seqlens_q = value.clone()
+            cu_seqlens_q[row + 1] = (
+                -1 if change == "decreasing" else int(value[row]) + call["max_seqlen_q"] + 1 + seed % 9
+            )
+            return call | {name: cu_seqlens_q}
         if change in ("page_before", "page_beyond"):
             if int(call["cache_seqlens"][row]) == 0:
                 return None

@@ -24,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -63,18 +63,31 @@ PLANTED = Path(__file__).resolve().with_name("faults.cu")
 DECODE = PLANTED.parents[1] / "csrc/sm90/fwd_kvcache_mla.cu"
 DECODE_FP8 = DECODE.with_name("fwd_kvcache_mla_fp8.cu")
 DECODE_FP8_FEW_ROWS = DECODE.with_name("fwd_kvcache_mla_fp8_few_rows.cu")
-# by source: which function leaves values for another group of threads, and which one takes them; FILE:NAME is elsewhere
-HANDOVERS = {
-    PLANTED: [("leave_value", "take_value"), ("leave_chunk", "take_chunk")],
-    DECODE: [("leave_base", "take_base"), ("leave_probabilities", "take_sum")],
-    DECODE_FP8: [("leave_probabilities", "take_base_and_sum")],
-    DECODE_FP8_FEW_ROWS: [
-        ("store_query_chunk", "take_query_chunk"),
-        ("e4m3_tile.cuh:zero_tokens", "take_bytes"),
-    ],
-}
-# what of the minimal kernels has to be reported for a source's reports to be accepted: the same kind of hand-over
-ALIKE = {DECODE: "leave_value", DECODE_FP8: "leave_value", DECODE_FP8_FEW_ROWS: "leave_chunk"}
+
+
+class Handover(NamedTuple):
+    """Two functions of a source, each NAME, or FILE:NAME of a file beside it."""
+
+    source: Path
+    leave: str  # leaves values for another group of threads
+    take: str  # takes them
+    # the minimal kernels' function that leaves values in the same way: reports are accepted only if its are made too
+    alike: str = ""
+
+
+PLANTED_HANDOVERS = [
+    Handover(PLANTED, "leave_value", "take_value"),
+    Handover(PLANTED, "leave_chunk", "take_chunk"),
+    Handover(PLANTED, "copy_chunk", "take_chunk"),
+]
+HANDOVERS = [
+    Handover(DECODE, "leave_base", "take_base", alike="leave_value"),
+    Handover(DECODE, "leave_probabilities", "take_sum", alike="leave_value"),
+    Handover(DECODE_FP8, "leave_probabilities", "take_base_and_sum", alike="leave_value"),
+    Handover(DECODE_FP8_FEW_ROWS, "store_query_chunk", "take_query_chunk", alike="leave_chunk"),
+    Handover(DECODE_FP8_FEW_ROWS, "e4m3_tile.cuh:zero_tokens", "take_bytes", alike="leave_chunk"),
+    Handover(DECODE_FP8_FEW_ROWS, "e4m3_tile.cuh:copy_bulk", "take_bytes", alike="copy_chunk"),
+]
 PATH = f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin:{os.environ.get('PATH', '')}"
 
 
@@ -236,6 +249,10 @@ def decode_cases() -> Iterator[Case]:
         # the combine kernel's instances on a Hopper, which go by batch and query rows
         for b, h_q in ((5, 16), (9, 16), (20, 16), (40, 16), (2, 32), (7, 64), (16, 20), (20, 64)):
             yield decode_case({"lengths": (300,) * b, "h_q": h_q, "dtype": dtype}, "own", True)
+        # batch-invariant: rows of several units, in several parts
+        for h_q, s_q in ((16, 1), (16, 3), (128, 2)):
+            call = {"lengths": (0, 300, 3000, 65), "h_q": h_q, "s_q": s_q, "causal": True, "dtype": dtype}
+            yield decode_case(call, "invariant", (h_q, s_q) != (16, 3))
         for other in others:
             call = {"lengths": LENGTHS, "h_q": 20, "causal": True, "dtype": dtype} | other
             yield decode_case(call, "own", other == {"page_size": 128} or "strided" in other)
@@ -247,7 +264,7 @@ def decode_cases() -> Iterator[Case]:
 
 
 def decode_case(call: dict, plan: str | int, quick: bool, kv_format: str | None = None) -> Case:
-    """A call of make_decode_case's arguments; the plan: none, the op's own, or one of so many parts."""
+    """A call of make_decode_case's arguments; the plan: none, the op's own, invariant, or one of so many parts."""
 
     def run(device: str) -> None:
         case = make_decode_case(**call)
@@ -264,9 +281,9 @@ def decode_case(call: dict, plan: str | int, quick: bool, kv_format: str | None 
 def run_decode(exact: DecodeCase, call: dict, device: str, plan: str | int) -> None:
     """Runs the call, whose result must be that of `exact`, a case on the CPU."""
     planned = ()
-    if plan == "own":
+    if plan in ("own", "invariant"):
         _, *heads = exact.plan_args
-        planned = get_mla_metadata(call["cache_seqlens"], *heads)
+        planned = get_mla_metadata(call["cache_seqlens"], *heads, batch_invariant=plan == "invariant")
     elif plan != "none":
         planned = [moved(t, device) for t in make_plan(exact.cache_seqlens, plan)]
     out, lse = fwd_kvcache_mla(**call, **dict(zip(("tile_scheduler_metadata", "num_splits"), planned, strict=False)))
@@ -390,15 +407,15 @@ def located(source: Path, name: str) -> tuple[Path, str]:
     return source.with_name(file or source.name), name
 
 
-def is_handover(race: list[Access], source: Path) -> bool:
-    """Whether each pair that a report names is a write and a read of one hand-over of this source."""
-    handovers = [[places(source, name) for name in names] for names in HANDOVERS[source]]
+def is_handover(race: list[Access], handovers: Iterable[Handover]) -> bool:
+    """Whether each pair that a report names is a write and a read of one of these hand-overs."""
+    ways = [(places(h.source, h.leave), places(h.source, h.take)) for h in handovers]
     first, *others = race
 
     def named(other: Access) -> bool:
         read, write = sorted((first, other))
         return (read.kind, write.kind) == ("Read", "Write") and any(
-            (write.file, write.line) in left and (read.file, read.line) in taken for left, taken in handovers
+            (write.file, write.line) in left and (read.file, read.line) in taken for left, taken in ways
         )
 
     return bool(others) and all(map(named, others))
@@ -443,10 +460,10 @@ def watch(
     program: str,
     command: list[str],
     expected: Callable[[int | None, int, int], str],
-    handovers_of: tuple[Path, ...] = (),
+    handovers: Sequence[Handover] = (),
 ) -> Row:
     """Runs a command under a tool; `expected` says what is wrong, if anything, about (errors, exit status, cases).
-    racecheck's reports of these sources' hand-overs are accepted."""
+    racecheck's reports of these hand-overs are accepted."""
     sanitizer = shutil.which("compute-sanitizer", path=PATH)
     limit = "10000" if tool == "racecheck" else "20"  # a report that is not printed cannot be accepted
     options = ["--tool", tool, "--error-exitcode", "1", "--print-limit", limit, "--target-processes", "all"]
@@ -476,7 +493,7 @@ def watch(
     counts = [[int(n or 0) for n in summary] for summary in SUMMARY.findall(output)]
     errors = sum(max(total, hard + soft) for total, hard, soft in counts) if counts else None
     status, races = process.returncode, parse_races(output)
-    accepted = [race for race in races if any(is_handover(race, source) for source in handovers_of)]
+    accepted = [race for race in races if is_handover(race, handovers)]
     if accepted and counts:
         errors = max(errors, len(races)) - len(accepted)  # those that were only counted stay errors
         status = 0 if status == 1 else status  # the tool's, for what is accepted now
@@ -514,7 +531,7 @@ def plant_faults(tools: list[str]) -> Iterator[Row]:
                 lambda errors, status, cases: "" if (errors, status) == (0, 0) else f"NOT CLEAN, exit status {status}",
             )
             if tool == "racecheck":
-                yield watch(tool, "handover", [faults, "handover"], is_right, (PLANTED,))
+                yield watch(tool, "handover", [faults, "handover"], is_right, PLANTED_HANDOVERS)
 
 
 def is_right(errors: int | None, status: int, cases: int) -> str:
@@ -525,10 +542,10 @@ def watch_cases(tool: str, before: Iterable[Row] = (), backend: str = "sm90") ->
     """The tool on a backend's cases; `before` are its rows of planted faults, without which no report is accepted."""
     rows = [row for row in before if row.ok and (row.tool, row.program) == (tool, "handover")]
     reported = {(access.file, access.line) for row in rows for race in row.accepted for access in race}
-    alike = tuple(source for source, name in ALIKE.items() if reported & places(PLANTED, name))
+    alike = {h.leave for h in PLANTED_HANDOVERS if reported & places(PLANTED, h.leave)}
     which = "quick" if tool in QUICK else "all"
     command = [sys.executable, str(Path(__file__).resolve()), "--cases", which, "--backend", backend]
-    return watch(tool, f"cases {backend}", command, is_right, alike)
+    return watch(tool, f"cases {backend}", command, is_right, [h for h in HANDOVERS if h.alike in alike])
 
 
 def main(arguments: list[str]) -> int:

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -64,9 +65,10 @@ def test_groups():
         "other": 5,
         "fp8": 8,
         "triton": 5,
+        "batch invariant": 32,
     }
     for shape in benchmark_cuda.DECODE.values():
-        if shape.group == "triton":
+        if shape.group in ("triton", "batch invariant"):
             continue
         if shape.kv_format:
             assert shape.group == "fp8" and shape.dtype is torch.bfloat16 and shape.varied == (shape.b == 128)
@@ -273,7 +275,7 @@ def test_the_parts_of_a_step_are_the_step():
     torch.testing.assert_close(out, wanted)
     torch.testing.assert_close(args.kv_cache, appended)
     assert not torch.equal(before, appended)
-    names = "plan norm wq_a q_norm wq_b wkv_a kv_norm rope append absorb attention up wo"
+    names = "plan norm wqkv_a q_norm wq_b kv_norm rope append absorb attention up wo"
     assert [part.name for part in parts] == names.split()
 
 
@@ -293,10 +295,10 @@ def test_parts_run_again_on_copies():
 
 
 def test_bytes_and_flops_of_parts():
-    """In float32: h 4, b 3, r 64, d_nope 32, d_rope 16, d_v 48, s_k 130."""
+    """In float32: h 4, b 3, q_lora_rank 32, r 64, d_nope 32, d_rope 16, d_v 48, s_k 130."""
     parts = {part.name: part for part in benchmark_layer.parts_of(tiny_step())[0]}
     figures = {name: (part.bytes_moved, part.flops) for name, part in parts.items()}
-    assert figures["wq_a"] == (4 * (3 * 64 + 64 * 32 + 3 * 32), 2 * 3 * 64 * 32)
+    assert figures["wqkv_a"] == (4 * (3 * 64 + 64 * 112 + 3 * 112), 2 * 3 * 64 * 112)
     assert figures["kv_norm"] == (4 * (3 * 64 + 64 + 3 * 64), 0)
     assert figures["rope"] == (4 * (2 * 3 * (4 + 1) * 16 + 2 * 3 * 8), 0)
     assert figures["append"] == (3 * (2 * 80 * 4 + 8), 0)
@@ -430,6 +432,34 @@ def test_a_row_of_the_triton_backend(monkeypatch, on_cpu):
 def test_dims_are_named_where_they_are_not_deepseek_s():
     shape = benchmark_cuda.DecodeShape("triton", 128, 32, 1, 8192, True, d_qk=320, d_v=256)
     assert shape.name == "fwd_kvcache_mla b128 h32 s1 k8192 d256+64 bfloat16 triton"
+
+
+def test_batch_invariant_rows_are_those_of_bf16_and_fp16():
+    """Issue F, Shows 1: at most 1.3 times the balanced plan's time in the mean, and 2 times in each row."""
+    shapes = benchmark_cuda.DECODE.values()
+    invariant = [replace(shape, group="") for shape in shapes if shape.group == "batch invariant"]
+    assert invariant == [
+        replace(shape, group="")
+        for shape in shapes
+        if shape.kv_format is None and shape.group not in ("triton", "batch invariant")
+    ]
+    assert (benchmark_cuda.INVARIANT_LIMIT, benchmark_cuda.INVARIANT_MEAN) == (2.0, 1.3)
+
+
+def test_a_batch_invariant_row(on_cpu):
+    shape = TinyDecodeShape("batch invariant", 2, 4, 1, 600, False)
+    assert shape.name == "fwd_kvcache_mla b2 h4 s1 k600 bfloat16 batch invariant"
+    row = {"case": shape.name, **benchmark_cuda.decode_row(shape, None, True)}
+    assert row["peer_us"] is None and row["error"] < 4e-3
+    benchmark_cuda.complete(row, dict(CEILINGS))
+    below = "1.00 x the 12.5 us of the balanced plan (limit 2: kept)"
+    assert benchmark_cuda.line(row, True).splitlines()[1].strip() == below
+    rows = [row, row | {"of_balanced": 2.25}]
+    assert "MISSED" in benchmark_cuda.line(rows[1], False)
+    text = "\n".join(benchmark_cuda.summary(rows, dict(CEILINGS), "NVIDIA H100"))
+    assert "batch invariant over balanced: geometric mean 1.500 of 2 rows, most 2.25 (limits 1.3, 2: MISSED)" in text
+    text = "\n".join(benchmark_cuda.summary([row], dict(CEILINGS), "NVIDIA H100"))
+    assert "geometric mean 1.000 of 1 rows, most 1.00 (limits 1.3, 2: kept)" in text and "worst row" not in text
 
 
 def test_an_fp8_peer_that_is_missing_or_wrong(monkeypatch, on_cpu):

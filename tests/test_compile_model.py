@@ -155,7 +155,7 @@ def copies_of(cache: torch.Tensor, code: str) -> list[str]:
 
 def test_decode_compiled_by_inductor(needs_inductor):
     """One compile, no cache copied, every written cache a static input: what CUDA graphs need."""
-    model = build(config())
+    model = build(config(num_layers=2))  # of each kind one
     caches = new_caches(model.config)
     with watched_inductor() as (backend, seen):
         compiled = torch.compile(model.decode, backend=backend, fullgraph=True)

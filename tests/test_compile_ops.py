@@ -8,7 +8,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import flashmla_ops
 from flashmla_ops import concat_and_cache_mla, mark_kv_cache
-from flashmla_ops.testing import make_append_case, make_decode_case, make_merge_case
+from flashmla_ops.testing import make_append_case, make_decode_case, make_merge_case, uneven
 
 SIZES = (1, 2, 3, 5, 9)  # batch
 
@@ -29,6 +29,13 @@ def decode_call(b: int, planned: bool, dtype=torch.float32) -> dict:
     return case.kwargs() | {"tile_scheduler_metadata": metadata, "num_splits": num_splits}
 
 
+def uneven_call(b: int) -> dict:
+    case = make_decode_case([70 * b] * b, s_q=3, h_q=3, d_qk=64, d_v=48, page_size=16, causal=True, dtype=torch.float32)
+    case = uneven(case, [1 + row % 3 for row in range(b)], spare=b)
+    metadata, num_splits = flashmla_ops.get_mla_metadata(*case.plan_args, **case.plan_options)
+    return case.kwargs() | {"tile_scheduler_metadata": metadata, "num_splits": num_splits}
+
+
 # op: call of batch b, dimensions that vary
 CALLS = {
     "get_mla_metadata": (
@@ -42,6 +49,20 @@ CALLS = {
     "fwd_kvcache_mla planned": (
         lambda b: decode_call(b, planned=True),
         {"q": [0], "kv_cache": [0], "block_table": [0, 1], "cache_seqlens": [0], "num_splits": [0]},
+    ),
+    "get_mla_metadata uneven": (
+        lambda b: {
+            **{"cache_seqlens": 100 * torch.arange(b).int(), "num_heads_per_head_k": 6, "num_heads_k": 1},
+            **{"cu_seqlens_q": 2 * torch.arange(b + 1).int(), "max_seqlen_q": 2},
+        },
+        {"cache_seqlens": [0], "cu_seqlens_q": [0]},
+    ),
+    "fwd_kvcache_mla uneven": (
+        uneven_call,
+        {
+            **{"q": [0], "kv_cache": [0], "block_table": [0, 1], "cache_seqlens": [0], "num_splits": [0]},
+            **{"cu_seqlens_q": [0]},
+        },
     ),
     "concat_and_cache_mla": (
         lambda b: make_append_case(b, 48, 16, 16, torch.float32).kwargs(),
@@ -104,7 +125,7 @@ def test_one_export_serves_every_size(name):
         check_equal_to_eager(exported, name, make_call(b))
 
 
-@pytest.mark.parametrize("name", [name for name in CALLS if name != "get_mla_metadata"])
+@pytest.mark.parametrize("name", [name for name in CALLS if not name.startswith("get_mla_metadata")])
 def test_inputs_that_require_grad_are_refused_at_compile_time(name):
     call = CALLS[name][0](2)
     first = next(argument for argument, t in call.items() if t.is_floating_point())

@@ -9,7 +9,14 @@ import torch
 from strategies import TARGETS, Target
 from test_compile_model import build, config
 
-from flashmla_ops import PagedKVCache, backends, fwd_kvcache_mla, get_mla_metadata, get_mla_metadata_
+from flashmla_ops import (
+    PagedKVCache,
+    backends,
+    concat_and_cache_mla,
+    fwd_kvcache_mla,
+    get_mla_metadata,
+    get_mla_metadata_,
+)
 from flashmla_ops.testing import DecodeCase, check_decode, make_decode_case
 
 pytestmark = pytest.mark.gpu
@@ -185,3 +192,80 @@ def test_two_graphs_at_once(target):
     torch.cuda.synchronize()
     for captured in both:
         captured.check(target)
+
+
+# ------------------------------------------------------------------------------------------------------- endurance
+
+
+class Serving:
+    """Decode steps of a layer whose sequences join, grow by a token and leave, as a schedule on the device says.
+
+    A step is an append, a plan and a decode, and nothing but tensors on the device decides what it does: captured, it
+    goes on by itself.
+    """
+
+    ROWS, COLUMNS, PAGE_SIZE, HEADS, STEPS = 16, 8, 64, 16, 512  # STEPS: of the schedule, which then begins anew
+
+    def __init__(self):
+        choose = random.Random(0)
+        pages = list(range(self.ROWS * self.COLUMNS))
+        choose.shuffle(pages)
+        tables = [pages[row * self.COLUMNS : (row + 1) * self.COLUMNS] for row in range(self.ROWS)]
+        lengths, slots = [], []
+        now = [0] * self.ROWS
+        for _ in range(self.STEPS):
+            for row, length in enumerate(now):
+                full = length == self.COLUMNS * self.PAGE_SIZE
+                if length and not full and choose.random() < 0.98:
+                    now[row] += 1
+                elif choose.random() < 0.5:
+                    now[row] = 0 if length else choose.randint(1, self.COLUMNS * self.PAGE_SIZE)
+            lengths.append(list(now))
+            last = [divmod(length - 1, self.PAGE_SIZE) for length in now]
+            slots.append(
+                [table[p] * self.PAGE_SIZE + t if n else -1 for table, n, (p, t) in zip(tables, now, last, strict=True)]
+            )
+        self.lengths = torch.tensor(lengths, dtype=torch.int32, device="cuda")
+        self.slots = torch.tensor(slots, device="cuda")
+        self.block_table = torch.tensor(tables, dtype=torch.int32, device="cuda")
+        values = {"dtype": torch.bfloat16, "device": "cuda"}
+        self.q = torch.randn(self.STEPS, self.ROWS, 1, self.HEADS, 576, **values)
+        self.tokens = torch.randn(self.STEPS, self.ROWS, 576, **values)
+        self.cache = torch.randn(len(pages), self.PAGE_SIZE, 1, 576, **values)
+        self.number = torch.zeros(1, dtype=torch.long, device="cuda")  # of the next step
+
+    def step(self, number: torch.Tensor, cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        now = number % self.STEPS
+        q, tokens, slots, lengths = (x.index_select(0, now)[0] for x in (self.q, self.tokens, self.slots, self.lengths))
+        concat_and_cache_mla(cache, tokens[:, :512], tokens[:, 512:], slots)
+        plan = get_mla_metadata(lengths, self.HEADS, 1)
+        return fwd_kvcache_mla(q, cache, self.block_table, lengths, 512, 0.1, True, *plan)
+
+
+def test_two_hundred_thousand_replays():
+    """Outputs and cache equal, bit for bit, a run that is not captured, at 100 sampled steps; memory stays flat."""
+    replays, samples = 200_000, 100
+    serving = Serving()
+    serving.step(serving.number, serving.cache)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, lse = serving.step(serving.number, serving.cache)
+        serving.number += 1
+    memory = None
+    sampled = set(random.Random(1).sample(range(replays), samples))
+    for replay in range(replays):
+        if replay not in sampled:
+            graph.replay()
+            continue
+        number, cache = serving.number.clone(), serving.cache.clone()
+        graph.replay()
+        expected = serving.step(number, cache)
+        assert number.item() == replay
+        assert torch.equal(out, expected[0]) and torch.equal(lse, expected[1])
+        assert torch.equal(serving.cache, cache)
+        del expected, cache
+        now = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+        memory = memory or now
+        assert now == memory
+    assert serving.number.item() == replays

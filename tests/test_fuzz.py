@@ -46,13 +46,13 @@ def test_it_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
 # ------------------------------------------------------------------------------------------------------ planted faults
 
 
-def off_by_a_bit(*arguments, decode=backends.cpu.fwd_kvcache_mla):
-    out, lse = decode(*arguments)
+def off_by_a_bit(*arguments, decode=backends.cpu.fwd_kvcache_mla, **uneven):
+    out, lse = decode(*arguments, **uneven)
     return out, lse + 1e-3
 
 
-def reads_a_key_less(q, kv_cache, table, lengths, *arguments, decode=backends.cpu.fwd_kvcache_mla):
-    return decode(q, kv_cache, table, lengths - (lengths == 65).int(), *arguments[:3], None, *arguments[4:])
+def reads_a_key_less(q, kv_cache, table, lengths, *arguments, decode=backends.cpu.fwd_kvcache_mla, **uneven):
+    return decode(q, kv_cache, table, lengths - (lengths == 65).int(), *arguments[:3], None, *arguments[4:], **uneven)
 
 
 def writes_a_page_too_many(kv_cache, *arguments, append=backends.cpu.concat_and_cache_mla):
@@ -60,11 +60,11 @@ def writes_a_page_too_many(kv_cache, *arguments, append=backends.cpu.concat_and_
     kv_cache[-1, -1].fill_(1)
 
 
-def checks_nothing(*arguments):
+def checks_nothing(*arguments, **uneven):
     pass
 
 
-def runs_out_of_names(*arguments):
+def runs_out_of_names(*arguments, **uneven):
     raise RuntimeError("something is wrong")
 
 

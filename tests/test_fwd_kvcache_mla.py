@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from strategies import ALL_DIMS, TARGETS, decode_calls, examples, lengths_of_rows, seeds
 
 from flashmla_ops import backends, fwd_kvcache_mla, get_mla_metadata, merge_attn_states
-from flashmla_ops.plan import COLUMNS, MAX_PARTS, make_plan
+from flashmla_ops.plan import COLUMNS, FLAGS, MAX_PARTS, make_invariant_plan, make_plan
 from flashmla_ops.testing import BAD_PAGE, DecodeCase, attention, check_decode, make_decode_case, varied_lengths
 
 EXAMPLES = 1100 if torch.cuda.is_available() else 550  # of the test against float64, on each backend
@@ -244,18 +244,21 @@ def test_stale_plans_are_harmless(target, data):
     """With a plan for other lengths, or noise, a call ends soon, in numbers or a clear error. Inputs are unchanged."""
     calls = st.one_of(decode_calls(target), calls_of_pairs(target)) if target.device == "cuda" else decode_calls(target)
     case = make_decode_case(**data.draw(calls))
-    b = case.q.shape[0]
+    b, invariant = case.q.shape[0], data.draw(st.booleans(), label="batch invariant")
     if data.draw(st.booleans(), label="noise"):
         generator = torch.Generator().manual_seed(data.draw(seeds))
         high = data.draw(st.sampled_from([2, b + 1, 1000, 2**31 - 1]))
-        noise = [torch.randint(-high, high, shape, generator=generator) for shape in ((MAX_PARTS, COLUMNS), (b + 1,))]
+        shapes = (MAX_PARTS + invariant, COLUMNS), (b + 1,)
+        noise = [torch.randint(-high, high, shape, generator=generator) for shape in shapes]
         noise[0][7] = 2**31 - 1
+        if invariant:
+            noise[0][-1, FLAGS] = data.draw(st.integers(0, 2000))  # places: few enough, or it would be executed unsplit
         plan = [t.int().to(target.device) for t in noise]
     else:
         other = data.draw(lengths_of_rows(max_rows=9, most_keys=10**6)) * b
-        plan = make_plan(
-            torch.tensor(other[:b], dtype=torch.int32, device=target.device), data.draw(st.integers(1, 256))
-        )
+        lengths = torch.tensor(other[:b], dtype=torch.int32, device=target.device)
+        how = data.draw(st.integers(1, 256)), *([data.draw(st.sampled_from([0, 64, 1024]))] if invariant else [])
+        plan = (make_invariant_plan if invariant else make_plan)(lengths, *how)
     inputs = [t for t in (*case.kwargs().values(), *plan) if isinstance(t, torch.Tensor)]
     before = [t.clone() for t in inputs]
     begin = time.perf_counter()

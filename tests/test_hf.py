@@ -336,7 +336,7 @@ def test_wrong_shape(v3, tmp_path):
         ({"attention_bias": True}, "attention_bias: expected False, got True"),
         (
             {"rope_parameters": {**YARN, "rope_type": "linear"}},
-            "rope_scaling type: expected one of None, yarn, got linear",
+            "rope_scaling type: expected one of yarn, got linear",
         ),
         ({"quantization_config": {"quant_method": "awq"}}, "expected quant_method fp8, got awq"),
         ({"scoring_func": "relu"}, "scoring_func: expected one of sigmoid, softmax, got relu"),

@@ -16,6 +16,7 @@ from flashmla_ops.testing import BAD_PAGE, check_decode, make_decode_case, relat
 TESTED: dict[str, list[str]] = {  # line of the table -> its tests
     "strides": ["test_errors.py"],
     "fp8 caches": ["test_fp8.py"],
+    "uneven queries": ["test_uneven_queries.py"],
     "extra memory": ["test_fwd_kvcache_mla.py"],
     "not served": ["test_drop_in.py"],
 }
@@ -52,21 +53,36 @@ def over_one_page(q: Tensor, page: Tensor, visible: Tensor, d_v: int) -> tuple[T
     return (weights @ page[:, :d_v].double() / total[..., None]).nan_to_num(), lse
 
 
-def check_over_one_page(target: Target, lengths: Tensor, s_q: int = 1, causal: bool = False) -> None:
+def check_over_one_page(
+    target: Target, lengths: Tensor, s_q: int = 1, causal: bool = False, queries: Tensor | None = None
+) -> None:
+    """queries: of each row, in one call with cu_seqlens_q, instead of s_q."""
     d_qk, d_v, page_size = smallest(target)
     like = {"dtype": target.dtypes[0], "device": target.device}
     torch.manual_seed(0)
     lengths = lengths.to(target.device, torch.int32)
     q, cache = torch.randn(len(lengths), s_q, 1, d_qk, **like), torch.randn(1, page_size, 1, d_qk, **like)
+    options = {}
+    if queries is not None:
+        cu_seqlens_q = torch.cat([torch.zeros(1, dtype=torch.long), queries]).cumsum(0)
+        q = torch.randn(int(cu_seqlens_q[-1]), 1, d_qk, **like)
+        options = {"cu_seqlens_q": cu_seqlens_q.int().to(target.device), "max_seqlen_q": int(queries.max())}
     columns = -(-int(lengths.max()) // page_size)
     table = torch.zeros(1, columns, dtype=torch.int32, device=target.device).expand(len(lengths), -1)
     call = {"q": q, "kv_cache": cache, "block_table": table, "cache_seqlens": lengths, "head_dim_v": d_v}
-    plan = get_mla_metadata(lengths, s_q, 1)
+    plan = get_mla_metadata(lengths, s_q, 1, **options)
     planned = dict(zip(("tile_scheduler_metadata", "num_splits"), plan, strict=True))
     hidden = torch.arange(s_q - 1, -1, -1, device=target.device) if causal else 0
     visible = (lengths.long()[:, None] - hidden).clamp_min(0).expand(-1, s_q)
-    for out, lse in (fwd_kvcache_mla(**call, causal=causal), fwd_kvcache_mla(**call, causal=causal, **planned)):
-        for rows in torch.arange(len(lengths), device=target.device).split(1 << 17):
+    call |= {"causal": causal, **options}
+    for out, lse in (fwd_kvcache_mla(**call), fwd_kvcache_mla(**call, **planned)):
+        if queries is not None:  # each query like a row of one
+            row = torch.repeat_interleave(queries).to(target.device)
+            hidden = options["cu_seqlens_q"][row + 1] - 1 - torch.arange(len(row), device=target.device)
+            visible = (lengths[row] - (hidden if causal else 0)).long().clamp_min(0)[:, None]
+            q, out, lse = (t.view(len(row), 1, 1, -1) for t in (q, out, lse.T.contiguous()))
+            lse = lse[..., 0]
+        for rows in torch.arange(len(q), device=target.device).split(1 << 17):
             exact_out, exact_lse = over_one_page(q[rows], cache[0, :, 0], visible[rows], d_v)
             seen = exact_lse.isfinite()
             assert relative_error(out[rows], exact_out) < torch.finfo(out.dtype).eps
@@ -115,6 +131,19 @@ def test_lengths_that_are_none(target, monkeypatch):
 def test_queries_of_a_row(target, s_q, causal):
     """More than keys, too: those before the start see none."""
     check_over_one_page(target, torch.tensor([300, 0, 1]), s_q, causal)
+
+
+@limit("uneven queries")
+@pytest.mark.large
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("queries", ["many of one row", "many rows"])
+def test_uneven_queries(target, queries, causal):
+    if queries == "many rows":
+        queries = torch.arange(1_048_576) % 3
+        check_over_one_page(target, torch.arange(len(queries)) % 5, causal=causal, queries=queries)
+    else:
+        lengths, queries = torch.tensor([300, 7, 0, 1, 90]), torch.tensor([65_536, 0, 3, 1, 1])
+        check_over_one_page(target, lengths, causal=causal, queries=queries)
 
 
 @limit("tokens appended")

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flashmla_ops import PagedKVCache, kv_cache
+from flashmla_ops import PagedKVCache, get_mla_metadata, kv_cache, modules, plan
 from flashmla_ops.kv_cache import named_format, slots_of
 from flashmla_ops.modules import (
     DecodeStep,
@@ -119,7 +119,7 @@ def test_softmax_scale():
     [
         ({"scoring_func": "relu"}, "scoring_func: expected one of sigmoid, softmax, got relu"),
         ({"topk_method": "best"}, "topk_method: expected one of noaux_tc, greedy, group_limited_greedy, got best"),
-        ({"rope_scaling": {"type": "linear"}}, "rope_scaling type: expected one of None, yarn, got linear"),
+        ({"rope_scaling": {"type": "linear"}}, "rope_scaling type: expected one of yarn, got linear"),
     ],
 )
 def test_config_refuses_what_is_not_served(settings, message):
@@ -314,7 +314,10 @@ def test_moe_gradients(mode, tokens):
         {},
         {"qk_rope_head_dim": 0, "rope_scaling": YARN},  # no positions
         {"q_lora_rank": None, "kv_lora_rank": 48, "qk_rope_head_dim": 32, "v_head_dim": 16, "rope_scaling": YARN},
-        {"n_routed_experts": 0, "tie_word_embeddings": True, "rope_write_interleaved": True, "num_attention_heads": 6},
+        {
+            **{"n_routed_experts": 0, "tie_word_embeddings": True, "rope_write_interleaved": True},
+            **{"num_attention_heads": 6, "batch_invariant": True},
+        },
         {**ROUTERS["v2 groups"], "n_shared_experts": 0, "rope_interleave": False, "first_k_dense_replace": 0},
     ],
     ids=["v3", "nope", "no q_lora", "dense", "v2"],
@@ -406,6 +409,21 @@ def test_choice_of_experts_is_recorded_and_forced():
         assert routing.experts.equal(other)
         torch.testing.assert_close(logits, forced, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(run(experts=own.experts), plain, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_decode_plans_as_the_config_says(batch_invariant, monkeypatch):
+    model, made = build(changed(batch_invariant=batch_invariant)), []
+
+    def recorded(*args, **options):
+        made.append(get_mla_metadata(*args, **options))
+        return made[-1]
+
+    monkeypatch.setattr(modules, "get_mla_metadata", recorded)
+    cache = paged(model.config, 2)
+    cache.extend(1)
+    model.decode(torch.zeros(2, 1, dtype=torch.long), cache.layers, cache.block_table, cache.cache_seqlens)
+    assert [plan.is_invariant(metadata) for metadata, _ in made] == [batch_invariant]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

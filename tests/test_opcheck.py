@@ -11,7 +11,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_map_only
 
 from flashmla_ops import get_mla_metadata
-from flashmla_ops.testing import make_append_case, make_decode_case, make_merge_case
+from flashmla_ops.testing import make_append_case, make_decode_case, make_merge_case, uneven
 
 OPS = ("get_mla_metadata", "get_mla_metadata_", "fwd_kvcache_mla", "concat_and_cache_mla", "merge_attn_states")
 MODES = {"grad": torch.enable_grad, "inference": torch.inference_mode}
@@ -27,6 +27,9 @@ def draw_call(data, op: str, target) -> dict:
         lengths = data.draw(lengths_of_many_rows)
         cache_seqlens = torch.tensor(lengths, dtype=torch.int32, device=target.device)
         call = {"cache_seqlens": cache_seqlens, "num_heads_per_head_k": len(lengths) + 1, "num_heads_k": 1}
+        if data.draw(st.booleans(), label="uneven"):
+            cu_seqlens_q = torch.arange(len(lengths) + 1, dtype=torch.int32, device=target.device)
+            call |= {"cu_seqlens_q": cu_seqlens_q, "max_seqlen_q": 2}
         if op == "get_mla_metadata":
             return call
         plan = cache_seqlens.new_zeros(256, 8), cache_seqlens.new_zeros(len(lengths) + 1)
@@ -36,7 +39,13 @@ def draw_call(data, op: str, target) -> dict:
     if op == "merge_attn_states":
         return make_merge_case(**data.draw(merge_calls(target, poison=False))).kwargs()
     case = make_decode_case(**data.draw(decode_calls(target, poison=False)))
-    plan = get_mla_metadata(*case.plan_args) if data.draw(st.booleans(), label="with plan") else (None, None)
+    options, b, s_q = {}, *case.q.shape[:2]
+    if data.draw(st.booleans(), label="uneven"):
+        queries = data.draw(st.lists(st.integers(0, s_q), min_size=b, max_size=b))
+        case = uneven(case, queries)
+        options = case.plan_options
+    planned = data.draw(st.booleans(), label="with plan")
+    plan = get_mla_metadata(*case.plan_args, **options) if planned else (None, None)
     return case.kwargs() | dict(zip(("tile_scheduler_metadata", "num_splits"), plan, strict=True))
 
 

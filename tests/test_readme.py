@@ -37,6 +37,19 @@ def test_models_block_loads_the_committed_model():
     assert names["model"](torch.zeros(1, 4, dtype=torch.long)).shape[:2] == (1, 4)
 
 
+def test_uneven_queries_block_runs():
+    (block,) = blocks("Rows with different numbers of queries")
+    h_q, cache_seqlens = 4, torch.tensor([3, 70, 9, 64, 40], dtype=torch.int32)
+    names = {
+        **{"torch": torch, "flashmla_ops": flashmla_ops, "h_q": h_q, "cache_seqlens": cache_seqlens},
+        "q": torch.randn(8, h_q, 576),
+        "kv_cache": torch.randn(10, 64, 1, 576),
+        "block_table": torch.arange(10, dtype=torch.int32).view(5, 2),
+    }
+    exec(block, names)
+    assert names["out"].shape == (8, h_q, 512) and names["lse"].shape == (h_q, 8)
+
+
 def test_flashmla_block_runs():
     (block,) = blocks("Coming from FlashMLA")
     cache_seqlens, s_q, h_q, h_kv, d_v = torch.tensor([3, 70], dtype=torch.int32), 1, 16, 1, 512

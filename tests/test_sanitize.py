@@ -4,7 +4,7 @@ And what it makes of racecheck's reports."""
 
 import pytest
 import sanitize
-from sanitize import DECODE, HANDOVERS, PLANTED, Access
+from sanitize import DECODE, HANDOVERS, PLANTED_HANDOVERS, Access, Handover
 
 from flashmla_ops import backends
 
@@ -63,34 +63,33 @@ def test_reports_are_parsed_in_every_form():
     assert sanitize.parse_races("========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)") == []
 
 
-@pytest.mark.parametrize("source", HANDOVERS, ids=lambda source: source.name)
-def test_hand_overs_are_found_in_the_sources(source):
-    for file, name in [sanitize.located(source, name) for names in HANDOVERS[source] for name in names]:
+@pytest.mark.parametrize("handover", PLANTED_HANDOVERS + HANDOVERS, ids=lambda h: f"{h.leave}-{h.take}")
+def test_hand_overs_are_found_in_the_sources(handover):
+    for file, name in [sanitize.located(handover.source, name) for name in (handover.leave, handover.take)]:
         found = sanitize.function_lines(file.read_text(), name)
         body = file.read_text().splitlines()[found.start - 1 : found.stop - 1]
         assert name in body[0] and body[-1].endswith("}") and len(body) < 40
         assert "shared" in "".join(body) and sum(line.startswith("__device__") for line in body) == 1
 
 
-def handed_over(source=DECODE, names=("leave_base", "take_base")) -> list[Access]:
+def handed_over(handover: Handover = HANDOVERS[0]) -> list[Access]:
     """A report of a write and a read in these functions."""
-    places = (sanitize.places(source, name) for name in names)
+    places = (sanitize.places(handover.source, name) for name in (handover.leave, handover.take))
     return [Access(kind, *max(lines)) for kind, lines in zip(("Write", "Read"), places, strict=True)]
 
 
-def test_only_hand_overs_are_accepted():
-    for source, pairs in HANDOVERS.items():
-        for names in pairs:
-            write, read = handed_over(source, names)
-            assert sanitize.is_handover([write, read], source) and sanitize.is_handover([read, write, write], source)
-            outside = write._replace(line=1)
-            kinds = write._replace(kind="Read"), read._replace(kind="Write")
-            for race in ([write], [write, write], [write, read, write], [outside, read], [write, outside], [*kinds]):
-                assert not sanitize.is_handover(race, source)
-            assert not sanitize.is_handover([write, read._replace(file="other.cu")], source)
-            assert not sanitize.is_handover([write, read._replace(kind="Atomic")], source)
-    assert not sanitize.is_handover(handed_over(names=("leave_base", "take_sum")), DECODE)
-    assert not sanitize.is_handover(handed_over(PLANTED, ("leave_value", "take_value")), DECODE)
+@pytest.mark.parametrize("handover", PLANTED_HANDOVERS + HANDOVERS, ids=lambda h: f"{h.leave}-{h.take}")
+def test_only_hand_overs_are_accepted(handover):
+    write, read = handed_over(handover)
+    assert sanitize.is_handover([write, read], [handover]) and sanitize.is_handover([read, write, write], [handover])
+    outside = write._replace(line=1)
+    kinds = write._replace(kind="Read"), read._replace(kind="Write")
+    for race in ([write], [write, write], [write, read, write], [outside, read], [write, outside], [*kinds]):
+        assert not sanitize.is_handover(race, [handover])
+    assert not sanitize.is_handover([write, read._replace(file="other.cu")], [handover])
+    assert not sanitize.is_handover([write, read._replace(kind="Atomic")], [handover])
+    others = [h for h in HANDOVERS if h.leave != handover.leave]
+    assert not sanitize.is_handover([write, read], others)
 
 
 @pytest.fixture
@@ -118,21 +117,21 @@ def racecheck(tmp_path, monkeypatch):
 @pytest.fixture
 def planted(racecheck):
     """What racecheck says of the correct hand-over: it reports it."""
-    racecheck([handed_over(PLANTED, ("leave_value", "take_value"))])
-    row = sanitize.watch("racecheck", "handover", ["faults"], sanitize.is_right, (PLANTED,))
+    racecheck([handed_over(PLANTED_HANDOVERS[0])])
+    row = sanitize.watch("racecheck", "handover", ["faults"], sanitize.is_right, PLANTED_HANDOVERS)
     assert row.ok and len(row.accepted) == 1
     return [row]
 
 
 def test_reports_of_hand_overs_are_accepted_beside_a_correct_one(racecheck, planted):
-    races = [handed_over(), handed_over(names=("leave_probabilities", "take_sum"))]
+    races = [handed_over(), handed_over(HANDOVERS[1])]
     racecheck(races)
     row = sanitize.watch_cases("racecheck", planted)
     assert (row.ok, row.errors, row.accepted) == (True, 0, races)
     assert row.verdict.startswith("as expected; accepted: 2 of hand-overs")
 
     racecheck([], status=0)  # no report of the correct one
-    silent = sanitize.watch("racecheck", "handover", ["faults"], sanitize.is_right, (PLANTED,))
+    silent = sanitize.watch("racecheck", "handover", ["faults"], sanitize.is_right, PLANTED_HANDOVERS)
     assert (silent.ok, silent.accepted, silent.verdict) == (True, [], "as expected")
     racecheck(races)
     for before in ([silent], []):
@@ -159,8 +158,8 @@ def test_anything_else_fails(racecheck, planted, wrong):
 
 
 def test_a_wrong_hand_over_excuses_nothing(racecheck):
-    racecheck([handed_over(PLANTED, ("leave_value", "take_value"))], cases=0)
-    row = sanitize.watch("racecheck", "handover", ["faults"], sanitize.is_right, (PLANTED,))
+    racecheck([handed_over(PLANTED_HANDOVERS[0])], cases=0)
+    row = sanitize.watch("racecheck", "handover", ["faults"], sanitize.is_right, PLANTED_HANDOVERS)
     assert not row.ok
     racecheck([handed_over()])
     assert not sanitize.watch_cases("racecheck", [row]).ok

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 import flashmla_ops.sharding  # noqa: F401  registers the rules
 from flashmla_ops import concat_and_cache_mla, fwd_kvcache_mla, get_mla_metadata, get_mla_metadata_, merge_attn_states
-from flashmla_ops.testing import make_decode_case, make_merge_case, quantized
+from flashmla_ops.testing import make_decode_case, make_merge_case, quantized, uneven
 
 WHOLE = Replicate()
 
@@ -64,6 +64,11 @@ def heads():
         for plan in (own_heads, (None, None)):
             out = fwd_kvcache_mla(*given.values(), *plan)
             check(out, ([Shard(2)], [Shard(1)]), fwd_kvcache_mla(**case.kwargs()))
+    case = uneven(case_of(), [1, 2, 0, 1])
+    given = shard(case.kwargs(), mesh, q=Shard(1))
+    plan = get_mla_metadata(given["cache_seqlens"], 4, 1, cu_seqlens_q=given["cu_seqlens_q"], max_seqlen_q=2)
+    for options in ({}, dict(zip(("tile_scheduler_metadata", "num_splits"), plan, strict=True))):
+        check(fwd_kvcache_mla(**given, **options), ([Shard(1)], [Shard(0)]), fwd_kvcache_mla(**case.kwargs()))
     case = quantized(make_decode_case([40, 70], 1, 8, 1, 64, 48, page_size=16), "fp8_tensor")
     given = shard(case.kwargs(), mesh, q=Shard(2))
     check(fwd_kvcache_mla(**given), ([Shard(2)], [Shard(1)]), fwd_kvcache_mla(**case.kwargs()))

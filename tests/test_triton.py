@@ -85,9 +85,10 @@ def compiled(kernel, capability: int, constants: dict, warps: int = 4, dtype: st
     from triton.compiler import ASTSource
 
     pointers = dict.fromkeys(("q", "kv_cache", "out", "out_a", "out_b", "kv_c", "k_pe"), dtype)
-    pointers |= dict.fromkeys(("lse", "lse_a", "lse_b", "shares", "shares_lse"), "fp32")
-    pointers |= dict.fromkeys(("plan", "num_splits", "block_table", "cache_seqlens"), "i32")
-    pointers |= {"slot_mapping": "i64", "row_end": "i64", "kv_scale": "fp32", "kv_cache": cache or dtype}
+    pointers |= dict.fromkeys(("lse", "lse_a", "lse_b", "shares", "shares_lse", "nodes", "nodes_lse"), "fp32")
+    pointers |= dict.fromkeys(("plan", "num_splits", "block_table", "cache_seqlens", "cu_seqlens_q"), "i32")
+    pointers |= dict.fromkeys(("slot_mapping", "row_end", "block_end", "starting_before"), "i64")
+    pointers |= {"kv_scale": "fp32", "kv_cache": cache or dtype}
     signature, attributes = {}, {}
     for i, parameter in enumerate(kernel.params):
         name = parameter.name
@@ -130,7 +131,15 @@ def spills_in_key_loops(assembly: str) -> int:
 MOST_SPILLS = 8  # of the 700 instructions and more of such a loop
 
 
-def compiled_decode(capability: int, columns: int, rows: int, one_page: bool, cache_format: str = "PLAIN"):
+def compiled_decode(
+    capability: int,
+    columns: int,
+    rows: int,
+    one_page: bool,
+    cache_format: str = "PLAIN",
+    uneven: bool = False,
+    invariant: bool = False,
+):
     """The decode kernel over a cache of this format, and its configuration."""
     kernels, (d_qk, d_v), fp8 = backend._kernels(), DIMS[columns], cache_format != "PLAIN"
     config = backend.config_of(SHARED_KB[capability], d_qk, d_v, rows, fp8)
@@ -139,8 +148,9 @@ def compiled_decode(capability: int, columns: int, rows: int, one_page: bool, ca
     constants |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "STAGES": config.stages}
     shared_rows = config.shared_rows(capability == 90)
     constants |= {"SHARED_ROWS": shared_rows, "NARROW": shared_rows and config.block_m > 16}
-    constants |= {"FORMAT": getattr(kernels, cache_format), "q_scale": None}
+    constants |= {"FORMAT": getattr(kernels, cache_format), "q_scale": None, "INVARIANT": invariant}
     constants |= {} if cache_format == "FP8_TENSOR" else {"kv_scale": None}
+    constants |= {} if uneven else {"cu_seqlens_q": None}
     kernel, cache = kernels.fwd_kvcache_mla_kernel, "u8" if fp8 else None
     return compiled(kernel, capability, constants, config.warps, cache=cache), config
 
@@ -149,18 +159,27 @@ def compiled_decode(capability: int, columns: int, rows: int, one_page: bool, ca
 @pytest.mark.parametrize("columns, rows", backend.CONFIGS)
 def test_configurations_fit(capability, columns, rows, tmp_path):
     """Compiled without a GPU, over pages that are and are not multiples of a block of keys."""
-    for one_page in (True, False) if columns == 576 else (True,):
-        result, config = compiled_decode(capability, columns, rows, one_page)
+    kinds = [(True, False), (False, False), (True, True)] if columns == 576 else [(True, False)]
+    for one_page, invariant in kinds:
+        result, config = compiled_decode(capability, columns, rows, one_page, invariant=invariant)
         cubin = result.asm["cubin"]
         used = inspect(cubin, tmp_path, "cuobjdump", "--dump-resource-usage")
         registers, stack = (re.search(rf"{name}:(\d+)", used).group(1) for name in ("REG", "STACK"))
         spills = spills_in_key_loops(inspect(cubin, tmp_path, "nvdisasm", "-c"))
-        print(f"sm_{capability} d_qk, d_v {DIMS[columns]} {config} one_page={one_page}:")
+        print(f"sm_{capability} d_qk, d_v {DIMS[columns]} {config} one_page={one_page} invariant={invariant}:")
         print(f"    {result.metadata.shared} bytes shared, {registers} registers")
         print(f"    {stack} bytes of stack, {spills} accesses of it among products")
         assert result.metadata.shared <= SHARED_KB[capability] * 1024
-        assert spills <= MOST_SPILLS
+        assert spills <= (4 if invariant else 1) * MOST_SPILLS
         assert capability != 90 or config.block_m < 64 or "wgmma" in result.asm["ptx"]
+
+
+@pytest.mark.parametrize("capability", [80, 89, 90])
+@pytest.mark.parametrize("columns, rows", [(576, 16), (576, 64)])
+def test_configurations_of_uneven_queries_fit(capability, columns, rows, tmp_path):
+    result, _ = compiled_decode(capability, columns, rows, True, uneven=True)
+    assert result.metadata.shared <= SHARED_KB[capability] * 1024
+    assert spills_in_key_loops(inspect(result.asm["cubin"], tmp_path, "nvdisasm", "-c")) <= MOST_SPILLS
 
 
 @pytest.mark.parametrize("capability", [80, 89, 90])
@@ -174,13 +193,17 @@ def test_configurations_of_fp8_fit(capability, columns, rows, cache_format):
 def test_the_other_kernels_compile(capability):
     kernels = backend._kernels()
     dims = {"D_V": 512, "BLOCK_V": 512}
-    calls = {
-        kernels.get_mla_metadata_kernel: {"BLOCK": backend.METADATA_BLOCK},
-        kernels.fwd_kvcache_mla_combine_kernel: {**dims, "BLOCK_M": 64, "BLOCK_S": backend.SHARES},
-        kernels.concat_and_cache_mla_kernel: {**dims, "D_R": 64, "BLOCK_R": 64, "BLOCK_T": 8},
-        kernels.merge_attn_states_kernel: {**dims, "BLOCK_ROWS": 8},
-    }
-    for (kernel, constants), dtype in product(calls.items(), ("bf16", "fp16")):
+    combine, even = {**dims, "BLOCK_M": 64, "BLOCK_S": backend.SHARES}, {"cu_seqlens_q": None}
+    calls = (
+        (kernels.get_mla_metadata_kernel, {"BLOCK": backend.METADATA_BLOCK}),
+        (kernels.get_mla_metadata_uneven_kernel, {"BLOCK": backend.METADATA_BLOCK}),
+        (kernels.fwd_kvcache_mla_combine_kernel, combine | even),
+        (kernels.fwd_kvcache_mla_combine_kernel, combine),
+        (kernels.fwd_kvcache_mla_merge_nodes_kernel, {**dims, "BLOCK_M": 64}),
+        (kernels.concat_and_cache_mla_kernel, {**dims, "D_R": 64, "BLOCK_R": 64, "BLOCK_T": 8}),
+        (kernels.merge_attn_states_kernel, {**dims, "BLOCK_ROWS": 8}),
+    )
+    for (kernel, constants), dtype in product(calls, ("bf16", "fp16")):
         assert compiled(kernel, capability, constants, dtype=dtype).metadata.shared <= 48 << 10
     dims |= {"D_R": 64, "BLOCK_R": 64, "BLOCK_T": 8, "ROUND_SCALE": True}
     for scale, dtype in (({"kv_scale": None}, "bf16"), ({"kv_scale": None}, "fp32"), ({}, "fp16")):

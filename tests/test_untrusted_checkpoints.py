@@ -193,6 +193,60 @@ def test_settings_of_a_wrong_type_or_size(checkpoint, name, value):
     refused(checkpoint, rf"{name}: expected \w+.*, numbers from 0 to 2147483647, got ")
 
 
+@pytest.mark.parametrize("name", ["rope_parameters", "rope_scaling", "quantization_config"])
+@pytest.mark.parametrize("value", [[], ["yarn"], "yarn", 1, False])
+def test_containers_of_a_wrong_kind(checkpoint, name, value):
+    configure(checkpoint, **{name: value})
+    refused(checkpoint, f"{name}: expected an object, got {type(value).__name__}")
+
+
+@pytest.mark.parametrize("value", [["deepseek_v3"], {}, None, 3])
+def test_a_model_type_of_a_wrong_kind(checkpoint, value):
+    configure(checkpoint, model_type=value)
+    refused(checkpoint, "model_type: expected one of deepseek_v2, deepseek_v3, kimi_k2, got ")
+
+
+def test_settings_that_have_no_default(checkpoint):
+    configure(checkpoint, hidden_size=None)
+    refused(checkpoint, "hidden_size: expected in config.json, got none")
+
+
+YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"factor": 0}, "rope_scaling factor: expected a number above 0, got 0"),
+        ({"factor": -4.0}, "rope_scaling factor: expected a number above 0, got -4.0"),
+        ({"factor": float("nan")}, "rope_scaling factor: expected a number above 0, got nan"),
+        ({"factor": float("inf")}, "rope_scaling factor: expected a number above 0, got inf"),
+        ({"factor": "4"}, "rope_scaling factor: expected a number above 0, got '4'"),
+        ({"factor": None}, "rope_scaling factor: expected a number above 0, got None"),
+        ({"original_max_position_embeddings": 0}, "original_max_position_embeddings: expected a number above 0, got 0"),
+        ({"beta_fast": -1}, "rope_scaling beta_fast: expected a number above 0, got -1"),
+        ({"beta_slow": []}, r"rope_scaling beta_slow: expected a number above 0, got \[\]"),
+        ({"mscale": -1}, "rope_scaling mscale: expected a number from 0, got -1"),
+        ({"mscale_all_dim": True}, "rope_scaling mscale_all_dim: expected a number from 0, got True"),
+        ({"attention_factor": 0}, "rope_scaling attention_factor: expected a number above 0, got 0"),
+        ({"truncate": "no"}, "rope_scaling truncate: expected True or False, got 'no'"),
+        ({"type": None}, "rope_scaling type: expected one of yarn, got None"),
+        ({"type": ["yarn"]}, r"rope_scaling type: expected one of yarn, got \['yarn'\]"),
+    ],
+)
+def test_numbers_of_yarn(checkpoint, changes, message):
+    configure(checkpoint, rope_scaling=YARN)
+    DeepseekModel.from_pretrained(checkpoint)
+    configure(checkpoint, rope_scaling=YARN | changes)
+    refused(checkpoint, message)
+
+
+@pytest.mark.parametrize("theta", [1, 0.5, 0])
+def test_a_rotation_without_frequencies(checkpoint, theta):
+    configure(checkpoint, rope_theta=theta)
+    refused(checkpoint, f"rope_theta: expected a number above 1, got {theta}")
+
+
 @pytest.mark.parametrize("name", ["load", "nn", "int8", "__dict__", 5])
 def test_a_dtype_is_one_of_a_few(checkpoint, name):
     """Not any attribute of torch."""
@@ -200,7 +254,7 @@ def test_a_dtype_is_one_of_a_few(checkpoint, name):
     refused(checkpoint, "dtype: expected one of bfloat16, .*, got ")
 
 
-@pytest.mark.parametrize("block", [[0, 128], [128], "ab", [1.5, 2]])
+@pytest.mark.parametrize("block", [[0, 128], [128], "ab", [1.5, 2], 5, {}, [True, 1]])
 def test_blocks_of_scales(checkpoint, block):
     configure(checkpoint, quantization_config={"quant_method": "fp8", "weight_block_size": block})
     refused(checkpoint, "weight_block_size: expected two numbers of rows and columns, got ")
@@ -235,3 +289,46 @@ def test_a_scale_of_a_wrong_shape(checkpoint):
     tensors[f"{name}_scale_inv"] = torch.ones(3, 1)
     safetensors_torch.save_file(tensors, checkpoint / WEIGHTS)
     refused(checkpoint, rf"{name}_scale_inv: expected shape \[1, 1\], got \[3, 1\]")
+
+
+def stored_as(directory: Path, dtype: torch.dtype, name: str) -> None:
+    tensors = safetensors_torch.load_file(directory / WEIGHTS)
+    tensors[name] = tensors[name].to(dtype)
+    safetensors_torch.save_file(tensors, directory / WEIGHTS)
+
+
+WO, NORM = "model.layers.0.self_attn.o_proj.weight", "model.norm.weight"
+
+
+@pytest.mark.parametrize(
+    "name, dtype, message",
+    [
+        (WO, torch.int8, f"{WO}: expected one of BF16, F16, F32, F64, F8_E4M3, got I8 in "),
+        (WO, torch.bool, f"{WO}: expected one of BF16, F16, F32, F64, F8_E4M3, got BOOL in "),
+        (WO, torch.float8_e5m2, f"{WO}: expected one of BF16, F16, F32, F64, F8_E4M3, got F8_E5M2 in "),
+        (WO, torch.float8_e4m3fn, f"{WO}: expected {WO}_scale_inv beside this fp8 weight in "),
+        (NORM, torch.float8_e4m3fn, f"{NORM}: expected one of BF16, F16, F32, F64, got F8_E4M3 in "),
+        (NORM, torch.int64, f"{NORM}: expected one of BF16, F16, F32, F64, got I64 in "),
+    ],
+)
+def test_weights_of_a_dtype_that_is_not_read(checkpoint, name, dtype, message):
+    """Whatever their values: they would be copied, but mean something else."""
+    stored_as(checkpoint, dtype, name)
+    refused(checkpoint, message)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_weights_of_every_float(checkpoint, dtype):
+    expected = DeepseekModel.from_pretrained(checkpoint).layers[0].attn.wo.weight.to(dtype)
+    stored_as(checkpoint, dtype, WO)
+    assert DeepseekModel.from_pretrained(checkpoint).layers[0].attn.wo.weight.equal(expected.float())
+
+
+def test_scales_of_a_wrong_dtype_or_of_nothing(checkpoint):
+    tensors = safetensors_torch.load_file(checkpoint / WEIGHTS)
+    scales = {f"{WO}_scale_inv": torch.ones(1, 1)}
+    safetensors_torch.save_file(tensors | scales, checkpoint / WEIGHTS)
+    refused(checkpoint, f"{WO}_scale_inv: expected no scale of a tensor in F32, got one in ")
+    tensors[WO] = tensors[WO].to(torch.float8_e4m3fn)
+    safetensors_torch.save_file(tensors | {f"{WO}_scale_inv": torch.ones(1, 1).int()}, checkpoint / WEIGHTS)
+    refused(checkpoint, f"{WO}_scale_inv: expected one of BF16, F16, F32, F64, got I32 in ")

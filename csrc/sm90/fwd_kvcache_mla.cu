@@ -38,6 +38,9 @@
 // depends on which CTAs run at once. All other shares are merged by fwd_kvcache_mla_combine.cu. A plan that uses more
 // parts than the workspace has room for is executed unsplit: each row by the part that holds its first tile.
 //
+// Under a batch-invariant plan segments are units of fixed tiles, and results are merged in a fixed tree (units.cuh):
+// an instance of its own.
+//
 // Safety. Lengths clamp to what the block table reaches, pages outside the cache arrive as zeros, columns past a row's
 // length are masked and their V rows zeroed. What the plan says is clamped to the batch and to each row's tiles.
 
@@ -48,6 +51,7 @@
 #include "row_tile.cuh"
 #include "softmax.cuh"
 #include "tma.h"
+#include "units.cuh"
 #include "wgmma.cuh"
 
 namespace flashmla::sm90 {
@@ -150,10 +154,10 @@ __device__ __forceinline__ void load(const FwdParams& params, const CacheMaps& c
     const Pages pages(params, segment);
     // Several row tiles read the same keys at about the same time. They take turns in bringing tiles to L2 a pair
     // ahead, so that none waits for memory. Keys that are read once come slower for that (csrc/NOTES.md).
-    const int readers = params.row_tiles / params.h_k, turn = rows.first_row / kRowTile;
+    const int readers = params.row_tiles / params.h_k, turn = rows.tile;
     int tile = segment.begin + stage, page = pages.page_of(tile);
-    start_queries(params, shared, rows, segment, warp, phases);
-    bool queries_pending = true;
+    if (segment.starts) start_queries(params, shared, rows, segment, warp, phases);
+    bool queries_pending = segment.starts;
     for (; tile < segment.end; tile += 2, phases.flip(0)) {
         const int next_page = pages.page_of(tile + 2);  // looked up a tile ahead
         wait(&shared.freed[stage][portion], phases.of(0) ^ 1);
@@ -185,7 +189,7 @@ __device__ __forceinline__ void load(const FwdParams& params, const CacheMaps& c
         page = next_page;
     }
     if (queries_pending) finish_queries(shared);
-    phases.flip(kQueries);
+    if (segment.starts) phases.flip(kQueries);
 }
 
 // ------------------------------------------------------------------------------------------- consumers (2 warpgroups)
@@ -324,7 +328,7 @@ __device__ __forceinline__ void attend_first(const FwdParams& params, SharedStor
         wgmma::wait<0>();
         wgmma::keep(rS);
         wgmma::keep(rO);
-        if (last && me.lane == 0) cuda::ptx::mbarrier_arrive(&shared.queries_freed);
+        if (last && segment.ends && me.lane == 0) cuda::ptx::mbarrier_arrive(&shared.queries_freed);
         const int tile = segment.begin + i;
         scale_and_mask(me, params.softmax_scale_log2, tile, visible, rS);
         row_maxima(rS, high);
@@ -363,7 +367,7 @@ __device__ __forceinline__ void attend_first(const FwdParams& params, SharedStor
         release(me, &shared.freed[1][kOtherHalf]);
         score(shared, 0, kOwnHalf, phases.of(0), rS, 1);
     }
-    phases.flip(kQueries);
+    if (segment.ends) phases.flip(kQueries);
 }
 
 // Warpgroup 1: scores the segment's tiles 1, 3, ..., in stage 1. Leaves unreleased what it used last.
@@ -395,7 +399,7 @@ __device__ __forceinline__ void attend_second(const FwdParams& params, SharedSto
         wgmma::keep(rO);
         wait_for_probabilities(shared, 0, phases.of(0));
         accumulate(shared, 0, 1, rO);
-        if (i + 2 >= tiles && me.lane == 0) cuda::ptx::mbarrier_arrive(&shared.queries_freed);
+        if (i + 2 >= tiles && segment.ends && me.lane == 0) cuda::ptx::mbarrier_arrive(&shared.queries_freed);
         take_sum(shared, me, 0, softmax);
         change_base(softmax, base, factor);
         add_sum(softmax, sum);
@@ -415,7 +419,7 @@ __device__ __forceinline__ void attend_second(const FwdParams& params, SharedSto
         phases.flip(1);
     }
     if (tiles % 2 == 1) {  // the last tile has no partner
-        if (tiles == 1 && me.lane == 0) cuda::ptx::mbarrier_arrive(&shared.queries_freed);
+        if (tiles == 1 && segment.ends && me.lane == 0) cuda::ptx::mbarrier_arrive(&shared.queries_freed);
         ptx::named_barrier(kBased, kConsumers);
         take_base(shared, me, 0, softmax, factor);
         rescale(factor, rO);
@@ -427,7 +431,7 @@ __device__ __forceinline__ void attend_second(const FwdParams& params, SharedSto
         wgmma::keep(rO);
         phases.flip(0);
     }
-    phases.flip(kQueries);
+    if (segment.ends) phases.flip(kQueries);
 }
 
 using Arrivals = cuda::atomic_ref<int, cuda::thread_scope_device>;
@@ -448,17 +452,40 @@ __device__ __forceinline__ bool finds_other_share(const FwdParams& params, Share
         ptx::named_barrier(kWarpgroupOf + warpgroup, kWarpgroup);
         if (arrived != 0) return true;
     }
-    store_pair_share(params, rows, me, segment.place, warpgroup, lse_log2, rO);
+    const int64_t tile = tile_at(params, segment.place, rows.index());
+    store_pair_share(params, rows, me, tile, share_lse(params, tile), warpgroup, lse_log2, rO);
     ptx::named_barrier(kWarpgroupOf + warpgroup, kWarpgroup);
     if (leader) arrived = arrivals.fetch_add(1, cuda::memory_order_acq_rel);
     ptx::named_barrier(kWarpgroupOf + warpgroup, kWarpgroup);
     return arrived != 0;
 }
 
-// One segment, from its queries to its result.
-template <typename T>
+// Of a unit: merges it with the nodes that it completes, and stores what that gives unless it is the whole row.
+// Whether it is. `staging` as of add_share.
+__device__ __forceinline__ bool merge_unit(const FwdParams& params, const RowTile& rows, const Consumer& me,
+                                           const Unit& unit, int warpgroup, float (&lse_log2)[2], float (&rO)[128],
+                                           void* staging) {
+    int node = unit.nodes;
+#pragma unroll 1
+    for (int left = unit.merges; left > 0; --left) {
+        const int64_t tile = tile_of_node(params, rows, unit, --node);
+        add_share(params, rows, me, tile, node_lse(params, tile) + warpgroup * kRowTile, warpgroup, lse_log2, rO,
+                  staging);
+    }
+    if (unit.ends && unit.leaves == 0) return true;
+    const int64_t tile = tile_of_node(params, rows, unit, node);
+    // L2 keeps nodes longer than keys: they are read again a unit later (csrc/NOTES.md)
+    float* lse = node_lse(params, tile) + warpgroup * kRowTile;
+    store_pair_share<true>(params, rows, me, tile, lse, warpgroup, lse_log2, rO);
+    node_stored();
+    if (rows.index() == 0 && threadIdx.x == 0) list_node(params, unit, node);
+    return false;
+}
+
+// One segment, or one unit, from its queries to its result.
+template <typename T, typename Share>
 __device__ __forceinline__ void attend(const FwdParams& params, SharedStorage<T>& shared, const RowTile& rows,
-                                       const Segment& segment, int warpgroup, Phases& phases) {
+                                       const Share& segment, int warpgroup, Phases& phases) {
     if (segment.begin == segment.end) return store_nothing<T, kConsumers>(params, rows, segment);
     // the lane is read anew: what derives from it would else be kept in registers across segments
     const Consumer me = {__shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32 % 4, 0), ptx::lane()};
@@ -476,13 +503,16 @@ __device__ __forceinline__ void attend(const FwdParams& params, SharedStorage<T>
     void* staging = shared.sK[stage][warpgroup * kHalfSlices];
     ptx::named_barrier(kWarpgroupOf + warpgroup, kWarpgroup);  // all four warps' wgmmas are done
     bool whole = segment.place < 0;
-    if (!whole) {
-        const int pair = pair_of(params, shared.parts, segment);
+    if constexpr (std::is_same_v<Share, Unit>) {
+        whole = merge_unit(params, rows, me, segment, warpgroup, lse_log2, rO, staging);
+    } else if (!whole) {
+        const int pair = rows.uneven ? -1 : pair_of(params, shared.parts, segment);
         if (pair < 0) {
             store_share(params, rows, me, segment.place, warpgroup, lse_log2, rO);
         } else if (finds_other_share(params, shared, rows, me, segment, pair, warpgroup, lse_log2, rO)) {
             const int other = segment.place == last_place(pair) ? first_place(pair + 1) : last_place(pair);
-            add_share(params, rows, me, other, warpgroup, lse_log2, rO, staging);
+            const int64_t tile = tile_at(params, other, rows.index());
+            add_share(params, rows, me, tile, share_lse(params, tile), warpgroup, lse_log2, rO, staging);
             whole = true;
         }
     }
@@ -494,13 +524,13 @@ __device__ __forceinline__ void attend(const FwdParams& params, SharedStorage<T>
 
 // ------------------------------------------------------------------------------------------------------------ kernel
 
-template <typename T>
+template <typename T, bool kUneven, bool kInvariant>
 __global__ void __launch_bounds__(kThreads, 1)
     fwd_kvcache_mla_kernel(const __grid_constant__ FwdParams params, const __grid_constant__ CacheMaps cache) {
     extern __shared__ __align__(1024) uint8_t shared_bytes[];
     SharedStorage<T>& shared = *reinterpret_cast<SharedStorage<T>*>(shared_bytes);
     const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // uniform, and known to be
-    const RowTile rows(params);
+    const RowTile rows(params, kRowTile, kInvariant ? params.first_row_tile : 0);
 
     if (threadIdx.x == 0) {
         if (params.max_len > 0) {
@@ -517,21 +547,27 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     cudaGridDependencySynchronize();  // nothing above reads what an earlier kernel wrote
     cudaTriggerProgrammaticLaunchCompletion();
-    if (warp >= kConsumerWarps) prefetch_tables(params, threadIdx.x - kConsumers, kThreads - kConsumers);
-    read_plan(params, shared.parts);
+    if (warp >= kConsumerWarps) prefetch_tables<kUneven>(params, threadIdx.x - kConsumers, kThreads - kConsumers);
+    read_plan<kUneven, kInvariant>(params, shared.parts);
 
     Phases phases;
     if (warp < kConsumerWarps) {
         ptx::increase_registers<kConsumerRegisters>();
         const int warpgroup = warp / (kConsumerWarps / 2);
-        for_each_segment(params, shared.parts,
-                         [&](const Segment& segment) { attend(params, shared, rows, segment, warpgroup, phases); });
+        for_each_share<kUneven, kInvariant>(params, shared.parts, rows, [&](const auto& segment, const RowTile& rows) {
+            attend(params, shared, rows, segment, warpgroup, phases);
+        });
     } else {
         ptx::decrease_registers<kProducerRegisters>();
         const int producer = warp - kConsumerWarps;
-        for_each_segment(params, shared.parts,
-                         [&](const Segment& segment) { load(params, cache, shared, rows, segment, producer, phases); });
-        if (producer == 0 && blockIdx.x == 0) list_split_rows(params, shared.parts);
+        for_each_share<kUneven, kInvariant>(params, shared.parts, rows,
+                                            [&](const Segment& segment, const RowTile& rows) {
+                                                load(params, cache, shared, rows, segment, producer, phases);
+                                            });
+        if (!kInvariant && producer == 0 && blockIdx.x == 0) list_split_rows<kUneven>(params, shared.parts);
+        if constexpr (kUneven) {
+            if (producer == 1) store_unclaimed<T>(params);
+        }
     }
 }
 
@@ -545,9 +581,9 @@ __global__ void clear_arrivals_kernel(int* arrivals, int count) {
     for (int i = threadIdx.x; i < count; i += blockDim.x) arrivals[i] = 0;
 }
 
-template <typename T>
+template <typename T, bool kUneven, bool kInvariant>
 void launch(const FwdParams& params, cudaStream_t stream) {
-    const auto kernel = fwd_kvcache_mla_kernel<T>;
+    constexpr auto kKernel = fwd_kvcache_mla_kernel<T, kUneven, kInvariant>;
     constexpr int kSharedBytes = sizeof(SharedStorage<T>);
     static_assert(kSharedBytes <= 227 * 1024);
     // no page, no key: every length is then 0, and nothing reads through the map
@@ -556,14 +592,21 @@ void launch(const FwdParams& params, cudaStream_t stream) {
         cache.half = paged_cache_map(params, kSlices, kHalfSlices);
         cache.rope = paged_cache_map(params, kSlices, 1);
     }
-    allow_shared_bytes<fwd_kvcache_mla_kernel<T>>(kSharedBytes, "fwd_kvcache_mla: shared memory");
+    allow_shared_bytes<kKernel>(kSharedBytes, "fwd_kvcache_mla: shared memory");
     if (params.arrivals != nullptr) {
         const int count = 2 * params.split_parts * params.row_tiles;
         cuda_check(launch_dependent(clear_arrivals_kernel, 1, 256, 0, stream, params.arrivals, count),
                    "fwd_kvcache_mla: counters");
     }
-    const dim3 grid(params.row_tiles, params.grid_parts);
-    cuda_check(launch_dependent(kernel, grid, kThreads, kSharedBytes, stream, params, cache), "fwd_kvcache_mla");
+    for_each_launch<kInvariant>(params, [&](const FwdParams& params, dim3 grid) {
+        cuda_check(launch_dependent(kKernel, grid, kThreads, kSharedBytes, stream, params, cache), "fwd_kvcache_mla");
+    });
+}
+
+template <typename T>
+void launch(const FwdParams& params, cudaStream_t stream) {
+    if (params.batch_invariant) return launch<T, false, true>(params, stream);
+    params.cu_seqlens_q != nullptr ? launch<T, true, false>(params, stream) : launch<T, false, false>(params, stream);
 }
 
 }  // namespace

@@ -68,6 +68,36 @@ struct HeadTile {
     }
 };
 
+// Of uneven queries: a batch row's, among all.
+struct RowQueries {
+    int first, count;
+
+    __device__ RowQueries(const FwdParams& params, int row) {
+        const auto clamped = [&](int query) { return min(max(query, 0), params.total_q); };
+        first = clamped(params.cu_seqlens_q[row]);
+        count = min(max(clamped(params.cu_seqlens_q[row + 1]) - first, 0), params.s_q);
+    }
+};
+
+// The query rows of a key head in a block of a row, and the row's last block, -1 without queries.
+__device__ __forceinline__ int block_rows(const FwdParams& params) { return params.row_tiles / params.h_k * kRowTile; }
+__device__ __forceinline__ int last_block(const FwdParams& params, const RowQueries& queries) {
+    const int size = block_rows(params);
+    return (queries.count * params.group + size - 1) / size - 1;
+}
+
+// And where a part begins and ends, in blocks of its first and of its last row (flashmla_ops/plan.py).
+struct Blocks {
+    int first, last;
+
+    __device__ Blocks(const FwdParams& params, int part) {
+        static_assert(kFirstRowTile % 2 == 0 && kLastRowTile == kFirstRowTile + 1);
+        const int2 columns = *reinterpret_cast<const int2*>(params.metadata + part * kColumns + kFirstRowTile);
+        first = max(columns.x, 0);
+        last = max(columns.y, 0);
+    }
+};
+
 // What exponents are taken relative to: with no key seen so far exp2(-inf - 0) = 0, where -inf - -inf would be NaN.
 __device__ __forceinline__ float base_of(float high) { return high == -INFINITY ? 0.f : high; }
 
@@ -83,6 +113,8 @@ struct Segment {
     int begin, end;  // tiles
     int place;       // in the workspace; -1 if the row is whole
     bool more;       // whether the part goes on with the next row
+    // Whether it is the part's first and last one of the row: both, but for units (units.cuh).
+    bool starts = true, ends = true;
 };
 
 // Where a segment's tiles lie.
@@ -137,6 +169,7 @@ __device__ __forceinline__ void prefetch_first(const FwdParams& params, const Pa
 
 // Brings lengths and block table to L2, a line a thread of all CTAs' producers, as far as these go: the way from the
 // plan to a row's length to its page would else be three reads of memory, one after the other.
+template <bool kUneven = false>
 __device__ __forceinline__ void prefetch_tables(const FwdParams& params, int thread, int threads) {
     constexpr int kLine = 128;
     const int cta = blockIdx.y * gridDim.x + blockIdx.x;
@@ -146,10 +179,21 @@ __device__ __forceinline__ void prefetch_tables(const FwdParams& params, int thr
     const int64_t table_bytes = ((params.b - 1) * params.table_stride + params.max_len / params.page_size) * 4;
     if (at < table_bytes) ptx::prefetch_l2(reinterpret_cast<const char*>(params.block_table) + at);
     if (at < lengths_bytes) ptx::prefetch_l2(reinterpret_cast<const char*>(params.cache_seqlens) + at);
+    if constexpr (kUneven) {
+        if (at < lengths_bytes + 4) ptx::prefetch_l2(reinterpret_cast<const char*>(params.cu_seqlens_q) + at);
+    }
+}
+
+// A part's first place under a batch-invariant plan; of part kMaxParts, which the plan has too, the places it uses.
+__device__ __forceinline__ int flagged_place(const FwdParams& params, int part) {
+    return static_cast<int>(static_cast<uint32_t>(params.metadata[part * kColumns + kFlags]) >> 1);
 }
 
 // Fills `parts` with the plan, which the CTA's first threads read, one a part. If the plan uses a part that has no
-// places in the workspace, each row becomes whole: the part's that has its first tile. Ends in a barrier.
+// places in the workspace, or a batch-invariant one more places than there are, each row becomes whole: the part's that
+// has its first tile. (Of uneven queries each block: last_tile then says so, and who goes through the blocks leaves out
+// the first one.) Ends in a barrier.
+template <bool kUneven = false, bool kInvariant = false>
 __device__ __forceinline__ void read_plan(const FwdParams& params, Part (&parts)[kMaxParts]) {
     const int part = threadIdx.x;
     const bool reads = part < params.plan_parts;
@@ -157,13 +201,19 @@ __device__ __forceinline__ void read_plan(const FwdParams& params, Part (&parts)
     if (reads) {
         const Part p = load_part(params, part);
         if (part == blockIdx.y) prefetch_first(params, p);
+        if constexpr (kUneven) {
+            if (part == blockIdx.y && !p.empty()) ptx::load_to_l1(params.cu_seqlens_q + p.first_row);
+        }
         parts[part] = p;
-        without_places = part >= params.split_parts && !p.empty();
+        without_places =
+            kInvariant ? flagged_place(params, kMaxParts) > params.places : part >= params.split_parts && !p.empty();
     }
     if (!__syncthreads_or(without_places)) return;
     if (reads) {
-        parts[part].first_row += parts[part].first_tile > 0;
-        parts[part].first_tile = 0;
+        if constexpr (!kUneven) {
+            parts[part].first_row += parts[part].first_tile > 0;
+            parts[part].first_tile = 0;
+        }
         parts[part].last_tile = INT_MAX;
     }
     __syncthreads();
@@ -192,16 +242,27 @@ __device__ __forceinline__ void for_each_segment(const FwdParams& params, const 
 }
 
 // Lists, for the combine kernel, the row that each of the CTA's parts begins and others continue, if any. One warp.
+// Of uneven queries: the row of the block.
+template <bool kUneven = false>
 __device__ __forceinline__ void list_split_rows(const FwdParams& params, const Part (&parts)[kMaxParts]) {
+    const auto begins_at = [&](int part, int block) { return !kUneven || Blocks(params, part).first == block; };
+    const auto ends_at = [&](int part, int block) { return !kUneven || Blocks(params, part).last == block; };
     for (int part = blockIdx.y; part < params.split_parts; part += gridDim.y) {
         const Part p = parts[part];
         const int row = p.last_row, tiles = p.empty() ? 0 : num_tiles(clamped_length(params, row));
-        const bool begins = p.last_tile < tiles && !p.continues(row);
+        int block = 0;
+        bool exists = true;  // whatever the plan says: the combine kernel asks no more
+        if constexpr (kUneven) {
+            block = Blocks(params, part).last;
+            exists = !p.empty() && block <= last_block(params, RowQueries(params, row));
+        }
+        const bool begins = p.last_tile < tiles && !(p.continues(row) && begins_at(part, block)) && exists;
         int passing = 0;  // parts that take the row over and pass it on
         for (bool all = begins; all; passing += 32) {
             const int next = part + 1 + passing + ptx::lane();
             const bool passes = next < params.split_parts && parts[next].last_row == row &&
-                                parts[next].continues(row) && parts[next].last_tile < tiles;
+                                parts[next].continues(row) && parts[next].last_tile < tiles && begins_at(next, block) &&
+                                ends_at(next, block);
             const uint32_t others = ~__ballot_sync(~0u, passes);
             all = others == 0;
             if (!all) passing += __ffs(others) - 1 - 32;

@@ -269,18 +269,34 @@ __device__ __forceinline__ Merged<Layout, kVectors> merge_warps(SharedStorage<La
     return merged;
 }
 
-// A lane's rows to memory: row `row` of key head `head`, from column `column` on, and what follows in the layout.
-template <typename T, typename Layout, int kVectors>
-__device__ __forceinline__ void store_merged(const FwdParams& params, int batch_row, int head, int row, int column,
-                                             bool with_lse, bool rehearsal, const Merged<Layout, kVectors>& merged) {
+// A lane's rows to memory: row `row` of key head `head`, from column `column` on, and what follows in the layout. Of
+// uneven queries: of the block that the split row is of.
+template <typename T, bool kUneven, typename Layout, int kVectors>
+__device__ __forceinline__ void store_merged(const FwdParams& params, const SplitRow& split, int head, int row,
+                                             int column, bool with_lse, bool rehearsal,
+                                             const Merged<Layout, kVectors>& merged) {
+    int rows = params.rows, first_query = 0;
+    if constexpr (kUneven) {
+        if (!rehearsal) {
+            const RowQueries queries(params, split.row);
+            first_query = queries.first;
+            rows = queries.count * params.group;
+            row += Blocks(params, split.part).last * block_rows(params);
+        }
+    }
 #pragma unroll
     for (int r = 0; r < Layout::kRows; ++r) {
         const int at = row + 8 * r;
-        if (at >= params.rows) return;
+        if (at >= rows) return;
         const QueryRow in_head(params, at);
         const int h = head * params.group + in_head.g;
-        const int64_t out_row = (int64_t{batch_row} * params.s_q + in_head.s) * params.h_q + h;
-        const int64_t lse_row = (int64_t{batch_row} * params.h_q + h) * params.s_q + in_head.s;
+        int64_t out_row = (int64_t{split.row} * params.s_q + in_head.s) * params.h_q + h;
+        int64_t lse_row = (int64_t{split.row} * params.h_q + h) * params.s_q + in_head.s;
+        if constexpr (kUneven) {
+            const int64_t query = first_query + in_head.s;
+            out_row = query * params.h_q + h;
+            lse_row = int64_t{h} * params.total_q + query;
+        }
         T* out = rehearsal ? static_cast<T*>(params.scratch) : static_cast<T*>(params.out) + out_row * kDimV + column;
         float* lse = rehearsal ? static_cast<float*>(params.scratch) : params.lse + lse_row;
         const float sum = merged.sum[r], scale = sum == 0.f ? 0.f : __fdividef(1.f, sum);
@@ -304,7 +320,7 @@ __device__ __forceinline__ void store_merged(const FwdParams& params, int batch_
 // ------------------------------------------------------------------------------------------------------------ kernel
 
 // kTogether warps merge an item of kVectors vectors.
-template <typename T, typename Layout, int kTogether, int kVectors>
+template <typename T, typename Layout, int kTogether, int kVectors, bool kUneven>
 __global__ void __launch_bounds__(kThreads, kCtasPerSm) fwd_kvcache_mla_combine_kernel(const FwdParams params) {
     static_assert(kTogether == 1 || kTogether == kWarps);
     __shared__ SharedStorage<Layout, kVectors> shared;
@@ -331,6 +347,11 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) fwd_kvcache_mla_combine_
             const int in_head = in_row - head * groups_per_head, in_tile = in_head % groups_per_tile;
             const int row_tile = head * (params.row_tiles / params.h_k) + in_head / groups_per_tile;
             const SplitRow split = shared.rows[split_row];
+            if (kUneven && !rehearsal) {  // the row may have fewer query rows than others
+                const int first = Blocks(params, split.part).last * block_rows(params);
+                const int rows = RowQueries(params, split.row).count * params.group - first;
+                if (in_head * Layout::kGroup >= rows) continue;
+            }
             const uint4* vectors =
                 reinterpret_cast<const uint4*>(share_at(params, 0, row_tile)) + Layout::vector(in_tile, v, lane);
             const typename Layout::Heads heads(params, row_tile, Layout::row(in_tile, lane), v);
@@ -338,8 +359,8 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) fwd_kvcache_mla_combine_
             if constexpr (kTogether > 1) merged = merge_warps(shared, merged);
             if (member == 0) {
                 const int column = Layout::column(v, lane);
-                store_merged<T>(params, split.row, head, Layout::row(in_head, lane), column, column == 0, rehearsal,
-                                merged);
+                store_merged<T, kUneven>(params, split, head, Layout::row(in_head, lane), column, column == 0,
+                                         rehearsal, merged);
             }
         }
     }
@@ -352,7 +373,9 @@ __global__ void __launch_bounds__(kThreads, kCtasPerSm) fwd_kvcache_mla_combine_
 template <typename T, typename Layout, int kTogether, int kVectors>
 static void launch(const FwdParams& params, cudaStream_t stream) {
     const dim3 grid(kCtasPerSm * multiprocessors());
-    const auto kernel = fwd_kvcache_mla_combine_kernel<T, Layout, kTogether, kVectors>;
+    const auto kernel = params.cu_seqlens_q != nullptr
+                            ? fwd_kvcache_mla_combine_kernel<T, Layout, kTogether, kVectors, true>
+                            : fwd_kvcache_mla_combine_kernel<T, Layout, kTogether, kVectors, false>;
     cuda_check(launch_dependent(kernel, grid, kThreads, 0, stream, params), "fwd_kvcache_mla_combine");
 }
 

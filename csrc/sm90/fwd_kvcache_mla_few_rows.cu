@@ -15,11 +15,15 @@
 // Query rows are a thread's columns here: a warpgroup's accumulators give it the rows 8 j + 2 (lane % 4) + {0, 1}, and
 // of what runs along the 64 rows of the product (keys; columns of V) the two at warp * 16 + lane / 4 + {0, 8}.
 
+// Under a batch-invariant plan (units.cuh) it serves up to 16 heads a key head whatever s_q is, in row tiles of 16
+// rows.
+
 #include <cuda/ptx>
 
 #include "fwd_kvcache_mla.cuh"
 #include "row_tile.cuh"
 #include "tma.h"
+#include "units.cuh"
 #include "wgmma.cuh"
 
 namespace flashmla::sm90 {
@@ -101,7 +105,7 @@ __device__ __forceinline__ void load_keys(const FwdParams& params, const CUtenso
 template <typename T>
 __device__ __forceinline__ void load_queries(const FwdParams& params, SharedStorage<T>& shared, const RowTile& rows,
                                              const Segment& segment, int warp, uint32_t& phase) {
-    if (segment.begin == segment.end) return;
+    if (segment.begin == segment.end || !segment.starts) return;
     const int lane = threadIdx.x % 32, chunk = lane % 8;
     wait(&shared.queries_freed, phase ^ 1);
     phase ^= 1;
@@ -167,16 +171,16 @@ __device__ __forceinline__ void score(SharedStorage<T>& shared, Place place, flo
 }
 
 // Scales the scores of tile `tile`, and sets those of keys that a query row does not see to -inf.
-__device__ __forceinline__ void scale_and_mask(const FwdParams& params, const Consumer& me, const Segment& segment,
-                                               int tile, float (&rS)[kRows / 2]) {
+__device__ __forceinline__ void scale_and_mask(const FwdParams& params, const RowTile& rows, const Consumer& me,
+                                               const Segment& segment, int tile, float (&rS)[kRows / 2]) {
     // an instruction of its own: fused with the subtraction of the base, the greatest exponent would not be 0
 #pragma unroll
     for (int k = 0; k < kRows / 2; ++k) rS[k] = __fmul_rn(rS[k], params.softmax_scale_log2);
-    const int seen_by_all = params.causal ? segment.length - params.s_q + 1 : segment.length;
+    const int seen_by_all = params.causal ? segment.length - rows.num_queries(params) + 1 : segment.length;
     if (!__any_sync(~0u, (tile + 1) * kTile > seen_by_all)) return;
 #pragma unroll
     for (int h = 0; h < kRows / 4; ++h) {
-        const QueryRow row(params, row_of(me.lane, h));
+        const QueryRow row(params, rows.first_row + row_of(me.lane, h));
         const int visible = min(segment.length, params.causal ? seen_by_all + row.s : segment.length);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
@@ -294,9 +298,9 @@ __device__ __forceinline__ void store_rows(const FwdParams& params, const RowTil
         store_transposed<T>(me, rO[b], staging);
         ptx::named_barrier(1 + warpgroup, kWarpgroup);
         for (int i = me.warp * 32 + me.lane; i < rows.count(params) * 8; i += kWarpgroup) {
-            const QueryRow row(params, i / 8);
+            const QueryRow row(params, rows.first_row + i / 8);
             const int64_t h = rows.head * params.group + row.g, chunk = i % 8;
-            T* to = static_cast<T*>(params.out) + ((int64_t{batch_row} * params.s_q + row.s) * params.h_q + h) * kDimV;
+            T* to = static_cast<T*>(params.out) + (rows.query_at(params, batch_row, row.s) * params.h_q + h) * kDimV;
             reinterpret_cast<int4*>(to + (warpgroup * kBlocks + b) * 64)[chunk] =
                 *reinterpret_cast<const int4*>(reinterpret_cast<const char*>(staging) + wgmma::swizzled(i / 8, chunk));
         }
@@ -321,10 +325,70 @@ __device__ __forceinline__ void store_share(const FwdParams& params, const RowTi
     }
 }
 
-// One segment, from its queries to its result.
-template <typename T>
+// Where a thread has its accumulators of a node (units.cuh): [tile, warpgroup, 8, 128 threads] of four floats.
+__device__ __forceinline__ float4* node_at(const FwdParams& params, const Consumer& me, int64_t tile, int warpgroup) {
+    return reinterpret_cast<float4*>(params.partial_out) + (2 * tile + warpgroup) * (kRows * kDimV / 8) + me.warp * 32 +
+           me.lane;
+}
+
+// Of a unit: merges it with the nodes that it completes, and stores what that gives unless it is the whole row.
+// Whether it is.
+__device__ __forceinline__ bool merge_unit(const FwdParams& params, const RowTile& rows, const Consumer& me,
+                                           const Unit& unit, int warpgroup, float (&lse_log2)[kRows / 4],
+                                           float (&rO)[kBlocks][kRows / 2]) {
+    int node = unit.nodes;
+#pragma unroll 1
+    for (int left = unit.merges; left > 0; --left) {
+        const int64_t tile = tile_of_node(params, rows, unit, --node);
+        const float4* from = node_at(params, me, tile, warpgroup);
+        const float* lse = node_lse(params, tile) + (warpgroup * 4 + me.warp) * kRows;
+        float4 loaded[kBlocks][2];
+#pragma unroll
+        for (int b = 0; b < kBlocks; ++b) {
+#pragma unroll
+            for (int j = 0; j < 2; ++j) loaded[b][j] = __ldcg(from + (2 * b + j) * kWarpgroup);
+        }
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+            const float2 other = __ldcg(reinterpret_cast<const float2*>(lse + row_of(me.lane, 2 * j)));
+            const Weights first(lse_log2[2 * j], other.x), second(lse_log2[2 * j + 1], other.y);
+            lse_log2[2 * j] = first.lse_log2;
+            lse_log2[2 * j + 1] = second.lse_log2;
+#pragma unroll
+            for (int b = 0; b < kBlocks; ++b) {
+                float* o = rO[b] + 4 * j;
+                o[0] = first.of(o[0], loaded[b][j].x);
+                o[1] = second.of(o[1], loaded[b][j].y);
+                o[2] = first.of(o[2], loaded[b][j].z);
+                o[3] = second.of(o[3], loaded[b][j].w);
+            }
+        }
+    }
+    if (unit.ends && unit.leaves == 0) return true;
+    const int64_t tile = tile_of_node(params, rows, unit, node);
+    float4* to = node_at(params, me, tile, warpgroup);
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b) {
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+            const float* o = rO[b] + 4 * j;
+            __stcg(to + (2 * b + j) * kWarpgroup, make_float4(o[0], o[1], o[2], o[3]));
+        }
+    }
+    if (me.lane < 4) {
+        float* lse = node_lse(params, tile) + (warpgroup * 4 + me.warp) * kRows;
+#pragma unroll
+        for (int h = 0; h < kRows / 4; ++h) __stcg(lse + row_of(me.lane, h), lse_log2[h]);
+    }
+    node_stored();
+    if (rows.index() == 0 && threadIdx.x == 0) list_node(params, unit, node);
+    return false;
+}
+
+// One segment, or one unit, from its queries to its result.
+template <typename T, typename Share>
 __device__ __forceinline__ void attend(const FwdParams& params, SharedStorage<T>& shared, const RowTile& rows,
-                                       const Segment& segment, int warpgroup, Place& place, uint32_t& phase) {
+                                       const Share& segment, int warpgroup, Place& place, uint32_t& phase) {
     if (segment.begin == segment.end) return sm90::store_nothing<T, kConsumers>(params, rows, segment);
     const Consumer me = {__shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32 % 4, 0), ptx::lane()};
     const auto release = [&](uint64_t* barrier) {
@@ -333,7 +397,7 @@ __device__ __forceinline__ void attend(const FwdParams& params, SharedStorage<T>
     float rO[kBlocks][kRows / 2] = {};  // [256 columns of V, rows]
     ColumnSoftmax softmax;
     wait(&shared.queries_landed, phase);
-    phase ^= 1;
+    if (segment.ends) phase ^= 1;
 #pragma unroll 1
     for (int tile = segment.begin; tile < segment.end; ++tile) {
         float rS[kRows / 2];
@@ -342,7 +406,7 @@ __device__ __forceinline__ void attend(const FwdParams& params, SharedStorage<T>
 #pragma unroll
         for (int portion = 0; portion < kPortions; ++portion, place.next()) slots[portion] = place.slot;
         release(&shared.freed[warpgroup == 0 ? slots[2] : slots[0]]);  // the one that has none of this half of V
-        if (tile + 1 == segment.end) release(&shared.queries_freed);
+        if (tile + 1 == segment.end && segment.ends) release(&shared.queries_freed);
 
         T* values[kBlocks];
 #pragma unroll
@@ -351,7 +415,7 @@ __device__ __forceinline__ void attend(const FwdParams& params, SharedStorage<T>
             values[b] = warpgroup == 0 ? shared.ring[slots[first]][b % kPortionSlices]
                                        : shared.ring[slots[second]][(kBlocks + b) % kPortionSlices];
         }
-        scale_and_mask(params, me, segment, tile, rS);
+        scale_and_mask(params, rows, me, segment, tile, rS);
         softmax_of<T>(shared, me, warpgroup, rS, softmax, [&](const float (&factor)[kRows / 4]) { scale(rO, factor); });
         const int valid = segment.length - tile * kTile;
         if (__any_sync(~0u, valid < kTile)) zero_values(me, values, valid);
@@ -392,7 +456,9 @@ __device__ __forceinline__ void attend(const FwdParams& params, SharedStorage<T>
     }
     scale(rO, factor);
     const bool has_lse = warpgroup == 0 && me.warp == 0 && me.lane < 4;
-    if (segment.place >= 0) {
+    if constexpr (std::is_same_v<Share, Unit>) {
+        if (!merge_unit(params, rows, me, segment, warpgroup, lse_log2, rO)) return;
+    } else if (segment.place >= 0) {
         store_share(params, rows, me, segment.place, warpgroup, rO);
 #pragma unroll
         for (int h = 0; h < kCount; ++h) {
@@ -405,23 +471,24 @@ __device__ __forceinline__ void attend(const FwdParams& params, SharedStorage<T>
     for (int h = 0; h < kCount; ++h) {
         const int r = row_of(me.lane, h);
         if (!has_lse || r >= rows.count(params)) continue;
-        const QueryRow row(params, r);
+        const QueryRow row(params, rows.first_row + r);
         const int64_t head = rows.head * params.group + row.g;
-        params.lse[(int64_t{segment.row} * params.h_q + head) * params.s_q + row.s] =
+        params.lse[rows.lse_at(params, segment.row, head, row.s)] =
             lse_log2[h] == -INFINITY ? INFINITY : lse_log2[h] * kLn2;
     }
 }
 
 // ------------------------------------------------------------------------------------------------------------ kernel
 
-template <typename T>
+template <typename T, bool kUneven, bool kInvariant>
 __global__ void __launch_bounds__(kThreads, 1)
     fwd_kvcache_mla_few_rows_kernel(const __grid_constant__ FwdParams params,
                                     const __grid_constant__ CUtensorMap cache) {
     extern __shared__ __align__(1024) uint8_t shared_bytes[];
     SharedStorage<T>& shared = *reinterpret_cast<SharedStorage<T>*>(shared_bytes);
     const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // uniform, and known to be
-    const RowTile rows(params);
+    RowTile rows(params, kRows, kInvariant ? params.first_row_tile : 0);
+    if (!kInvariant) rows.first_row = 0;  // a head has one row tile
 
     if (threadIdx.x == 0) {
         if (params.max_len > 0) ptx::prefetch_tensor_map(&cache);
@@ -435,40 +502,55 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     cudaGridDependencySynchronize();  // nothing above reads what an earlier kernel wrote
     cudaTriggerProgrammaticLaunchCompletion();
-    if (warp >= kConsumerWarps) prefetch_tables(params, threadIdx.x - kConsumers, kThreads - kConsumers);
-    read_plan(params, shared.parts);
+    if (warp >= kConsumerWarps) prefetch_tables<kUneven>(params, threadIdx.x - kConsumers, kThreads - kConsumers);
+    read_plan<kUneven, kInvariant>(params, shared.parts);
 
     if (warp < kConsumerWarps) {
         Place place;
         uint32_t phase = 0;
-        for_each_segment(params, shared.parts, [&](const Segment& segment) {
+        for_each_share<kUneven, kInvariant>(params, shared.parts, rows, [&](const auto& segment, const RowTile& rows) {
             attend(params, shared, rows, segment, warp / (kConsumerWarps / 2), place, phase);
         });
     } else if (warp == kConsumerWarps) {
         Place place;
-        for_each_segment(params, shared.parts,
-                         [&](const Segment& segment) { load_keys(params, cache, shared, rows, segment, place); });
+        for_each_share<kUneven, kInvariant>(params, shared.parts, rows,
+                                            [&](const Segment& segment, const RowTile& rows) {
+                                                load_keys(params, cache, shared, rows, segment, place);
+                                            });
     } else {
         uint32_t phase = 0;
-        for_each_segment(params, shared.parts, [&](const Segment& segment) {
-            load_queries(params, shared, rows, segment, warp - kConsumerWarps - 1, phase);
-        });
-        if (warp == kConsumerWarps + 1 && blockIdx.x == 0) list_split_rows(params, shared.parts);
+        for_each_share<kUneven, kInvariant>(
+            params, shared.parts, rows, [&](const Segment& segment, const RowTile& rows) {
+                load_queries(params, shared, rows, segment, warp - kConsumerWarps - 1, phase);
+            });
+        if (!kInvariant && warp == kConsumerWarps + 1 && blockIdx.x == 0) {
+            list_split_rows<kUneven>(params, shared.parts);
+        }
+        if constexpr (kUneven) {
+            if (warp == kConsumerWarps + 2) store_unclaimed<T>(params);
+        }
     }
 }
 
 // ---------------------------------------------------------------------------------------------------------- launcher
 
-template <typename T>
+template <typename T, bool kUneven, bool kInvariant>
 void launch(const FwdParams& params, cudaStream_t stream) {
-    constexpr auto kKernel = fwd_kvcache_mla_few_rows_kernel<T>;
+    constexpr auto kKernel = fwd_kvcache_mla_few_rows_kernel<T, kUneven, kInvariant>;
     constexpr int kSharedBytes = sizeof(SharedStorage<T>);
     static_assert(kSharedBytes <= 227 * 1024);
     // no page, no key: every length is then 0, and nothing reads through the map
     const CUtensorMap cache = params.max_len > 0 ? paged_cache_map(params, kSlices, kPortionSlices) : CUtensorMap{};
     allow_shared_bytes<kKernel>(kSharedBytes, "fwd_kvcache_mla: shared memory");
-    const dim3 grid(params.row_tiles, params.grid_parts);
-    cuda_check(launch_dependent(kKernel, grid, kThreads, kSharedBytes, stream, params, cache), "fwd_kvcache_mla");
+    for_each_launch<kInvariant>(params, [&](const FwdParams& params, dim3 grid) {
+        cuda_check(launch_dependent(kKernel, grid, kThreads, kSharedBytes, stream, params, cache), "fwd_kvcache_mla");
+    });
+}
+
+template <typename T>
+void launch(const FwdParams& params, cudaStream_t stream) {
+    if (params.batch_invariant) return launch<T, false, true>(params, stream);
+    params.cu_seqlens_q != nullptr ? launch<T, true, false>(params, stream) : launch<T, false, false>(params, stream);
 }
 
 }  // namespace

@@ -509,7 +509,7 @@ __device__ __forceinline__ Consumer consumer() {
     return {__shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32 % 4, 0), ptx::lane()};
 }
 
-template <typename T, typename Stored, CacheFormat kFormat>
+template <typename T, typename Stored, CacheFormat kFormat, bool kUneven>
 __global__ void __launch_bounds__(kThreads, 1) fwd_kvcache_mla_fp8_kernel(const __grid_constant__ FwdParams params) {
     extern __shared__ __align__(1024) uint8_t shared_bytes[];
     SharedStorage<T>& shared = *reinterpret_cast<SharedStorage<T>*>(shared_bytes);
@@ -527,8 +527,8 @@ __global__ void __launch_bounds__(kThreads, 1) fwd_kvcache_mla_fp8_kernel(const 
     }
     cudaGridDependencySynchronize();  // nothing above reads what an earlier kernel wrote
     cudaTriggerProgrammaticLaunchCompletion();
-    if (warp >= kConsumerWarps) prefetch_tables(params, threadIdx.x - kConsumers, kThreads - kConsumers);
-    read_plan(params, shared.parts);
+    if (warp >= kConsumerWarps) prefetch_tables<kUneven>(params, threadIdx.x - kConsumers, kThreads - kConsumers);
+    read_plan<kUneven>(params, shared.parts);
     const float kv_scale = kFormat == CacheFormat::kFp8Tensor ? __ldg(params.kv_scale) : 1.f;
 
     Place place;
@@ -536,7 +536,7 @@ __global__ void __launch_bounds__(kThreads, 1) fwd_kvcache_mla_fp8_kernel(const 
     if (warp < kConsumerWarps / 2) {
         ptx::increase_registers<kScorerRegisters>();
         const float scale_log2 = params.softmax_scale_log2 * kv_scale;
-        for_each_segment(params, shared.parts, [&](const Segment& segment) {
+        for_each_segment<kUneven>(params, shared.parts, rows, [&](const Segment& segment, const RowTile& rows) {
             if (segment.begin == segment.end) return store_nothing<Stored, kConsumers>(params, rows, segment);
             float rO[128] = {};  // [64, 256] of the warpgroup
             Softmax softmax;
@@ -546,7 +546,7 @@ __global__ void __launch_bounds__(kThreads, 1) fwd_kvcache_mla_fp8_kernel(const 
         });
     } else if (warp < kConsumerWarps) {
         ptx::decrease_registers<kFollowerRegisters>();
-        for_each_segment(params, shared.parts, [&](const Segment& segment) {
+        for_each_segment<kUneven>(params, shared.parts, rows, [&](const Segment& segment, const RowTile& rows) {
             if (segment.begin == segment.end) return store_nothing<Stored, kConsumers>(params, rows, segment);
             float rO[128] = {};
             Softmax softmax;
@@ -557,23 +557,32 @@ __global__ void __launch_bounds__(kThreads, 1) fwd_kvcache_mla_fp8_kernel(const 
     } else {
         ptx::decrease_registers<kConverterRegisters>();
         const int converter = warp - kConsumerWarps;
-        for_each_segment(params, shared.parts, [&](const Segment& segment) {
+        for_each_segment<kUneven>(params, shared.parts, rows, [&](const Segment& segment, const RowTile& rows) {
             convert_keys<T, Stored, kFormat>(params, shared, rows, segment, converter, place, queries_phase);
         });
-        if (converter == 0 && blockIdx.x == 0) list_split_rows(params, shared.parts);
+        if (converter == 0 && blockIdx.x == 0) list_split_rows<kUneven>(params, shared.parts);
+        if constexpr (kUneven) {
+            if (converter == 1) store_unclaimed<Stored>(params);
+        }
     }
 }
 
 // ---------------------------------------------------------------------------------------------------------- launcher
 
-template <typename T, typename Stored, CacheFormat kFormat>
+template <typename T, typename Stored, CacheFormat kFormat, bool kUneven>
 void launch(const FwdParams& params, cudaStream_t stream) {
-    constexpr auto kKernel = fwd_kvcache_mla_fp8_kernel<T, Stored, kFormat>;
+    constexpr auto kKernel = fwd_kvcache_mla_fp8_kernel<T, Stored, kFormat, kUneven>;
     constexpr int kSharedBytes = sizeof(SharedStorage<T>);
     static_assert(kSharedBytes <= 227 * 1024);
     allow_shared_bytes<kKernel>(kSharedBytes, "fwd_kvcache_mla: shared memory");
     const dim3 grid(params.row_tiles, params.grid_parts);
     cuda_check(launch_dependent(kKernel, grid, kThreads, kSharedBytes, stream, params), "fwd_kvcache_mla");
+}
+
+template <typename T, typename Stored, CacheFormat kFormat>
+void launch(const FwdParams& params, cudaStream_t stream) {
+    params.cu_seqlens_q != nullptr ? launch<T, Stored, kFormat, true>(params, stream)
+                                   : launch<T, Stored, kFormat, false>(params, stream);
 }
 
 template <typename Stored>

@@ -295,11 +295,12 @@ __device__ __forceinline__ void score(const uint8_t* key, const uint8_t* const (
 }
 
 // Scales the scores of the warp's keys, and sets those that a query row does not see to -inf. `keys`: this lane's.
-__device__ __forceinline__ void scale_and_mask(const FwdParams& params, const Lane& me, const Segment& segment,
-                                               int tile, const int (&keys)[2], float scale_log2, float (&rS)[4]) {
+__device__ __forceinline__ void scale_and_mask(const FwdParams& params, const RowTile& rows, const Lane& me,
+                                               const Segment& segment, int tile, const int (&keys)[2], float scale_log2,
+                                               float (&rS)[4]) {
 #pragma unroll
     for (int k = 0; k < 4; ++k) rS[k] = __fmul_rn(rS[k], scale_log2);  // for itself: see the kernel for plain caches
-    const int seen_by_all = params.causal ? segment.length - params.s_q + 1 : segment.length;
+    const int seen_by_all = params.causal ? segment.length - rows.num_queries(params) + 1 : segment.length;
     if (!__any_sync(~0u, (tile + 1) * kTile > seen_by_all)) return;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -428,7 +429,7 @@ __device__ __forceinline__ void store_rows(const FwdParams& params, const RowTil
         if (r >= rows.count(params)) continue;
         const QueryRow row(params, r);
         const int64_t head = rows.head * params.group + row.g;
-        T* to = static_cast<T*>(params.out) + ((int64_t{batch_row} * params.s_q + row.s) * params.h_q + head) * kDimV +
+        T* to = static_cast<T*>(params.out) + (rows.query_at(params, batch_row, row.s) * params.h_q + head) * kDimV +
                 warp * kWarpColumns + me.column * 16;
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
@@ -437,7 +438,7 @@ __device__ __forceinline__ void store_rows(const FwdParams& params, const RowTil
                                                pack<T>(rO[4][k], rO[5][k]), pack<T>(rO[6][k], rO[7][k])};
         }
         if (warp == 0 && me.column == 0) {
-            params.lse[(int64_t{batch_row} * params.h_q + head) * params.s_q + row.s] =
+            params.lse[rows.lse_at(params, batch_row, head, row.s)] =
                 lse_log2[h] == -INFINITY ? INFINITY : lse_log2[h] * kLn2;
         }
     }
@@ -517,7 +518,7 @@ __device__ __forceinline__ void attend(const FwdParams& params, SharedStorage<T,
                 }
             }
         }
-        scale_and_mask(params, me, segment, tile, scored, scale_log2, rS);
+        scale_and_mask(params, rows, me, segment, tile, scored, scale_log2, rS);
         leave_maxima(me, warp, rS, shared.high[tile % 2]);
         if (tile + 1 == segment.end) {
             __syncwarp();
@@ -594,7 +595,7 @@ __device__ __forceinline__ void attend(const FwdParams& params, SharedStorage<T,
 
 // ------------------------------------------------------------------------------------------------------------ kernel
 
-template <typename T, typename Out, CacheFormat kFormat, bool kFp8Queries>
+template <typename T, typename Out, CacheFormat kFormat, bool kFp8Queries, bool kUneven>
 __global__ void __launch_bounds__(kThreads, 1)
     fwd_kvcache_mla_fp8_few_rows_kernel(const __grid_constant__ FwdParams params) {
     extern __shared__ __align__(1024) uint8_t shared_bytes[];
@@ -616,8 +617,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int i = threadIdx.x; i < kRows * kDimQK / 8; i += kThreads) queries[i] = {};
     cudaGridDependencySynchronize();  // nothing above reads what an earlier kernel wrote
     cudaTriggerProgrammaticLaunchCompletion();
-    if (warp >= kConsumerWarps) prefetch_tables(params, threadIdx.x - kConsumers, kThreads - kConsumers);
-    read_plan(params, shared.parts);
+    if (warp >= kConsumerWarps) prefetch_tables<kUneven>(params, threadIdx.x - kConsumers, kThreads - kConsumers);
+    read_plan<kUneven>(params, shared.parts);
 
     if (warp < kConsumerWarps) {
         ptx::increase_registers<kConsumerRegisters>();
@@ -625,7 +626,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         const float scale_log2 = params.softmax_scale_log2 * kv_scale * (kFp8Queries ? __ldg(params.q_scale) : 1.f);
         Place<kStages<kFormat>> place;
         uint32_t phase = 0;
-        for_each_segment(params, shared.parts, [&](const Segment& segment) {
+        for_each_segment<kUneven>(params, shared.parts, rows, [&](const Segment& segment, const RowTile& rows) {
             attend<Out>(params, shared, rows, segment, warp, scale_log2, kv_scale, place, phase);
         });
         return;
@@ -633,27 +634,37 @@ __global__ void __launch_bounds__(kThreads, 1)
     ptx::decrease_registers<kProducerRegisters>();
     if (warp == kConsumerWarps) {
         Place<kStages<kFormat>> place;
-        for_each_segment(params, shared.parts,
-                         [&](const Segment& segment) { load_keys<kFormat>(params, shared, rows, segment, place); });
+        for_each_segment<kUneven>(params, shared.parts, rows, [&](const Segment& segment, const RowTile& rows) {
+            load_keys<kFormat>(params, shared, rows, segment, place);
+        });
     } else {
         uint32_t phase = 0;
-        for_each_segment(params, shared.parts, [&](const Segment& segment) {
+        for_each_segment<kUneven>(params, shared.parts, rows, [&](const Segment& segment, const RowTile& rows) {
             load_queries<T, kFormat, kFp8Queries>(params, shared, rows, segment, warp - kConsumerWarps - 1, phase);
         });
-        if (warp == kConsumerWarps + 1 && blockIdx.x == 0) list_split_rows(params, shared.parts);
+        if (warp == kConsumerWarps + 1 && blockIdx.x == 0) list_split_rows<kUneven>(params, shared.parts);
+        if constexpr (kUneven) {
+            if (warp == kConsumerWarps + 2) store_unclaimed<Out>(params);
+        }
     }
 }
 
 // ---------------------------------------------------------------------------------------------------------- launcher
 
-template <typename T, typename Out, CacheFormat kFormat, bool kFp8Queries>
+template <typename T, typename Out, CacheFormat kFormat, bool kFp8Queries, bool kUneven>
 void launch(const FwdParams& params, cudaStream_t stream) {
-    constexpr auto kKernel = fwd_kvcache_mla_fp8_few_rows_kernel<T, Out, kFormat, kFp8Queries>;
+    constexpr auto kKernel = fwd_kvcache_mla_fp8_few_rows_kernel<T, Out, kFormat, kFp8Queries, kUneven>;
     constexpr int kSharedBytes = sizeof(SharedStorage<T, kFormat>);
     static_assert(kSharedBytes <= 227 * 1024);
     allow_shared_bytes<kKernel>(kSharedBytes, "fwd_kvcache_mla: shared memory");
     const dim3 grid(params.row_tiles, params.grid_parts);
     cuda_check(launch_dependent(kKernel, grid, kThreads, kSharedBytes, stream, params), "fwd_kvcache_mla");
+}
+
+template <typename T, typename Out, CacheFormat kFormat, bool kFp8Queries>
+void launch(const FwdParams& params, cudaStream_t stream) {
+    params.cu_seqlens_q != nullptr ? launch<T, Out, kFormat, kFp8Queries, true>(params, stream)
+                                   : launch<T, Out, kFormat, kFp8Queries, false>(params, stream);
 }
 
 template <typename T>

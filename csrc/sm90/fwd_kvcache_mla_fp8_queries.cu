@@ -33,8 +33,8 @@ constexpr int kConsumers = 32 * kConsumerWarps;
 constexpr int kConverterWarps = 3;
 constexpr int kThreads = kConsumers + 32 * (1 + kConverterWarps);
 constexpr int kScorerRegisters = 216;    // O takes 128, S 32, P 16
-constexpr int kFollowerRegisters = 160;  // O 128
-constexpr int kProducerRegisters = 120;
+constexpr int kFollowerRegisters = 184;  // O 128
+constexpr int kProducerRegisters = 104;
 
 constexpr int kKeyStages = 2;
 constexpr int kHalf = kTile / 2;  // tokens that are converted, and freed, together
@@ -340,6 +340,7 @@ __device__ __forceinline__ Consumer consumer() {
     return {__shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32 % 4, 0), ptx::lane()};
 }
 
+template <bool kUneven>
 __global__ void __launch_bounds__(kThreads, 1)
     fwd_kvcache_mla_fp8_queries_kernel(const __grid_constant__ FwdParams params,
                                        const __grid_constant__ CUtensorMap cache) {
@@ -364,8 +365,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     cudaGridDependencySynchronize();  // nothing above reads what an earlier kernel wrote
     cudaTriggerProgrammaticLaunchCompletion();
-    if (warp >= kConsumerWarps) prefetch_tables(params, threadIdx.x - kConsumers, kThreads - kConsumers);
-    read_plan(params, shared.parts);
+    if (warp >= kConsumerWarps) prefetch_tables<kUneven>(params, threadIdx.x - kConsumers, kThreads - kConsumers);
+    read_plan<kUneven>(params, shared.parts);
 
     KeyPlace keys;
     ValuePlace values;
@@ -375,7 +376,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         ptx::increase_registers<kScorerRegisters>();
         const float kv_scale = __ldg(params.kv_scale);
         const float scale_log2 = params.softmax_scale_log2 * kv_scale * __ldg(params.q_scale);
-        for_each_segment(params, shared.parts, [&](const Segment& segment) {
+        for_each_segment<kUneven>(params, shared.parts, rows, [&](const Segment& segment, const RowTile& rows) {
             if (segment.begin == segment.end) {
                 return store_nothing<__nv_bfloat16, kConsumers>(params, rows, segment);
             }
@@ -387,9 +388,9 @@ __global__ void __launch_bounds__(kThreads, 1)
             store(params, shared, rows, me, segment, 0, kv_scale, last, softmax, rO);
         });
     } else if (warp < kConsumerWarps) {
-        ptx::decrease_registers<kFollowerRegisters>();
+        ptx::increase_registers<kFollowerRegisters>();
         const float kv_scale = __ldg(params.kv_scale);
-        for_each_segment(params, shared.parts, [&](const Segment& segment) {
+        for_each_segment<kUneven>(params, shared.parts, rows, [&](const Segment& segment, const RowTile& rows) {
             if (segment.begin == segment.end) {
                 return store_nothing<__nv_bfloat16, kConsumers>(params, rows, segment);
             }
@@ -402,24 +403,26 @@ __global__ void __launch_bounds__(kThreads, 1)
     } else {
         ptx::decrease_registers<kProducerRegisters>();
         if (warp == kConsumerWarps) {
-            for_each_segment(params, shared.parts, [&](const Segment& segment) {
+            for_each_segment<kUneven>(params, shared.parts, rows, [&](const Segment& segment, const RowTile& rows) {
                 load(params, cache, shared, rows, segment, keys, queries_phase);
             });
-            if (blockIdx.x == 0) list_split_rows(params, shared.parts);
+            if (blockIdx.x == 0) list_split_rows<kUneven>(params, shared.parts);
         } else {
-            for_each_segment(params, shared.parts, [&](const Segment& segment) {
+            for_each_segment<kUneven>(params, shared.parts, rows, [&](const Segment& segment, const RowTile& rows) {
                 convert_values(params, shared, segment, warp - kConsumerWarps - 1, keys, values);
             });
+            if constexpr (kUneven) {
+                if (warp == kConsumerWarps + 1) store_unclaimed<__nv_bfloat16>(params);
+            }
         }
     }
 }
 
-}  // namespace
-
 // ---------------------------------------------------------------------------------------------------------- launcher
 
-void fwd_kvcache_mla_fp8_queries(const FwdParams& params, cudaStream_t stream) {
-    constexpr auto kKernel = fwd_kvcache_mla_fp8_queries_kernel;
+template <bool kUneven>
+void launch(const FwdParams& params, cudaStream_t stream) {
+    constexpr auto kKernel = fwd_kvcache_mla_fp8_queries_kernel<kUneven>;
     constexpr int kSharedBytes = sizeof(SharedStorage);
     static_assert(kSharedBytes <= 227 * 1024);
     CUtensorMap cache = {};  // no page, no key: every length is then 0, and nothing reads through the map
@@ -427,6 +430,12 @@ void fwd_kvcache_mla_fp8_queries(const FwdParams& params, cudaStream_t stream) {
     allow_shared_bytes<kKernel>(kSharedBytes, "fwd_kvcache_mla: shared memory");
     const dim3 grid(params.row_tiles, params.grid_parts);
     cuda_check(launch_dependent(kKernel, grid, kThreads, kSharedBytes, stream, params, cache), "fwd_kvcache_mla");
+}
+
+}  // namespace
+
+void fwd_kvcache_mla_fp8_queries(const FwdParams& params, cudaStream_t stream) {
+    params.cu_seqlens_q != nullptr ? launch<true>(params, stream) : launch<false>(params, stream);
 }
 
 }  // namespace flashmla::sm90

@@ -22,6 +22,19 @@ __device__ __forceinline__ void cp_async_16(uint32_t to, const void* from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
 
+// The same, 4 bytes.
+__device__ __forceinline__ void cp_async_4(uint32_t to, const void* from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
+}
+
+// Makes a group of the thread's cp.async so far; waits until kUnderWay groups are left, the youngest.
+// "cp.async.commit_group", "cp.async.wait_group"
+__device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kUnderWay>
+__device__ __forceinline__ void cp_async_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(kUnderWay) : "memory");
+}
+
 // Waits for all of the thread's cp.async. "cp.async.wait_all"
 __device__ __forceinline__ void cp_async_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
@@ -86,6 +99,15 @@ __device__ __forceinline__ void prefetch_l2(const void* pointer) {
 // Brings so many bytes into L2, both multiples of 16. "cp.async.bulk.prefetch"
 __device__ __forceinline__ void prefetch_bulk_l2(const void* pointer, uint32_t bytes) {
     asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(pointer), "r"(bytes));
+}
+
+// 16 bytes, which L2 keeps rather than others. "st", "createpolicy"
+__device__ __forceinline__ void store_evict_last(float4* to, const float4& value) {
+    uint64_t policy;
+    asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+    asm volatile("st.global.L2::cache_hint.v4.f32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(to), "f"(value.x), "f"(value.y),
+                 "f"(value.z), "f"(value.w), "l"(policy)
+                 : "memory");
 }
 
 // Brings a box of a tensor into L2. "cp.async.bulk.prefetch.tensor"

@@ -17,25 +17,107 @@ namespace flashmla::sm90 {
 
 constexpr int kHalfV = kDimV / 2;  // output columns of a warpgroup
 
-// Which query rows a CTA has: of key head `head`, from first_row on.
+// Which query rows a CTA has: of key head `head`, from first_row on. Of uneven queries those of a batch row's block
+// (flashmla_ops/plan.py), which change from segment to segment.
 struct RowTile {
     int head, first_row;
+    int size;  // rows that a row tile may have
+    int tile;  // of the key head's, or of the block's: all of them read the same keys at about the same time
+    // A constant wherever it is asked for, since all that asks is inlined: even queries pay nothing for the others.
+    bool uneven = false;
+    int batch_row = 0;
+    int first_query = 0, queries = 0;  // of the batch row, among all
 
-    __device__ explicit RowTile(const FwdParams& params) {
-        const HeadTile in_head(params, index());
+    __device__ explicit RowTile(const FwdParams& params, int size = kRowTile, int first_row_tile = 0) : size(size) {
+        const HeadTile in_head(params, first_row_tile + index());
         head = in_head.head;
-        first_row = in_head.tile * kRowTile;
+        tile = in_head.tile;
+        first_row = tile * size;
     }
+    __device__ RowTile(const FwdParams& params, const RowTile& like, int batch_row, const RowQueries& queries,
+                       int block)
+        : head(like.head),
+          first_row(block * block_rows(params) + like.tile * kRowTile),
+          size(like.size),
+          tile(like.tile),
+          uneven(true),
+          batch_row(batch_row),
+          first_query(queries.first),
+          queries(queries.count) {}
+
     __device__ int index() const { return blockIdx.x; }
-    __device__ int count(const FwdParams& params) const { return min(kRowTile, params.rows - first_row); }
+    __device__ int all_rows(const FwdParams& params) const { return uneven ? queries * params.group : params.rows; }
+    __device__ int count(const FwdParams& params) const { return min(size, all_rows(params) - first_row); }
+    __device__ int num_queries(const FwdParams& params) const { return uneven ? queries : params.s_q; }
+
+    // Query s of a batch row: its place among all queries, and its lse's of query head h.
+    __device__ int64_t query_at(const FwdParams& params, int batch_row, int s) const {
+        return uneven ? first_query + s : int64_t{batch_row} * params.s_q + s;
+    }
+    __device__ int64_t lse_at(const FwdParams& params, int batch_row, int h, int s) const {
+        if (uneven) return int64_t{h} * params.total_q + first_query + s;
+        return (int64_t{batch_row} * params.h_q + h) * params.s_q + s;
+    }
 };
 
-// Where row r of the row tile has its 576 values, of a row of the batch.
+// Where row r of the row tile has its 576 values, of a row of the batch. Of uneven queries another row than the row
+// tile's stands for what follows the row tile's block in memory: most often the next segment's queries.
 template <typename T>
 __device__ __forceinline__ const T* query_row(const FwdParams& params, const RowTile& rows, int batch_row, int r) {
+    const T* q = static_cast<const T*>(params.q);
+    if (rows.uneven) {
+        int row = rows.first_row + r;
+        if (batch_row != rows.batch_row) row = min(row + block_rows(params), rows.all_rows(params) + r);
+        const int s = row / params.group, g = row - s * params.group;
+        return q + int64_t{min(rows.first_query + s, params.total_q - 1)} * params.q_stride_s +
+               (rows.head * params.group + g) * params.q_stride_h;
+    }
     const QueryRow row(params, rows.first_row + r);
-    return static_cast<const T*>(params.q) + batch_row * params.q_stride_b + row.s * params.q_stride_s +
+    return q + batch_row * params.q_stride_b + row.s * params.q_stride_s +
            (rows.head * params.group + row.g) * params.q_stride_h;
+}
+
+// Calls body(segment, row tile) for the CTA's parts, every gridDim.y-th, in order, of uneven queries. `rows`: the
+// CTA's.
+template <typename Body>
+__device__ __forceinline__ void for_each_block(const FwdParams& params, const Part (&parts)[kMaxParts],
+                                               const RowTile& rows, Body&& body) {
+    for (int index = blockIdx.y; index < params.plan_parts; index += gridDim.y) {
+        const Part& p = parts[index];
+        const Blocks blocks(params, index);
+        for (int row = p.first_row; row <= p.last_row; ++row) {
+            const RowQueries queries(params, row);
+            const int length = clamped_length(params, row), tiles = num_tiles(length);
+            const int last_of_row = last_block(params, queries);
+            const int last = row == p.last_row ? min(blocks.last, last_of_row) : last_of_row;
+            for (int block = row == p.first_row ? blocks.first : 0; block <= last; ++block) {
+                const RowTile here(params, rows, row, queries, block);
+                const bool continued = p.continues(row) && block == blocks.first;
+                const bool cut = row == p.last_row && block == blocks.last && p.last_tile < tiles;
+                const bool left_out = continued && p.last_tile == INT_MAX;  // see read_plan
+                if (left_out || here.count(params) <= 0) continue;
+                Segment segment;
+                segment.row = row;
+                segment.length = length;
+                segment.end = cut ? p.last_tile : tiles;
+                segment.begin = continued ? min(p.first_tile, segment.end) : 0;
+                segment.place = continued ? first_place(index) : cut ? last_place(index) : -1;
+                segment.more = row < p.last_row || block < last;
+                body(segment, here);
+            }
+        }
+    }
+}
+
+// The same of even queries too.
+template <bool kUneven, typename Body>
+__device__ __forceinline__ void for_each_segment(const FwdParams& params, const Part (&parts)[kMaxParts],
+                                                 const RowTile& rows, Body&& body) {
+    if constexpr (kUneven) {
+        for_each_block(params, parts, rows, body);
+    } else {
+        for_each_segment(params, parts, [&](const Segment& segment) { body(segment, rows); });
+    }
 }
 
 // Where a consumer thread stands. A warpgroup's accumulators give a thread two rows of the row tile, 8 apart, and in
@@ -74,7 +156,7 @@ struct OutRows {
         : group(params.group), h_q(params.h_q) {
         const QueryRow row(params, rows.first_row + r);
         g = row.g;
-        at = (int64_t{batch_row} * params.s_q + row.s) * params.h_q + rows.head * params.group + g;
+        at = rows.query_at(params, batch_row, row.s) * params.h_q + rows.head * params.group + g;
     }
     __device__ void next() {
         const bool wraps = ++g == group;
@@ -111,19 +193,44 @@ __device__ __forceinline__ void copy_rows(const Consumer& me, void* staging, int
 
 constexpr int kShareVectors = kRowTile * kDimV / 4;  // of 16 bytes, of each place and row tile
 
+// Where in the workspace, in tiles, a row tile has a place.
+__device__ __forceinline__ int64_t tile_at(const FwdParams& params, int place, int row_tile) {
+    return int64_t{place} * params.row_tiles + row_tile;
+}
+
 __device__ __forceinline__ float4* share_at(const FwdParams& params, int place, int row_tile) {
-    return reinterpret_cast<float4*>(params.partial_out) +
-           (int64_t{place} * params.row_tiles + row_tile) * kShareVectors;
+    return reinterpret_cast<float4*>(params.partial_out) + tile_at(params, place, row_tile) * kShareVectors;
 }
 
-__device__ __forceinline__ float4* share_of(const FwdParams& params, const RowTile& rows, int place, int warpgroup,
-                                            const Consumer& me) {
-    return share_at(params, place, rows.index()) + warpgroup * (kShareVectors / 2) + me.warp * 32 + me.lane;
+__device__ __forceinline__ float4* share_of(const FwdParams& params, int64_t tile, int warpgroup, const Consumer& me) {
+    return reinterpret_cast<float4*>(params.partial_out) + tile * kShareVectors + warpgroup * (kShareVectors / 2) +
+           me.warp * 32 + me.lane;
 }
 
+__device__ __forceinline__ float* share_lse(const FwdParams& params, int64_t tile) {
+    return params.partial_lse + tile * kRowTile;
+}
 __device__ __forceinline__ float* share_lse(const FwdParams& params, const RowTile& rows, int place) {
-    return params.partial_lse + (int64_t{place} * params.row_tiles + rows.index()) * kRowTile;
+    return share_lse(params, tile_at(params, place, rows.index()));
 }
+
+// What two shares of a row count, by their lse, base 2, and the lse of both. The bits are the same wherever that is
+// computed, and whichever comes first.
+struct Weights {
+    float a, b, lse_log2;
+
+    __device__ Weights(float lse_a, float lse_b) {
+        const float high = fmaxf(lse_a, lse_b), base = base_of(high);
+        a = ptx::exp2_approx(lse_a - base);
+        b = ptx::exp2_approx(lse_b - base);
+        // 0, or from 1 to 2: where approximations have an absolute error of 2^-22 at most
+        const float sum = a + b, scale = sum == 0.f ? 0.f : __fdividef(1.f, sum);
+        a *= scale;
+        b *= scale;
+        lse_log2 = sum == 0.f ? -INFINITY : __fadd_rn(high, __log2f(sum));
+    }
+    __device__ float of(float x, float y) const { return __fadd_rn(__fmul_rn(a, x), __fmul_rn(b, y)); }
+};
 
 // A share's values in fp16, 8 to a vector: the thread's accumulators 8 j .. 8 j + 7. What they are multiplied by is
 // such that a row's greatest one of a warpgroup has the exponent kGreatest: an element is rounded to 11 bits if it is
@@ -200,65 +307,64 @@ __device__ __forceinline__ void store_share(const FwdParams& params, const RowTi
     }
 }
 
-// A share of a pair, as it is: either may be in registers when they are merged, to the same bits.
+// A share of a pair, as it is, to a tile of the workspace, and its lse [64 rows]: either share may be in registers when
+// they are merged, to the same bits. kKeep: L2 is to keep it.
+template <bool kKeep = false>
 __device__ __forceinline__ void store_pair_share(const FwdParams& params, const RowTile& rows, const Consumer& me,
-                                                 int place, int warpgroup, const float (&lse_log2)[2],
+                                                 int64_t tile, float* lse, int warpgroup, const float (&lse_log2)[2],
                                                  const float (&rO)[128]) {
     if (!has_rows(params, rows, me)) return;
-    float4* share = share_of(params, rows, place, warpgroup, me);
+    float4* share = share_of(params, tile, warpgroup, me);
 #pragma unroll
     for (int j = 0; j < 32; ++j) {
-        __stcg(share + j * 128, make_float4(rO[4 * j], rO[4 * j + 1], rO[4 * j + 2], rO[4 * j + 3]));
+        const float4 values = make_float4(rO[4 * j], rO[4 * j + 1], rO[4 * j + 2], rO[4 * j + 3]);
+        kKeep ? ptx::store_evict_last(share + j * 128, values) : __stcg(share + j * 128, values);
     }
     // by both warpgroups, the same bits: who merges one's half has synchronised with that one only
     if (me.lane % 4 == 0) {
-        float* lse = share_lse(params, rows, place);
 #pragma unroll
         for (int i = 0; i < 2; ++i) __stcg(lse + me.row(i), lse_log2[i]);
     }
 }
 
-// Adds the share of a pair at `place` to the one in registers. Either may be there: product, product and sum are
-// rounded one by one, so that the bits are the same. `staging`: 32 KB of the warpgroup's.
-__device__ __forceinline__ void add_share(const FwdParams& params, const RowTile& rows, const Consumer& me, int place,
-                                          int warpgroup, float (&lse_log2)[2], float (&rO)[128], void* staging) {
+// Adds the share of a pair in a tile of the workspace to the one in registers. Either may be there: product, product
+// and sum are rounded one by one, so that the bits are the same. `staging`: 32 KB of the warpgroup's.
+__device__ __forceinline__ void add_share(const FwdParams& params, const RowTile& rows, const Consumer& me,
+                                          int64_t tile, const float* other_lse, int warpgroup, float (&lse_log2)[2],
+                                          float (&rO)[128], void* staging) {
     if (!has_rows(params, rows, me)) return;
-    const float4* share = share_of(params, rows, place, warpgroup, me);
-    const float* other_lse = share_lse(params, rows, place);
-    float mine[2], other[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-        const float lse = __ldcg(other_lse + me.row(i)), high = fmaxf(lse, lse_log2[i]);
-        const float base = base_of(high);
-        mine[i] = ptx::exp2_approx(lse_log2[i] - base);
-        other[i] = ptx::exp2_approx(lse - base);
-        const float sum = mine[i] + other[i], scale = sum == 0.f ? 0.f : 1.f / sum;
-        mine[i] *= scale;
-        other[i] *= scale;
-        lse_log2[i] = sum == 0.f ? -INFINITY : high + log2f(sum);
-    }
-    // Through shared memory, each thread its own values: registers are short, and each time costs what L2 takes to
-    // answer.
-    constexpr int kAtOnce = 16;
-    const float4* landed = static_cast<const float4*>(staging) + me.warp * 32 * kAtOnce + me.lane;
-#pragma unroll
-    for (int first = 0; first < 32; first += kAtOnce) {
+    const float4* share = share_of(params, tile, warpgroup, me);
+    // Through shared memory, each thread its own values, a group while others are on their way: registers are short,
+    // and L2 takes its time to answer.
+    constexpr int kGroup = 8, kGroups = 32 / kGroup, kUnderWay = 2;
+    const float4* landed = static_cast<const float4*>(staging) + me.warp * 32 * kGroup * kUnderWay + me.lane;
+    const auto request = [&](int group) {
+        const float4* to = landed + group % kUnderWay * kGroup * 32;
 #pragma unroll 1
-        for (int j = 0; j < kAtOnce; ++j, share += 128) {
-            ptx::cp_async_16(ptx::shared_address(landed + j * 32), share);
-        }
-        ptx::cp_async_wait_all();
-        wgmma::keep(rO);  // or it multiplies them earlier, and spills
+        for (int j = 0; j < kGroup; ++j, share += 128) ptx::cp_async_16(ptx::shared_address(to + j * 32), share);
+        ptx::cp_async_commit();
+    };
+    const float other[2] = {__ldcg(other_lse + me.row(0)), __ldcg(other_lse + me.row(1))};
+    request(0);
+    request(1);
+    const Weights weights[2] = {Weights(lse_log2[0], other[0]), Weights(lse_log2[1], other[1])};
 #pragma unroll
-        for (int j = 0; j < kAtOnce; ++j) {
-            if (j % 8 == 0) __syncwarp();  // or ptxas loads them all at once, and spills
-            const float4 loaded = landed[j * 32];
-            float* o = rO + 4 * (first + j);
-            o[0] = __fadd_rn(__fmul_rn(mine[0], o[0]), __fmul_rn(other[0], loaded.x));
-            o[1] = __fadd_rn(__fmul_rn(mine[0], o[1]), __fmul_rn(other[0], loaded.y));
-            o[2] = __fadd_rn(__fmul_rn(mine[1], o[2]), __fmul_rn(other[1], loaded.z));
-            o[3] = __fadd_rn(__fmul_rn(mine[1], o[3]), __fmul_rn(other[1], loaded.w));
+    for (int i = 0; i < 2; ++i) lse_log2[i] = weights[i].lse_log2;
+#pragma unroll
+    for (int group = 0; group < kGroups; ++group) {
+        group + 1 < kGroups ? ptx::cp_async_wait<1>() : ptx::cp_async_wait<0>();
+        wgmma::keep(rO);  // or it multiplies them earlier, and spills
+        __syncwarp();     // or ptxas loads them all at once, and spills
+#pragma unroll
+        for (int j = 0; j < kGroup; ++j) {
+            const float4 loaded = landed[(group % kUnderWay * kGroup + j) * 32];
+            float* o = rO + 4 * (group * kGroup + j);
+            o[0] = weights[0].of(o[0], loaded.x);
+            o[1] = weights[0].of(o[1], loaded.y);
+            o[2] = weights[1].of(o[2], loaded.z);
+            o[3] = weights[1].of(o[3], loaded.w);
         }
+        if (group + kUnderWay < kGroups) request(group + kUnderWay);
     }
     __syncwarp();
 }
@@ -278,7 +384,7 @@ __device__ __forceinline__ void store_rows(const FwdParams& params, const RowTil
             const QueryRow row(params, rows.first_row + me.row(i));
             const int h = rows.head * params.group + row.g;
             if (me.row(i) < rows.count(params)) {
-                params.lse[(int64_t{batch_row} * params.h_q + h) * params.s_q + row.s] =
+                params.lse[rows.lse_at(params, batch_row, h, row.s)] =
                     lse_log2[i] == -INFINITY ? INFINITY : lse_log2[i] * kLn2;
             }
         }
@@ -312,10 +418,23 @@ __device__ __forceinline__ void store_nothing(const FwdParams& params, const Row
     for (int r = threadIdx.x / 32; r < rows.count(params); r += kThreads / 32) {
         const QueryRow row(params, rows.first_row + r);
         const int h = rows.head * params.group + row.g, lane = threadIdx.x % 32;
-        const int64_t at = (int64_t{segment.row} * params.s_q + row.s) * params.h_q + h;
+        const int64_t at = rows.query_at(params, segment.row, row.s) * params.h_q + h;
         int4* out = reinterpret_cast<int4*>(static_cast<T*>(params.out) + at * kDimV);
         for (int i = lane; i < kDimV * static_cast<int>(sizeof(T)) / 16; i += 32) out[i] = make_int4(0, 0, 0, 0);
-        if (lane == 0) params.lse[(int64_t{segment.row} * params.h_q + h) * params.s_q + row.s] = INFINITY;
+        if (lane == 0) params.lse[rows.lse_at(params, segment.row, h, row.s)] = INFINITY;
+    }
+}
+
+// The results of queries that are no row's: a warp of every CTA stores them.
+template <typename T>
+__device__ __forceinline__ void store_unclaimed(const FwdParams& params) {
+    const int ctas = gridDim.x * gridDim.y, cta = blockIdx.y * gridDim.x + blockIdx.x;
+    const int vectors = params.h_q * (kDimV * static_cast<int>(sizeof(T)) / 16);
+    const int claimed = min(max(params.cu_seqlens_q[params.b], 0), params.total_q);
+    for (int query = claimed + cta; query < params.total_q; query += ctas) {
+        int4* out = reinterpret_cast<int4*>(params.out) + int64_t{query} * vectors;
+        for (int i = ptx::lane(); i < vectors; i += 32) out[i] = make_int4(0, 0, 0, 0);
+        for (int h = ptx::lane(); h < params.h_q; h += 32) params.lse[int64_t{h} * params.total_q + query] = INFINITY;
     }
 }
 

@@ -33,7 +33,8 @@ __device__ __forceinline__ void visible_keys(const FwdParams& params, const RowT
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
         const QueryRow row(params, rows.first_row + me.row(i));
-        visible[i] = min(segment.length, params.causal ? segment.length - params.s_q + 1 + row.s : segment.length);
+        visible[i] =
+            min(segment.length, params.causal ? segment.length - rows.num_queries(params) + 1 + row.s : segment.length);
     }
 }
 

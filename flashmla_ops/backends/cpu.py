@@ -15,18 +15,19 @@ from ..plan import (
     CPU_PLACES,
     FIRST_ROW,
     FIRST_TILE,
-    FLAGS,
-    INVARIANT,
     LAST_ROW,
     LAST_TILE,
     MAX_PARTS,
     TILE,
+    is_invariant,
     make_invariant_plan,
     make_plan,
+    plan_blocks,
+    row_blocks,
     row_cost,
     unit_tiles,
 )
-from .values import check_concat_and_cache_mla, check_fwd_kvcache_mla, check_lengths
+from .values import check_concat_and_cache_mla, check_fwd_kvcache_mla, check_lengths, check_queries
 
 BLOCK_BYTES = 128 << 20  # working set of one block of rows and queries
 STEP_KEYS = 4096  # keys gathered in one step, over all rows: 9 MB of 576 fp32, which stays in a last-level cache
@@ -53,13 +54,17 @@ def get_mla_metadata(
     num_heads_per_head_k: int,
     num_heads_k: int,
     batch_invariant: bool = False,
+    cu_seqlens_q: Tensor | None = None,
+    max_seqlen_q: int | None = None,
 ) -> None:
     check_lengths(cache_seqlens)
-    cost = row_cost(num_heads_per_head_k)
-    if batch_invariant:
-        plan, splits = make_invariant_plan(cache_seqlens, CPU_PARTS, CPU_PLACES, cost)
+    make, room = (make_invariant_plan, (CPU_PARTS, CPU_PLACES)) if batch_invariant else (make_plan, (CPU_PARTS,))
+    if cu_seqlens_q is None:
+        plan, splits = make(cache_seqlens, *room, row_cost(num_heads_per_head_k))
     else:
-        plan, splits = make_plan(cache_seqlens, CPU_PARTS, cost)
+        check_queries(cu_seqlens_q, max_seqlen_q)
+        blocks = row_blocks(cu_seqlens_q, max_seqlen_q, num_heads_per_head_k)
+        plan, splits = plan_blocks(make, cache_seqlens, blocks, *room, row_cost(max_seqlen_q * num_heads_per_head_k))
     tile_scheduler_metadata.copy_(plan)
     num_splits.copy_(splits)
 
@@ -102,20 +107,54 @@ def fwd_kvcache_mla(
     plan: tuple[Tensor, Tensor] | None,
     q_scale: Tensor | None,
     kv_scale: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # out [b, s_q, h_q, d_v], lse [b, h_q, s_q]
-    """Blocks of rows x queries, as many as fit in BLOCK_BYTES, each an online softmax over its rows' chunks."""
-    check_fwd_kvcache_mla(q, kv_cache, block_table, cache_seqlens, d_v, plan, q_scale, kv_scale)
-    b, s_q, h_q, d_qk = q.shape
+    cu_seqlens_q: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+) -> tuple[Tensor, Tensor]:  # out [b, s_q, h_q, d_v], lse [b, h_q, s_q]; [total_q, h_q, d_v], [h_q, total_q]
+    uneven = cu_seqlens_q, max_seqlen_q
+    check_fwd_kvcache_mla(q, kv_cache, block_table, cache_seqlens, d_v, plan, q_scale, kv_scale, None, *uneven)
+    *batch, queries, h_q, d_qk = q.shape
     out_dtype = q.dtype
     if q_scale is not None:  # q in e4m3: neither it nor the keys are rounded any further
         q, out_dtype = q.float() * q_scale, torch.bfloat16
     keys = Keys(kv_cache, d_v, d_qk - d_v, kv_scale, q.dtype)
-    out, lse = q.new_empty(b, s_q, h_q, d_v, dtype=out_dtype), q.new_empty(b, h_q, s_q, dtype=torch.float32)
+    out = q.new_empty(*batch, queries, h_q, d_v, dtype=out_dtype)
+    lse = q.new_empty(*batch, h_q, queries, dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
-    if plan is not None and int(plan[0][0, FLAGS]) & INVARIANT:
-        _attend_invariantly(q, keys, block_table, cache_seqlens, softmax_scale, causal, out, lse)
+    if cu_seqlens_q is None:
+        _attend_rows(q, keys, block_table, cache_seqlens, softmax_scale, causal, plan, out, lse)
         return out, lse
+    if plan is not None and not is_invariant(plan[0]):
+        plan = None  # it is for this call, and says who does what: here there is nobody else
+    # rows of one number of queries at a time; queries of no row see nothing
+    out.zero_()
+    lse.fill_(float("inf"))
+    count = cu_seqlens_q.diff()
+    for n in count[count > 0].unique().tolist():
+        rows = (count == n).nonzero()[:, 0]
+        at = cu_seqlens_q[rows, None] + torch.arange(n)  # [rows, n]
+        some_out, some_lse = out.new_empty(*at.shape, h_q, d_v), lse.new_empty(len(rows), h_q, n)
+        some = q[at], keys, block_table[rows], cache_seqlens[rows]
+        _attend_rows(*some, softmax_scale, causal, plan, some_out, some_lse)
+        out[at], lse[:, at] = some_out, some_lse.transpose(0, 1)
+    return out, lse
+
+
+def _attend_rows(
+    q: Tensor,  # [b, s_q, h_q, d_qk], out and lse not empty
+    keys: Keys,
+    block_table: Tensor,
+    cache_seqlens: Tensor,
+    softmax_scale: float,
+    causal: bool,
+    plan: tuple[Tensor, Tensor] | None,
+    out: Tensor,
+    lse: Tensor,
+) -> None:
+    """Blocks of rows x queries, as many as fit in BLOCK_BYTES, each an online softmax over its rows' chunks."""
+    if plan is not None and is_invariant(plan[0]):
+        return _attend_invariantly(q, keys, block_table, cache_seqlens, softmax_scale, causal, out, lse)
+    (b, s_q), kv_cache, d_v = q.shape[:2], keys.kv_cache, keys.d_v
     lengths = cache_seqlens.long()
     shortest, longest = (int(v) for v in lengths.aminmax())
     chunk = max(1, min(max(STEP_KEYS // b, MIN_CHUNK), longest))
@@ -137,7 +176,6 @@ def fwd_kvcache_mla(
             visible = lengths[rows][:, None] - hidden
             block = _attend(q[rows, queries], keys, block_table[rows], row_chunks, visible, softmax_scale, d_v)
             out[rows, queries], lse[rows, :, queries] = block[0].to(out.dtype), block[1]
-    return out, lse
 
 
 def _segments(metadata: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..plan import MAX_PARTS, max_parts, row_tiles
+from ..kv_cache import BYTE_DTYPES
+from ..plan import MAX_PARTS, make_invariant_plan, max_parts, places, row_cost, row_tiles
 from . import values
 
 PACKAGE = Path(__file__).resolve().parent.parent
@@ -36,8 +37,8 @@ def status() -> str:
 
 
 def refusal(op: str, tensor: Tensor, **facts) -> str | None:
-    if facts.get("batch_invariant"):
-        return "its kernels do not merge a row's units in a fixed order (batch_invariant): the cpu backend does"
+    if facts.get("batch_invariant") and facts.get("cu_seqlens_q") is not None:
+        return "it makes batch-invariant plans of even queries only: the cpu backend does of others"
     if tensor.device.type != "cuda":
         return f"it serves CUDA tensors only, this one is on {tensor.device}"
     if reason := _no_library():
@@ -105,15 +106,17 @@ def _no_fwd(device: int) -> str | None:
     return _no_device(device, FWD_CAPABILITY, "fwd_kvcache_mla")
 
 
-def _no_call(q: Tensor, kv_cache: Tensor, head_dim_v: int) -> str | None:
+def _no_call(q: Tensor, kv_cache: Tensor, head_dim_v: int, batch_invariant: bool = False, **uneven) -> str | None:
     """Why fwd_kvcache_mla does not take tensors of this kind; the cpu backend takes them all."""
     elsewhere = "the cpu backend serves it, on CPU tensors"
     if q.dtype not in FWD_DTYPES and q.dtype is not torch.float8_e4m3fn:
         return f"it computes in torch.bfloat16 and torch.float16, got {q.dtype}: {elsewhere}"
-    if (q.shape[3], head_dim_v) != FWD_DIMS:
-        return f"it serves d_qk {FWD_DIMS[0]}, d_v {FWD_DIMS[1]}, got d_qk {q.shape[3]}, d_v {head_dim_v}: {elsewhere}"
+    if (q.shape[-1], head_dim_v) != FWD_DIMS:
+        return f"it serves d_qk {FWD_DIMS[0]}, d_v {FWD_DIMS[1]}, got d_qk {q.shape[-1]}, d_v {head_dim_v}: {elsewhere}"
     if kv_cache.shape[1] % TILE:
         return f"it serves page sizes that are multiples of {TILE}, got {kv_cache.shape[1]}: {elsewhere}"
+    if batch_invariant and kv_cache.dtype in BYTE_DTYPES:
+        return "its fp8 kernels do not merge a row's units in a fixed order (batch_invariant): keep the cache in bf16"
     return None
 
 
@@ -132,12 +135,24 @@ def get_mla_metadata(
     cache_seqlens: Tensor,
     num_heads_per_head_k: int,
     num_heads_k: int,
+    batch_invariant: bool = False,
+    cu_seqlens_q: Tensor | None = None,
+    max_seqlen_q: int | None = None,
 ) -> None:
     if values.DEBUG:
         values.check_lengths(cache_seqlens)
+        if cu_seqlens_q is not None:
+            values.check_queries(cu_seqlens_q, max_seqlen_q)
     parts = _parts(cache_seqlens.device, num_heads_per_head_k, num_heads_k)
     plan = tile_scheduler_metadata, num_splits
-    torch.ops.flashmla_sm90.get_mla_metadata.default(*plan, cache_seqlens, parts, num_heads_per_head_k)
+    if batch_invariant:
+        room, cost = places(row_tiles(num_heads_per_head_k, num_heads_k)), row_cost(num_heads_per_head_k)
+        for to, made in zip(plan, make_invariant_plan(cache_seqlens, parts, room, cost), strict=True):
+            to.copy_(made)
+        return
+    torch.ops.flashmla_sm90.get_mla_metadata.default(
+        *plan, cache_seqlens, parts, num_heads_per_head_k, cu_seqlens_q, max_seqlen_q or 0
+    )
 
 
 def fwd_kvcache_mla(
@@ -151,20 +166,22 @@ def fwd_kvcache_mla(
     plan: tuple[Tensor, Tensor] | None,
     q_scale: Tensor | None,
     kv_scale: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # out [b, s_q, h_q, d_v], lse [b, h_q, s_q]
-    _, s_q, h_q, _ = q.shape
+    cu_seqlens_q: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+) -> tuple[Tensor, Tensor]:  # out [b, s_q, h_q, d_v], lse [b, h_q, s_q]; [total_q, h_q, d_v], [h_q, total_q]
     h_k = kv_cache.shape[2]
-    parts = _parts(q.device, max(s_q * h_q // h_k, 1), h_k)
+    rows = q.shape[-2] // h_k if cu_seqlens_q is not None else q.shape[1] * q.shape[2] // h_k
+    parts = _parts(q.device, max(rows, 1), h_k)
+    uneven = cu_seqlens_q, max_seqlen_q or 0
     if values.DEBUG:
         values.check_fwd_kvcache_mla(
-            q, kv_cache, block_table, cache_seqlens, head_dim_v, plan, q_scale, kv_scale, parts
+            q, kv_cache, block_table, cache_seqlens, head_dim_v, plan, q_scale, kv_scale, parts, *uneven
         )
     metadata = None if plan is None else plan[0]
     # a plan that is given may come from elsewhere, and use more parts than this machine would
     plan_parts = parts if plan is None else MAX_PARTS
-    return torch.ops.flashmla_sm90.fwd_kvcache_mla.default(
-        q, kv_cache, block_table, cache_seqlens, softmax_scale, causal, metadata, parts, plan_parts, q_scale, kv_scale
-    )
+    call = q, kv_cache, block_table, cache_seqlens, softmax_scale, causal, metadata, parts, plan_parts
+    return torch.ops.flashmla_sm90.fwd_kvcache_mla.default(*call, q_scale, kv_scale, *uneven)
 
 
 def concat_and_cache_mla(

@@ -16,13 +16,28 @@ import torch
 from torch import Tensor
 
 from ..kv_cache import BYTE_DTYPES
-from ..plan import COLUMNS, CPU_PARTS, MAX_PARTS, TILE, max_parts, row_cost, row_tiles
+from ..plan import (
+    COLUMNS,
+    CPU_PARTS,
+    MAX_PARTS,
+    MAX_UNITS,
+    TILE,
+    is_invariant,
+    make_invariant_plan,
+    max_parts,
+    places,
+    row_cost,
+    row_tiles,
+    rows_of_block,
+)
 from . import values
 
 OLDEST_CAPABILITY = (8, 0)
 MAX_D_QK, MAX_D_V = 576, 512
 WORKSPACE_TILES = 1024  # partial results of 64 query rows: 128 MiB of 512 fp32 columns, whatever the call
+ROW_BLOCKS_AT_ONCE = 160  # of a launch whose programs have places of their own: the workspace stays bounded
 INT32_KEYS = 2**31 - TILE - 1  # so that no tile ends beyond an int32
+INT32_QUERIES = 2**22  # of a row at most, so that its query rows are numbered in int32 for up to 512 heads
 
 
 # ------------------------------------------------------------------------------------------------- what it serves here
@@ -40,8 +55,8 @@ def status() -> str:
 
 
 def refusal(op: str, tensor: Tensor, **facts) -> str | None:
-    if facts.get("batch_invariant"):
-        return "its kernels do not merge a row's units in a fixed order (batch_invariant): the cpu backend does"
+    if facts.get("batch_invariant") and facts.get("cu_seqlens_q") is not None:
+        return "it makes batch-invariant plans of even queries only: the cpu backend does of others"
     if reason := _no_triton():
         return reason
     if tensor.is_cpu and not _interpreted():
@@ -85,14 +100,14 @@ def _no_device(device: int) -> str | None:
     return f"it needs compute capability at least {OLDEST_CAPABILITY[0]}.0, {name} has {found[0]}.{found[1]}"
 
 
-def _no_call(q: Tensor, kv_cache: Tensor, head_dim_v: int) -> str | None:
+def _no_call(q: Tensor, kv_cache: Tensor, head_dim_v: int, batch_invariant: bool = False, **uneven) -> str | None:
     """Why fwd_kvcache_mla does not take tensors of this kind."""
     if q.is_cpu and q.dtype is torch.bfloat16:
         return f"Triton's interpreter multiplies torch.float16 and torch.float32, got {q.dtype}"
     if q.is_cuda and q.dtype is torch.float32:
         return f"it computes in torch.bfloat16 and torch.float16, got {q.dtype}"
-    if q.shape[3] > MAX_D_QK or head_dim_v > MAX_D_V:
-        return f"it serves d_qk up to {MAX_D_QK} and d_v up to {MAX_D_V}, got {q.shape[3]} and {head_dim_v}"
+    if q.shape[-1] > MAX_D_QK or head_dim_v > MAX_D_V:
+        return f"it serves d_qk up to {MAX_D_QK} and d_v up to {MAX_D_V}, got {q.shape[-1]} and {head_dim_v}"
     return None
 
 
@@ -146,20 +161,59 @@ def get_mla_metadata(
     cache_seqlens: Tensor,
     num_heads_per_head_k: int,
     num_heads_k: int,
+    batch_invariant: bool = False,
+    cu_seqlens_q: Tensor | None = None,
+    max_seqlen_q: int | None = None,
 ) -> None:
     if values.DEBUG or cache_seqlens.is_cpu:
         values.check_lengths(cache_seqlens)
+        if cu_seqlens_q is not None:
+            values.check_queries(cu_seqlens_q, max_seqlen_q)
     parts = _parts(cache_seqlens.device, num_heads_per_head_k, num_heads_k)
+    if batch_invariant:
+        room, cost = places(row_tiles(num_heads_per_head_k, num_heads_k)), row_cost(num_heads_per_head_k)
+        plan = make_invariant_plan(cache_seqlens, parts, room, cost)
+        tile_scheduler_metadata.copy_(plan[0])
+        num_splits.copy_(plan[1])
+        return
+    plan = tile_scheduler_metadata, num_splits
     with _launching("get_mla_metadata", cache_seqlens.device):
-        _plan(tile_scheduler_metadata, num_splits, cache_seqlens, parts, row_cost(num_heads_per_head_k))
+        if cu_seqlens_q is None:
+            _plan(*plan, cache_seqlens, parts, row_cost(num_heads_per_head_k))
+        else:
+            _plan_uneven(*plan, cache_seqlens, parts, cu_seqlens_q, max_seqlen_q, num_heads_per_head_k)
+
+
+def _plan_uneven(
+    metadata: Tensor,
+    num_splits: Tensor,
+    cache_seqlens: Tensor,
+    parts: int,
+    cu_seqlens_q: Tensor,
+    max_seqlen_q: int,
+    group: int,
+) -> None:
+    b = cache_seqlens.shape[0]
+    scratch = cache_seqlens.new_empty(2 * b + MAX_PARTS + 1, dtype=torch.int64).split([b, b, MAX_PARTS + 1])
+    sizes = b, min(max_seqlen_q, INT32_QUERIES), group, rows_of_block(group), parts, row_cost(max_seqlen_q * group)
+    _kernels().get_mla_metadata_uneven_kernel[(1,)](
+        *(metadata, num_splits, *scratch, cache_seqlens, cu_seqlens_q),
+        *sizes,
+        _half(b),
+        BLOCK=METADATA_BLOCK,
+        num_warps=8,
+    )
+
+
+def _half(b: int) -> int:
+    return 1 << (b.bit_length() - 1) if b else 0
 
 
 def _plan(metadata: Tensor, num_splits: Tensor, cache_seqlens: Tensor, parts: int, cost: int) -> None:
     b = cache_seqlens.shape[0]
     row_end = cache_seqlens.new_empty(b, dtype=torch.int64)
-    half = 1 << (b.bit_length() - 1) if b else 0
     _kernels().get_mla_metadata_kernel[(1,)](
-        metadata, num_splits, row_end, cache_seqlens, b, parts, cost, half, BLOCK=METADATA_BLOCK, num_warps=8
+        metadata, num_splits, row_end, cache_seqlens, b, parts, cost, _half(b), BLOCK=METADATA_BLOCK, num_warps=8
     )
 
 
@@ -277,22 +331,34 @@ def fwd_kvcache_mla(
     plan: tuple[Tensor, Tensor] | None,
     q_scale: Tensor | None,
     kv_scale: Tensor | None,
-) -> tuple[Tensor, Tensor]:  # out [b, s_q, h_q, d_v], lse [b, h_q, s_q]
-    b, s_q, h_q, d_qk = q.shape
+    cu_seqlens_q: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+) -> tuple[Tensor, Tensor]:  # out [b, s_q, h_q, d_v], lse [b, h_q, s_q]; [total_q, h_q, d_v], [h_q, total_q]
+    *batch, queries, h_q, d_qk = q.shape
     num_pages, page_size, h_k, _ = kv_cache.shape
-    group = h_q // h_k
-    rows = s_q * group
-    parts = _parts(q.device, max(rows, 1), h_k)
+    b, group = cache_seqlens.shape[0], h_q // h_k
+    if cu_seqlens_q is None:
+        s_q, block_rows = queries, 0
+        rows = planned_rows = s_q * group
+    else:
+        s_q, block_rows = min(max_seqlen_q, INT32_QUERIES), rows_of_block(group)
+        rows, planned_rows = min(s_q * group, block_rows), group
+    parts = _parts(q.device, max(planned_rows, 1), h_k)
     if values.DEBUG or q.is_cpu:
         values.check_fwd_kvcache_mla(
-            q, kv_cache, block_table, cache_seqlens, head_dim_v, plan, q_scale, kv_scale, parts
+            *(q, kv_cache, block_table, cache_seqlens, head_dim_v, plan, q_scale, kv_scale, parts),
+            *(cu_seqlens_q, max_seqlen_q),
         )
-    out = q.new_empty(b, s_q, h_q, head_dim_v, dtype=torch.bfloat16 if q.dtype in BYTE_DTYPES else q.dtype)
-    lse = q.new_empty(b, h_q, s_q, dtype=torch.float32)
+    out_dtype = torch.bfloat16 if q.dtype in BYTE_DTYPES else q.dtype
+    out = q.new_empty(*batch, queries, h_q, head_dim_v, dtype=out_dtype)
+    lse = q.new_empty(*batch, h_q, queries, dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
     q, kv_cache, cache_format = _bytes(q), _bytes(kv_cache), _format(kv_cache, kv_scale)
-    config = config_of(_shared_kb(q.device), d_qk, head_dim_v, rows, cache_format != _kernels().PLAIN)
+    # under a batch-invariant plan what a row block is goes by h_q / h_k, never by s_q
+    invariant = plan is not None and is_invariant(plan[0])
+    config_rows = group if invariant else rows
+    config = config_of(_shared_kb(q.device), d_qk, head_dim_v, config_rows, cache_format != _kernels().PLAIN)
     block_v, block_r = blocks_of(d_qk, head_dim_v)
     blocks_per_head = -(-rows // config.block_m)
     row_blocks = h_k * blocks_per_head
@@ -304,39 +370,60 @@ def fwd_kvcache_mla(
         if plan is None:
             metadata = cache_seqlens.new_empty(MAX_PARTS, COLUMNS)
             num_splits = cache_seqlens.new_empty(b + 1)
-            _plan(metadata, num_splits, cache_seqlens, parts, row_cost(rows))
+            if cu_seqlens_q is None:
+                _plan(metadata, num_splits, cache_seqlens, parts, row_cost(rows))
+            else:
+                _plan_uneven(metadata, num_splits, cache_seqlens, parts, cu_seqlens_q, max_seqlen_q, group)
         else:
             metadata = plan[0]
-        split_parts = _split_parts(parts if plan is None else MAX_PARTS, b, max_len, row_tiles(rows, h_k))
-        places = 2 * split_parts * row_blocks * config.block_m
-        shares, shares_lse = lse.new_empty(places, head_dim_v), lse.new_empty(places)
+        at_once = row_blocks
+        if invariant:
+            # nodes that the plan leaves, and each program's own
+            split_parts = min(places(row_tiles(rows, h_k)), b * MAX_UNITS)
+            at_once, parts = min(row_blocks, ROW_BLOCKS_AT_ONCE), max(1, parts * row_tiles(rows, h_k) // row_blocks)
+            shares = split_parts * row_blocks + at_once * parts * kernels.OWN_PLACES.value
+        else:
+            planned = b if cu_seqlens_q is None else b + queries * group // block_rows  # rows or blocks, at most
+            used_parts = parts if plan is None else MAX_PARTS
+            split_parts = _split_parts(used_parts, planned, max_len, row_tiles(planned_rows, h_k))
+            shares = 2 * split_parts * row_blocks
+        shares, shares_lse = (lse.new_empty(shares * config.block_m, *d) for d in ((head_dim_v,), ()))
         dims = {"D_V": head_dim_v, "BLOCK_V": block_v, "BLOCK_M": config.block_m}
-        kernels.fwd_kvcache_mla_kernel[(row_blocks, parts)](
-            *(q, kv_cache, q_scale, kv_scale, block_table, cache_seqlens, metadata, out, lse, shares, shares_lse),
-            softmax_scale / math.log(2),
-            *_units(q, 0, 1, 2),
-            *_units(kv_cache, 0, 1, 2),
-            block_table.stride(0),
-            *(b, s_q, group, blocks_per_head, num_pages, page_size, max_len, split_parts, int(causal)),
-            D_R=d_qk - head_dim_v,
-            BLOCK_R=block_r,
-            BLOCK_N=config.block_n,
-            ONE_PAGE=page_size % config.block_n == 0,
-            STAGES=config.stages,
-            SHARED_ROWS=shared_rows,
-            NARROW=shared_rows and config.block_m > 16 and config.block_n * kv_cache.stride(1) < 2**31,
-            FORMAT=cache_format,
-            num_warps=config.warps,
-            **dims,
-        )
-        if split_parts > 0:
-            kernels.fwd_kvcache_mla_combine_kernel[(s_q * h_q, min(parts, split_parts))](
-                *(cache_seqlens, metadata, out, lse, shares, shares_lse),
-                *(b, s_q, group, blocks_per_head, row_blocks, max_len, split_parts),
-                BLOCK_S=SHARES,
-                num_warps=4,
+        for first in range(0, row_blocks, at_once):
+            kernels.fwd_kvcache_mla_kernel[(min(row_blocks - first, at_once), parts)](
+                *(q, kv_cache, q_scale, kv_scale, block_table, cache_seqlens, cu_seqlens_q, metadata),
+                *(out, lse, shares, shares_lse),
+                softmax_scale / math.log(2),
+                *(_units(q, 0, 1, 2) if cu_seqlens_q is None else (0, *_units(q, 0, 1))),
+                *_units(kv_cache, 0, 1, 2),
+                block_table.stride(0),
+                *(b, s_q, queries, group, blocks_per_head, block_rows, num_pages, page_size, max_len, split_parts),
+                *(int(causal), row_blocks, first),
+                D_R=d_qk - head_dim_v,
+                BLOCK_R=block_r,
+                BLOCK_N=config.block_n,
+                ONE_PAGE=page_size % config.block_n == 0,
+                STAGES=config.stages,
+                SHARED_ROWS=shared_rows,
+                NARROW=shared_rows and config.block_m > 16 and config.block_n * kv_cache.stride(1) < 2**31,
+                FORMAT=cache_format,
+                INVARIANT=invariant,
+                num_warps=config.warps,
                 **dims,
             )
+        if split_parts > 0:
+            grid = rows * h_k, min(parts, split_parts)
+            tensors = metadata, out, lse, shares, shares_lse
+            sizes = blocks_per_head, row_blocks, max_len, split_parts
+            if invariant:
+                kernels.fwd_kvcache_mla_merge_nodes_kernel[grid](
+                    cache_seqlens, *tensors, b, s_q, group, *sizes, num_warps=4, **dims
+                )
+            else:
+                sizes = b, s_q, queries, rows, group, blocks_per_head, row_blocks, block_rows, max_len, split_parts
+                kernels.fwd_kvcache_mla_combine_kernel[grid](
+                    cache_seqlens, cu_seqlens_q, *tensors, *sizes, BLOCK_S=SHARES, num_warps=4, **dims
+                )
     return out, lse
 
 

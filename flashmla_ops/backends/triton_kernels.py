@@ -22,7 +22,13 @@ FIRST_TILE = tl.constexpr(_plan.FIRST_TILE)
 LAST_ROW = tl.constexpr(_plan.LAST_ROW)
 LAST_TILE = tl.constexpr(_plan.LAST_TILE)
 FIRST_SPLIT = tl.constexpr(_plan.FIRST_SPLIT)
+FLAGS = tl.constexpr(_plan.FLAGS)
+FIRST_ROW_TILE = tl.constexpr(_plan.FIRST_ROW_TILE)
+LAST_ROW_TILE = tl.constexpr(_plan.LAST_ROW_TILE)
 MIN_TILES = tl.constexpr(_plan.MIN_TILES)
+UNIT_TILES = tl.constexpr(_plan.UNIT_TILES)
+MAX_UNITS = tl.constexpr(_plan.MAX_UNITS)
+OWN_PLACES = tl.constexpr(_plan.MAX_UNITS.bit_length() - 1)  # nodes of a row that wait at once for one that is to come
 SHARES_PER_TILE = tl.constexpr(_plan.SHARES_PER_TILE)
 PLAIN, FP8_BLOCKS, FP8_TENSOR = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # a cache's format: kv_cache.py's
 SCALE_BLOCK = tl.constexpr(Fp8Blocks.block)
@@ -86,6 +92,15 @@ def _write_parts(plan, used, first_row, first_tile, last_row, last_tile, first_s
     tl.store(columns + FIRST_SPLIT, tl.where(used, first_split, 0).to(tl.int32))
 
 
+@triton.jit
+def _parts_if_alike(most, least, room):
+    """Into how many parts rows of `least` to `most` tiles would be cut, `room` at most."""
+    worth = tl.maximum(tl.sqrt(most.to(tl.float32) / SHARES_PER_TILE).to(tl.int64), 1)  # tiles; rounded up:
+    while SHARES_PER_TILE * worth * worth < most:
+        worth += 1
+    return tl.maximum(tl.minimum(tl.minimum((most + worth - 1) // worth, least), room), 1)
+
+
 @triton.jit(do_not_specialize=["b", "num_parts", "row_cost", "half"])
 def get_mla_metadata_kernel(
     plan,  # [MAX_PARTS, COLUMNS]
@@ -113,11 +128,7 @@ def get_mla_metadata_kernel(
     total = tl.maximum(total, 1)
     tl.debug_barrier()  # row_end is read by other threads than wrote it
 
-    worth = tl.maximum(tl.sqrt(most.to(tl.float32) / SHARES_PER_TILE).to(tl.int64), 1)  # tiles; rounded up:
-    while SHARES_PER_TILE * worth * worth < most:
-        worth += 1
-    per_row = tl.minimum(tl.minimum((most + worth - 1) // worth, least), num_parts // tl.maximum(b, 1))
-    per_row = tl.maximum(per_row, 1)
+    per_row = _parts_if_alike(most, least, num_parts // tl.maximum(b, 1))
     alike = (most + per_row - 1) // per_row <= (total + parts - 1) // parts
     alike = alike & (b > 0) & (b <= num_parts)
     part = tl.arange(0, MAX_PARTS).to(tl.int64)
@@ -151,6 +162,143 @@ def get_mla_metadata_kernel(
         _write_parts(plan, (row < b) & (part < parts), row, tile, last_row, last_tile, split)
 
 
+# Of uneven queries: rows that have blocks (plan.py), of which each counts as a row.
+
+
+@triton.jit
+def _blocks_of(cu_seqlens_q, row, b, max_seqlen_q, group, block_rows):
+    begin = tl.load(cu_seqlens_q + row, mask=row < b, other=0).to(tl.int64)
+    end = tl.load(cu_seqlens_q + row + 1, mask=row < b, other=0).to(tl.int64)
+    queries = tl.minimum(tl.maximum(end - begin, 0), max_seqlen_q)
+    return (queries * group + block_rows - 1) // block_rows
+
+
+@triton.jit
+def _passed(ends, value, b, half, STRICT: tl.constexpr):
+    """How many of b ends, in order, are at most (STRICT: below) each value: a binary search."""
+    count = tl.zeros_like(value)
+    step = half
+    while step > 0:
+        behind = count + step <= b
+        end = tl.load(ends + count + step - 1, mask=behind, other=0)
+        passed = end < value if STRICT else end <= value
+        count += tl.where(behind & passed, step, 0)
+        step = step // 2
+    return count
+
+
+@triton.jit
+def _end_before(ends, row, b):
+    return tl.load(ends + row - 1, mask=(row > 0) & (row <= b), other=0)
+
+
+@triton.jit
+def _cut_of_blocks(cut, row_end, cache_seqlens, b, half, total, parts, row_cost):
+    """The row, block and tile that each cut stands at, where that row begins, and the first cut in the block."""
+    position = _cut_position(cut, total, parts)
+    row = _passed(row_end, position, b, half, False)
+    begin = _end_before(row_end, row, b)
+    each = _tiles_of(cache_seqlens, row, b) + row_cost
+    known = row < b
+    block = tl.where(known, (position - begin) // each, 0)
+    tile = tl.where(known, tl.maximum(position - begin - block * each - row_cost, 0), 0)
+    return row, block, tile, begin, _cuts_below(begin + block * each, total, parts)
+
+
+@triton.jit
+def _write_blocks(plan, used, first_block, last_block):
+    columns = plan + tl.arange(0, MAX_PARTS) * COLUMNS
+    tl.store(columns + FIRST_ROW_TILE, tl.where(used, first_block, 0).to(tl.int32))
+    tl.store(columns + LAST_ROW_TILE, tl.where(used, last_block, 0).to(tl.int32))
+
+
+@triton.jit(do_not_specialize=["b", "num_parts", "row_cost", "half", "max_seqlen_q", "group", "block_rows"])
+def get_mla_metadata_uneven_kernel(
+    plan,  # [MAX_PARTS, COLUMNS]
+    num_splits,  # [b + 1]
+    row_end,  # [b] int64, scratch: where each row ends on the line of cost,
+    block_end,  # [b] int64, scratch: in blocks,
+    starting_before,  # [MAX_PARTS + 1] int64, scratch: cuts before each that do not split a block
+    cache_seqlens,  # [b]
+    cu_seqlens_q,  # [b + 1]
+    b,
+    max_seqlen_q,
+    group,  # h_q / h_k
+    block_rows,  # query rows of a block
+    num_parts,
+    row_cost,
+    half,  # the greatest power of two up to b, 0 for 0
+    BLOCK: tl.constexpr,
+):
+    total = tl.zeros([], tl.int64)
+    all_blocks = tl.zeros([], tl.int64)
+    most = tl.zeros([], tl.int64)
+    least = tl.full([], 1 << 40, tl.int64)
+    for start in range(0, b, BLOCK):
+        row = start + tl.arange(0, BLOCK)
+        tiles = _tiles_of(cache_seqlens, row, b)
+        blocks = _blocks_of(cu_seqlens_q, row, b, max_seqlen_q, group, block_rows)
+        cost = blocks * (tiles + row_cost)
+        tl.store(row_end + row, total + tl.cumsum(cost, 0), mask=row < b)
+        tl.store(block_end + row, all_blocks + tl.cumsum(blocks, 0), mask=row < b)
+        total += tl.sum(cost, 0)
+        all_blocks += tl.sum(blocks, 0)
+        most = tl.maximum(most, tl.max(tl.where(blocks > 0, tiles, 0), 0))
+        least = tl.minimum(least, tl.min(tl.where(blocks > 0, tiles, 1 << 40), 0))
+    parts = tl.minimum(tl.maximum(total // (MIN_TILES + row_cost), 1), num_parts)
+    total = tl.maximum(total, 1)
+    tl.debug_barrier()  # what was stored is read by other threads than stored it
+
+    per_block = _parts_if_alike(most, least, num_parts // tl.maximum(all_blocks, 1))
+    alike = (most + per_block - 1) // per_block <= (total + parts - 1) // parts
+    alike = alike & (all_blocks > 0) & (all_blocks <= num_parts)
+    part = tl.arange(0, MAX_PARTS).to(tl.int64)
+    tl.store(num_splits, 0)
+    if alike:
+        row = _passed(block_end, part // per_block, b, half, False)
+        block, split = part // per_block - _end_before(block_end, row, b), part % per_block
+        tiles = _tiles_of(cache_seqlens, row, b)
+        end = (split + 1) * tiles // per_block
+        _write_parts(plan, row < b, row, split * tiles // per_block, row, end, split)
+        _write_blocks(plan, row < b, block, block)
+        for start in range(0, b, BLOCK):
+            some = start + tl.arange(0, BLOCK)  # a name of its own: Triton's variables keep their types in loops
+            blocks = tl.load(block_end + some, mask=some < b, other=0)
+            tl.store(num_splits + 1 + some, (blocks * per_block).to(tl.int32), mask=some < b)
+    else:
+        row, block, tile, _, first = _cut_of_blocks(part, row_end, cache_seqlens, b, half, total, parts, row_cost)
+        used = (row < b) & (part < parts)
+        starting = used & (tile == 0)
+        tl.store(starting_before + 1 + part, tl.cumsum(starting.to(tl.int64), 0))
+        tl.store(starting_before, 0)
+        tl.debug_barrier()
+        for start in range(0, b, BLOCK):
+            some = start + tl.arange(0, BLOCK)
+            cuts = _cuts_below(tl.load(row_end + some, mask=some < b, other=0), total, parts)
+            splits = tl.load(block_end + some, mask=some < b, other=0) + cuts - tl.load(starting_before + cuts)
+            tl.store(num_splits + 1 + some, splits.to(tl.int32), mask=some < b)
+
+        next_row, next_block, next_tile, next_begin, _ = _cut_of_blocks(
+            part + 1, row_end, cache_seqlens, b, half, total, parts, row_cost
+        )
+        # the next part starts with a block of its own; with a row's, if there are rows above that have none
+        whole = next_tile == 0
+        above = _passed(row_end, next_begin, b, half, True)
+        last_row = tl.where(whole & (next_block == 0), above, next_row)
+        blocks = _blocks_of(cu_seqlens_q, last_row, b, max_seqlen_q, group, block_rows)
+        last_block = tl.where(whole, tl.where(next_block == 0, blocks, next_block) - 1, next_block)
+        last_tile = tl.where(whole, _tiles_of(cache_seqlens, last_row, b), next_tile)
+        # of a block's cuts only the first one may not split it
+        split = tl.where(tile == 0, 0, part - first + 1 - (_first_starts(first, part, starting_before)))
+        _write_parts(plan, used, row, tile, last_row, last_tile, split)
+        _write_blocks(plan, used, block, last_block)
+
+
+@triton.jit
+def _first_starts(first, part, starting_before):
+    return tl.load(starting_before + tl.minimum(first, part) + 1) - tl.load(starting_before + tl.minimum(first, part))
+
+
 # -------------------------------------------------------------------------------------------------- fwd_kvcache_mla
 #
 #   out = softmax(softmax_scale * q k^T) v,   lse = log(sum(exp(softmax_scale * q k^T)))
@@ -165,6 +313,12 @@ def get_mla_metadata_kernel(
 # Part p has two places for them: 2 p for its first row, if an earlier part began that, and 2 p + 1 for its last, if a
 # later one ends it. fwd_kvcache_mla_combine_kernel merges them in the order of the parts, so results repeat bitwise. A
 # plan that uses more parts than there are places for is executed unsplit: each row by the part with its first tile.
+#
+# A batch-invariant plan (plan.py) cuts rows into units, whose results are merged two by two in a tree. A program goes
+# through a part's units in order, merges each with the nodes that it completes, and stores what that gives: nodes that
+# the part leaves in places of the plan, others in OWN_PLACES of the program's own. What is left is merged by
+# fwd_kvcache_mla_merge_nodes_kernel. A node is fp32, [BLOCK_M, D_V] and its lse. Both kernels round alike: products
+# and sums that a compiler may fuse in two ways are fused by hand.
 #
 # Safety. Lengths clamp to what the block table reaches, pages outside the cache read as zeros, rows of the cache past a
 # segment's keys are never read. What the plan says is clamped to the batch and to each row's tiles.
@@ -194,6 +348,63 @@ def _last_of(plan, part, b):
 @triton.jit
 def _length_of(cache_seqlens, row, max_len):
     return tl.minimum(tl.maximum(tl.load(cache_seqlens + row), 0), max_len)
+
+
+@triton.jit
+def _units_of(tiles):
+    """Of a row: the tiles of a unit, and the units."""
+    each = tl.maximum(tl.minimum((tiles + 15) // 16, 2 * UNIT_TILES), UNIT_TILES)
+    each = tl.maximum(each, (tiles + MAX_UNITS - 1) // MAX_UNITS)
+    return each, (tiles + each - 1) // each
+
+
+@triton.jit
+def _highest_bit(x):
+    """The greatest power of two up to x, for x of up to 8 bits."""
+    x |= x >> 1
+    x |= x >> 2
+    x |= x >> 4
+    return x - (x >> 1)
+
+
+@triton.jit
+def _count_bits(x):
+    x -= x >> 1 & 0x55
+    x = (x & 0x33) + (x >> 2 & 0x33)
+    return (x + (x >> 4)) & 0xF
+
+
+@triton.jit
+def _count_nodes(begin, end):
+    """Nodes that units begin .. end - 1 make: up to the last multiple of the greatest power of two that the range
+    crosses, and from there on, one for each bit of the distance."""
+    middle = end & -_highest_bit(tl.maximum(begin ^ end, 1))
+    return tl.where(begin < end, _count_bits(middle - begin) + _count_bits(end - middle), 0)
+
+
+@triton.jit
+def _end_of_nodes(first, end, units):
+    """Where the greatest nodes that lie in units first .. end - 1 end: the row's last one is whole, however few units
+    it has."""
+    size = _highest_bit(tl.maximum(((units - 1) ^ (first - 1)) & 0xFF, 1))  # of that one
+    return tl.where(end < units, end, ((units - 1) & -size) + size)
+
+
+@triton.jit
+def _first_place(plan, part):
+    """A part's, of a batch-invariant plan; of part MAX_PARTS the number of places that the plan uses."""
+    return tl.load(plan + part * COLUMNS + FLAGS) >> 1 & 0x7FFFFFFF
+
+
+@triton.jit
+def _weights(left_lse, right_lse):
+    """What two nodes count, by their lse, base 2, and the lse of both."""
+    highest = tl.maximum(left_lse, right_lse)
+    base_2 = tl.where(highest == -INF, 0.0, highest)
+    left, right = tl.exp2(left_lse - base_2), tl.exp2(right_lse - base_2)
+    total = left + right
+    known = tl.where(total == 0, 1.0, total)  # NaN is something
+    return left / known, right / known, tl.where(total == 0, -INF, highest + tl.log2(known))
 
 
 @triton.jit
@@ -355,23 +566,159 @@ def _segment(
     return acc, m, l
 
 
+@triton.jit
+def _query_rows(
+    first,
+    queries,
+    group,
+    head_k,
+    h_q,
+    lse_stride,
+    q_stride_s,
+    q_stride_h,
+    D_V: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    UNIT: tl.constexpr,
+):
+    """A program's query rows of a key head, from `first` on: their queries, whether they exist, and where they lie.
+
+    Outputs lie at a 64-bit base, that of the first one's query, and 32-bit offsets (of 64 queries at most), which take
+    half the registers.
+    """
+    query_row = first + tl.arange(0, BLOCK_M)
+    real = query_row < queries * group
+    i = query_row // group
+    h = head_k * group + query_row % group
+    q_at = i.to(tl.int64) * q_stride_s * UNIT + h.to(tl.int64) * q_stride_h * UNIT
+    out_at = ((i - first // group) * h_q + h)[:, None] * D_V + tl.arange(0, BLOCK_V)[None, :]
+    return i, real, q_at, out_at, h.to(tl.int64) * lse_stride + i
+
+
+@triton.jit
+def _queries_of(cu_seqlens_q, row, max_seqlen_q, total_q):
+    """Where a row's queries begin, and how many there are."""
+    first = tl.minimum(tl.maximum(tl.load(cu_seqlens_q + row), 0), total_q)
+    end = tl.minimum(tl.maximum(tl.load(cu_seqlens_q + row + 1), 0), total_q)
+    return first.to(tl.int64), tl.minimum(tl.maximum(end - first, 0), max_seqlen_q)
+
+
+@triton.jit
+def _attend(
+    q,  # this batch row's
+    q_at,  # [BLOCK_M] offsets of the query rows
+    real,  # [BLOCK_M] whether there are such
+    visible,  # [BLOCK_M] keys that each sees
+    kv_cache,
+    page_stride,
+    token_stride,
+    pages,
+    num_pages,
+    page_size,
+    begin,  # tiles, of so many
+    end,
+    tiles,
+    length,
+    scale_log2,
+    value_scale,
+    out,  # where the query rows' results go, if the row is whole
+    out_at,
+    lse,
+    lse_at,
+    shares,  # else
+    shares_lse,
+    part,
+    row_block,
+    num_row_blocks,
+    D_V: tl.constexpr,
+    D_R: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    ONE_PAGE: tl.constexpr,
+    STAGES: tl.constexpr,
+    SHARED_ROWS: tl.constexpr,
+    NARROW: tl.constexpr,
+    FORMAT: tl.constexpr,
+):
+    """One segment, from its queries to its result."""
+    acc, m, l = _segment(  # noqa: E741
+        q,
+        q_at,
+        real,
+        visible,
+        kv_cache,
+        page_stride,
+        token_stride,
+        pages,
+        num_pages,
+        page_size,
+        tl.minimum(begin, tiles) * TILE,
+        tl.minimum(tl.minimum(end * TILE, length), tl.max(visible, 0)),
+        scale_log2,
+        D_V,
+        D_R,
+        BLOCK_V,
+        BLOCK_R,
+        BLOCK_M,
+        BLOCK_N,
+        ONE_PAGE,
+        STAGES,
+        SHARED_ROWS,
+        NARROW,
+        FORMAT,
+    )
+    column = tl.arange(0, BLOCK_V)
+    stored = real[:, None] & (column < D_V)[None, :]
+    nothing = l == 0
+    acc *= (value_scale / tl.where(nothing, 1.0, l))[:, None]
+    lse_log2 = m + tl.log2(tl.where(nothing, 1.0, l))  # -inf of nothing
+    if (begin == 0) & (end == tiles):
+        tl.store(out + out_at, acc.to(out.dtype.element_ty), mask=stored)
+        tl.store(lse + lse_at, tl.where(nothing, INF, lse_log2 * LN2), mask=real)
+    else:
+        place = 2 * part + tl.where(begin > 0, 0, 1)
+        share = (tl.cast(place, tl.int64) * num_row_blocks + row_block) * BLOCK_M
+        share_at = tl.arange(0, BLOCK_M)[:, None] * D_V + column[None, :]
+        tl.store(shares + share * D_V + share_at, acc, mask=stored)
+        tl.store(shares_lse + share + tl.arange(0, BLOCK_M), lse_log2, mask=real)
+
+
+@triton.jit
+def _store_unclaimed(cu_seqlens_q, out, lse, b, total_q, h_q, D_V: tl.constexpr, BLOCK_V: tl.constexpr):
+    """The results of queries that are no row's."""
+    program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    claimed = tl.minimum(tl.maximum(tl.load(cu_seqlens_q + b), 0), total_q)
+    column = tl.arange(0, BLOCK_V)
+    for query in range(claimed + program, total_q, tl.num_programs(0) * tl.num_programs(1)):
+        query_64 = tl.cast(query, tl.int64)
+        for h in range(0, h_q):
+            zeros = tl.zeros([BLOCK_V], out.dtype.element_ty)
+            tl.store(out + (query_64 * h_q + h) * D_V + column, zeros, mask=column < D_V)
+            tl.store(lse + tl.cast(h, tl.int64) * total_q + query_64, INF)
+
+
 @triton.jit(
     do_not_specialize=[
         *("q_stride_b", "q_stride_s", "q_stride_h", "page_stride", "token_stride", "head_stride", "table_stride"),
-        *("b", "s_q", "group", "blocks_per_head", "num_pages", "page_size", "max_len", "split_parts", "causal"),
+        *("b", "s_q", "total_q", "group", "blocks_per_head", "block_rows", "num_pages", "page_size", "max_len"),
+        *("split_parts", "causal"),
+        *("num_row_blocks", "first_row_block"),
     ],
-    do_not_specialize_on_alignment=["block_table", "cache_seqlens", "q_scale", "kv_scale"],
+    do_not_specialize_on_alignment=["block_table", "cache_seqlens", "cu_seqlens_q", "q_scale", "kv_scale"],
 )
 def fwd_kvcache_mla_kernel(
-    q,  # [b, s_q, h_k * group, D_V + D_R]
+    q,  # [b, s_q, h_k * group, D_V + D_R]; of uneven queries, here and below, [total_q, ..]
     kv_cache,  # [num_pages, page_size, h_k, D_V + D_R], or as many bytes as its format takes
     q_scale,  # one value each, or None
     kv_scale,
     block_table,  # [b, max_len / page_size]
     cache_seqlens,  # [b]
+    cu_seqlens_q,  # [b + 1], or None: rows have s_q queries each, else s_q is the most that one has
     plan,  # [MAX_PARTS, COLUMNS]
     out,  # [b, s_q, h_k * group, D_V]
-    lse,  # [b, h_k * group, s_q]
+    lse,  # [b, h_k * group, s_q]; [h_k * group, total_q]
     shares,  # [2 * split_parts, row blocks, BLOCK_M, D_V]
     shares_lse,  # [2 * split_parts, row blocks, BLOCK_M]
     scale_log2,  # softmax_scale / ln 2
@@ -384,13 +731,17 @@ def fwd_kvcache_mla_kernel(
     table_stride,  # this one in elements
     b,
     s_q,
+    total_q,
     group,  # h_q / h_k
     blocks_per_head,
+    block_rows,  # of uneven queries: query rows of a block (plan.py)
     num_pages,
     page_size,
     max_len,  # keys that a row of the block table reaches
-    split_parts,
+    split_parts,  # of a batch-invariant plan: places of a row block that it may use
     causal,  # 0 or 1
+    num_row_blocks,
+    first_row_block,  # of this launch
     D_V: tl.constexpr,
     D_R: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -402,11 +753,13 @@ def fwd_kvcache_mla_kernel(
     SHARED_ROWS: tl.constexpr,  # whether scores of a query row lie in several warps
     NARROW: tl.constexpr,  # whether offsets within a block of keys have 32 bits
     FORMAT: tl.constexpr,  # of the cache
+    INVARIANT: tl.constexpr,  # whether the plan is
 ):
     """Grid: (row blocks, parts at work at once)."""
     UNIT: tl.constexpr = 128 // q.dtype.element_ty.primitive_bitwidth  # values in 16 bytes
     CACHE_UNIT: tl.constexpr = 128 // kv_cache.dtype.element_ty.primitive_bitwidth
-    row_block, num_row_blocks = tl.program_id(0), tl.num_programs(0)
+    UNEVEN: tl.constexpr = cu_seqlens_q is not None
+    row_block = tl.program_id(0) + first_row_block
     head_k = row_block // blocks_per_head
     h_q = num_row_blocks // blocks_per_head * group
     query_row = row_block % blocks_per_head * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -432,63 +785,180 @@ def fwd_kvcache_mla_kernel(
     share_at = tl.arange(0, BLOCK_M)[:, None] * D_V + column[None, :]
 
     parts = _parts_used(plan)
-    split = parts <= split_parts
+    split = (_first_place(plan, MAX_PARTS) if INVARIANT else parts) <= split_parts
     for part in range(tl.program_id(1), parts, tl.num_programs(1)):
         first_row, first_tile = _first_of(plan, part, True)
         last_row, last_tile = _last_of(plan, part, b)
+        if INVARIANT:
+            leaf = tl.minimum(_first_place(plan, part), split_parts)
         for row in range(first_row, last_row + 1):
             length = _length_of(cache_seqlens, row, max_len)
             tiles = (length + TILE - 1) // TILE
-            begin = tl.where(row == first_row, first_tile, 0)
-            end = tl.where(split & (row == last_row), tl.minimum(last_tile, tiles), tiles)
-            if split | (begin == 0):
-                visible = tl.where(real, length - causal * (s_q - 1 - i), 0)
+            if UNEVEN:
                 row_64 = tl.cast(row, tl.int64)
-                acc, m, l = _segment(  # noqa: E741
-                    q + row_64 * q_stride_b * UNIT,
-                    q_at,
-                    real,
-                    visible,
-                    kv_cache,
-                    page_stride,
-                    token_stride,
-                    block_table + row_64 * table_stride,
-                    num_pages,
-                    page_size,
-                    tl.minimum(begin, tiles) * TILE,
-                    tl.minimum(tl.minimum(end * TILE, length), tl.max(visible, 0)),
-                    scale_log2,
-                    D_V,
-                    D_R,
-                    BLOCK_V,
-                    BLOCK_R,
-                    BLOCK_M,
-                    BLOCK_N,
-                    ONE_PAGE,
-                    STAGES,
-                    SHARED_ROWS,
-                    NARROW,
-                    FORMAT,
-                )
-                nothing = l == 0
-                acc *= (value_scale / tl.where(nothing, 1.0, l))[:, None]
-                lse_log2 = m + tl.log2(tl.where(nothing, 1.0, l))  # -inf of nothing
-                if (begin == 0) & (end == tiles):
-                    to = out + (row_64 * s_q + first_i) * h_q * D_V
-                    tl.store(to + out_at, acc.to(out.dtype.element_ty), mask=stored)
-                    tl.store(lse + row_64 * h_q * s_q + lse_at, tl.where(nothing, INF, lse_log2 * LN2), mask=real)
-                else:
-                    place = 2 * part + tl.where(begin > 0, 0, 1)
-                    share = (tl.cast(place, tl.int64) * num_row_blocks + row_block) * BLOCK_M
-                    tl.store(shares + share * D_V + share_at, acc, mask=stored)
-                    tl.store(shares_lse + share + tl.arange(0, BLOCK_M), lse_log2, mask=real)
+                first_query, queries = _queries_of(cu_seqlens_q, row, s_q, total_q)
+                part_first = tl.maximum(tl.load(plan + part * COLUMNS + FIRST_ROW_TILE), 0)
+                part_last = tl.maximum(tl.load(plan + part * COLUMNS + LAST_ROW_TILE), 0)
+                blocks = (queries * group + block_rows - 1) // block_rows
+                first_block = tl.where(row == first_row, part_first, 0)
+                end_block = tl.where(row == last_row, tl.minimum(part_last + 1, blocks), blocks)
+                for block in range(first_block, end_block):
+                    begin = tl.where((row == first_row) & (block == part_first), first_tile, 0)
+                    ends = split & (row == last_row) & (block == part_last)
+                    end = tl.where(ends, tl.minimum(last_tile, tiles), tiles)
+                    if split | (begin == 0):
+                        at = block * block_rows + row_block % blocks_per_head * BLOCK_M
+                        block_i, block_real, block_q_at, block_out_at, block_lse_at = _query_rows(
+                            at,
+                            queries,
+                            group,
+                            head_k,
+                            h_q,
+                            total_q,
+                            q_stride_s,
+                            q_stride_h,
+                            D_V,
+                            BLOCK_V,
+                            BLOCK_M,
+                            UNIT,
+                        )
+                        _attend(
+                            q + first_query * q_stride_s * UNIT,
+                            block_q_at,
+                            block_real,
+                            tl.where(block_real, length - causal * (queries - 1 - block_i), 0),
+                            kv_cache,
+                            page_stride,
+                            token_stride,
+                            block_table + row_64 * table_stride,
+                            num_pages,
+                            page_size,
+                            begin,
+                            end,
+                            tiles,
+                            length,
+                            scale_log2,
+                            value_scale,
+                            out + (first_query + at // group) * h_q * D_V,
+                            block_out_at,
+                            lse + first_query,
+                            block_lse_at,
+                            shares,
+                            shares_lse,
+                            part,
+                            row_block,
+                            num_row_blocks,
+                            D_V,
+                            D_R,
+                            BLOCK_V,
+                            BLOCK_R,
+                            BLOCK_M,
+                            BLOCK_N,
+                            ONE_PAGE,
+                            STAGES,
+                            SHARED_ROWS,
+                            NARROW,
+                            FORMAT,
+                        )
+            else:
+                begin = tl.where(row == first_row, first_tile, 0)
+                end = tl.where(split & (row == last_row), tl.minimum(last_tile, tiles), tiles)
+                if split | (begin == 0):
+                    visible = tl.where(real, length - causal * (s_q - 1 - i), 0)
+                    row_64 = tl.cast(row, tl.int64)
+                    if INVARIANT:
+                        each, units = _units_of(tiles)
+                        first, stop = tl.minimum(begin, tiles) // each, (end + each - 1) // each
+                        whole = (first == 0) & (stop == units)
+                        leaves = tl.where(whole, 0, _count_nodes(first, _end_of_nodes(first, stop, units)))
+                        leaves = tl.minimum(leaves, tl.maximum(split_parts - leaf, 0))  # fewer: a plan of other lengths
+                        stop = tl.maximum(stop, first + 1)  # for a row without keys
+                    else:
+                        whole = (begin == 0) & (end == tiles)
+                        first, stop = 0, 1  # a loop that is none
+                    for unit in range(first, stop):
+                        if INVARIANT:
+                            begin, end = tl.minimum(unit * each, tiles), tl.minimum((unit + 1) * each, tiles)
+                        acc, m, l = _segment(  # noqa: E741
+                            q + row_64 * q_stride_b * UNIT,
+                            q_at,
+                            real,
+                            visible,
+                            kv_cache,
+                            page_stride,
+                            token_stride,
+                            block_table + row_64 * table_stride,
+                            num_pages,
+                            page_size,
+                            tl.minimum(begin, tiles) * TILE,
+                            tl.minimum(tl.minimum(end * TILE, length), tl.max(visible, 0)),
+                            scale_log2,
+                            D_V,
+                            D_R,
+                            BLOCK_V,
+                            BLOCK_R,
+                            BLOCK_M,
+                            BLOCK_N,
+                            ONE_PAGE,
+                            STAGES,
+                            SHARED_ROWS,
+                            NARROW,
+                            FORMAT,
+                        )
+                        nothing = l == 0
+                        acc *= (value_scale / tl.where(nothing, 1.0, l))[:, None]
+                        lse_log2 = m + tl.log2(tl.where(nothing, 1.0, l))  # -inf of nothing
+                        stays = whole
+                        if INVARIANT:
+                            nodes = _count_nodes(first, unit)
+                            after = _count_nodes(first, _end_of_nodes(first, unit + 1, units))
+                            while (nodes >= after) & (nodes > 0):
+                                nodes -= 1
+                                left = _node_at(nodes, leaf, leaves, split_parts, row_block, num_row_blocks) * BLOCK_M
+                                left_out = tl.load(shares + left * D_V + share_at, mask=stored, other=0.0)
+                                left_lse = tl.load(shares_lse + left + tl.arange(0, BLOCK_M), mask=real, other=-INF)
+                                weight, own, lse_log2 = _weights(left_lse, lse_log2)
+                                acc = tl.fma(tl.broadcast_to(weight[:, None], acc.shape), left_out, own[:, None] * acc)
+                            stays = whole & (unit + 1 == stop)
+                            tl.debug_barrier()  # what is stored next may lie where others still read
+                        if stays:
+                            to = out + (row_64 * s_q + first_i) * h_q * D_V
+                            tl.store(to + out_at, acc.to(out.dtype.element_ty), mask=stored)
+                            empty = lse_log2 == -INF
+                            tl.store(lse + row_64 * h_q * s_q + lse_at, tl.where(empty, INF, lse_log2 * LN2), mask=real)
+                        else:
+                            if INVARIANT:
+                                share = _node_at(nodes, leaf, leaves, split_parts, row_block, num_row_blocks) * BLOCK_M
+                            else:
+                                place = 2 * part + tl.where(begin > 0, 0, 1)
+                                share = (tl.cast(place, tl.int64) * num_row_blocks + row_block) * BLOCK_M
+                            tl.store(shares + share * D_V + share_at, acc, mask=stored)
+                            tl.store(shares_lse + share + tl.arange(0, BLOCK_M), lse_log2, mask=real)
+                            if INVARIANT:
+                                tl.debug_barrier()  # other threads may load it than stored it
+                    if INVARIANT:
+                        leaf += leaves
+    if UNEVEN:
+        _store_unclaimed(cu_seqlens_q, out, lse, b, total_q, h_q, D_V, BLOCK_V)
 
 
 @triton.jit
-def _has_share(plan, other, part, row, parts):
-    """Whether part `other` has a share of the row that `part` begins."""
+def _node_at(node, leaf, leaves, places, row_block, num_row_blocks):
+    """Where in the workspace, in row blocks, a part's share of a row has its nodes: those that it leaves in the plan's
+    places, others in the program's own."""
+    left = tl.cast(leaf + node, tl.int64) * num_row_blocks + row_block
+    program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    own = tl.cast(program, tl.int64) * OWN_PLACES + tl.minimum(node - leaves, OWN_PLACES - 1)
+    return tl.where(node < leaves, left, tl.cast(places, tl.int64) * num_row_blocks + own)
+
+
+@triton.jit
+def _has_share(plan, other, part, row, block, parts):
+    """Whether part `other` has a share of the row, or of its block, that `part` begins."""
     other_row, other_tile = _first_of(plan, other, other < parts)
-    return (other == part) | ((other > part) & (other < parts) & (other_row == row) & (other_tile > 0))
+    other_block = tl.load(plan + other * COLUMNS + FIRST_ROW_TILE, mask=other < parts, other=-1)
+    goes_on = (other_row == row) & (other_block == block) & (other_tile > 0)
+    return (other == part) | ((other > part) & (other < parts) & goes_on)
 
 
 @triton.jit
@@ -498,21 +968,28 @@ def _share_at(other, part, num_row_blocks, row_block, BLOCK_M: tl.constexpr, in_
 
 
 @triton.jit(
-    do_not_specialize=["b", "s_q", "group", "blocks_per_head", "num_row_blocks", "max_len", "split_parts"],
-    do_not_specialize_on_alignment=["cache_seqlens"],
+    do_not_specialize=[
+        *("b", "s_q", "total_q", "rows_per_head", "group", "blocks_per_head", "num_row_blocks", "block_rows"),
+        *("max_len", "split_parts"),
+    ],
+    do_not_specialize_on_alignment=["cache_seqlens", "cu_seqlens_q"],
 )
 def fwd_kvcache_mla_combine_kernel(
     cache_seqlens,  # [b]
+    cu_seqlens_q,  # [b + 1] or None
     plan,  # [MAX_PARTS, COLUMNS]
-    out,  # [b, s_q, h_k * group, D_V]
-    lse,  # [b, h_k * group, s_q]
+    out,  # [b, s_q, h_k * group, D_V]; [total_q, ..]
+    lse,  # [b, h_k * group, s_q]; [h_k * group, total_q]
     shares,  # [2 * split_parts, row blocks, BLOCK_M, D_V]
     shares_lse,  # [2 * split_parts, row blocks, BLOCK_M]
     b,
     s_q,
+    total_q,
+    rows_per_head,  # s_q * group; of uneven queries those of a block
     group,
     blocks_per_head,
     num_row_blocks,
+    block_rows,
     max_len,
     split_parts,
     D_V: tl.constexpr,
@@ -527,22 +1004,28 @@ def fwd_kvcache_mla_combine_kernel(
     Grid: (query rows of a batch row, parts at work at once). For every so manyth part a program has the row that the
     part begins and does not end.
     """
-    rows_per_head = s_q * group
+    UNEVEN: tl.constexpr = cu_seqlens_q is not None
     h_q = num_row_blocks // blocks_per_head * group
     query_row = tl.program_id(0)
     in_head = query_row % rows_per_head
-    i, h = in_head // group, query_row // rows_per_head * group + in_head % group
     row_block = query_row // rows_per_head * blocks_per_head + in_head // BLOCK_M
     column = tl.arange(0, BLOCK_V)
     parts = _parts_used(plan)
     for part in range(tl.program_id(1), tl.where(parts <= split_parts, parts, 0), tl.num_programs(1)):
         first_row, first_tile = _first_of(plan, part, True)
         row, last_tile = _last_of(plan, part, b)
-        if (row >= first_row) & ((row > first_row) | (first_tile == 0)):  # noqa: SIM102  else there is no row to read
+        begins = (row > first_row) | (first_tile == 0)
+        if UNEVEN:
+            first_block = tl.load(plan + part * COLUMNS + FIRST_ROW_TILE)
+            begins = begins | (tl.load(plan + part * COLUMNS + LAST_ROW_TILE) > first_block)
+        if (row >= first_row) & begins:  # noqa: SIM102  else there is no row to read
             if last_tile < (_length_of(cache_seqlens, row, max_len) + TILE - 1) // TILE:
                 # the parts that go on with the row: one after the other, if the plan is a good one
+                block = 0
+                if UNEVEN:
+                    block = tl.load(plan + part * COLUMNS + LAST_ROW_TILE)
                 other = tl.arange(0, MAX_PARTS)
-                shared = _has_share(plan, other, part, row, parts)
+                shared = _has_share(plan, other, part, row, block, parts)
                 share = _share_at(other, part, num_row_blocks, row_block, BLOCK_M, in_head)
                 lse_log2 = tl.load(shares_lse + share, mask=shared, other=-INF)
                 highest = tl.max(lse_log2, 0)
@@ -553,18 +1036,124 @@ def fwd_kvcache_mla_combine_kernel(
                 acc = tl.zeros([BLOCK_V], tl.float32)
                 for start in range(part, tl.max(tl.where(shared, other, 0), 0) + 1, BLOCK_S):
                     some = start + tl.arange(0, BLOCK_S)
-                    some_shared = _has_share(plan, some, part, row, parts)
+                    some_shared = _has_share(plan, some, part, row, block, parts)
                     at = _share_at(some, part, num_row_blocks, row_block, BLOCK_M, in_head)
                     weight = tl.exp2(tl.load(shares_lse + at, mask=some_shared, other=-INF) - base_2)
                     acc += tl.sum(weight[:, None] * _values(shares, at * D_V, some_shared, D_V, BLOCK_V), 0)
                 acc = acc / tl.where(nothing, 1.0, total)
                 row_64 = tl.cast(row, tl.int64)
-                tl.store(
-                    out + ((row_64 * s_q + i) * h_q + h) * D_V + column,
-                    acc.to(out.dtype.element_ty),
-                    mask=column < D_V,
-                )
-                tl.store(lse + (row_64 * h_q + h) * s_q + i, tl.where(nothing, INF, (base_2 + tl.log2(total)) * LN2))
+                if UNEVEN:
+                    first_query, queries = _queries_of(cu_seqlens_q, row, s_q, total_q)
+                    exists = (block >= 0) & (block * tl.cast(block_rows, tl.int64) < queries * group)
+                    in_row = tl.where(exists, block, 0) * block_rows + in_head
+                    real = exists & (in_row < queries * group)
+                    h = query_row // rows_per_head * group + in_row % group
+                    out_row = (first_query + in_row // group) * h_q + h
+                    lse_at = tl.cast(h, tl.int64) * total_q + first_query + in_row // group
+                else:
+                    real = in_head < rows_per_head  # always
+                    h = query_row // rows_per_head * group + in_head % group
+                    out_row = (row_64 * s_q + in_head // group) * h_q + h
+                    lse_at = (row_64 * h_q + h) * s_q + in_head // group
+                tl.store(out + out_row * D_V + column, acc.to(out.dtype.element_ty), mask=real & (column < D_V))
+                tl.store(lse + lse_at, tl.where(nothing, INF, (base_2 + tl.log2(total)) * LN2), mask=real)
+
+
+@triton.jit(
+    do_not_specialize=["b", "s_q", "group", "blocks_per_head", "num_row_blocks", "max_len", "places"],
+    do_not_specialize_on_alignment=["cache_seqlens"],
+)
+def fwd_kvcache_mla_merge_nodes_kernel(
+    cache_seqlens,  # [b]
+    plan,  # [MAX_PARTS + 1, COLUMNS]
+    out,  # [b, s_q, h_k * group, D_V]
+    lse,  # [b, h_k * group, s_q]
+    nodes,  # [places, row blocks, BLOCK_M, D_V]; overwritten
+    nodes_lse,  # [places, row blocks, BLOCK_M]
+    b,
+    s_q,
+    group,
+    blocks_per_head,
+    num_row_blocks,
+    max_len,
+    places,
+    D_V: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """Merges the nodes that parts left of the rows that a batch-invariant plan split.
+
+    They lie in places that follow each other, in the order of the row's units; which units are whose follows from where
+    the parts begin and end. Those that wait for their right siblings go to the row's first places, whose nodes have
+    been read by then.
+
+    Grid: (query rows of a batch row, parts at work at once). For every so manyth part a program has the row that the
+    part begins and does not end.
+    """
+    rows_per_head = s_q * group
+    h_q = num_row_blocks // blocks_per_head * group
+    query_row = tl.program_id(0)
+    in_head = query_row % rows_per_head
+    i, h = in_head // group, query_row // rows_per_head * group + in_head % group
+    row_block = query_row // rows_per_head * blocks_per_head + in_head // BLOCK_M
+    column = tl.arange(0, BLOCK_V)
+    parts = tl.where(_first_place(plan, MAX_PARTS) <= places, _parts_used(plan), 0)
+    for part in range(tl.program_id(1), parts, tl.num_programs(1)):
+        first_row, first_tile = _first_of(plan, part, True)
+        row, last_tile = _last_of(plan, part, b)
+        if (row >= first_row) & ((row > first_row) | (first_tile == 0)):
+            each, units = _units_of((_length_of(cache_seqlens, row, max_len) + TILE - 1) // TILE)
+            stop = (last_tile + each - 1) // each
+            if stop < units:
+                place = tl.minimum(_first_place(plan, part), places)
+                if (row > first_row) & (first_tile > 0):  # the part's share of its first row comes before
+                    tiles = (_length_of(cache_seqlens, first_row, max_len) + TILE - 1) // TILE
+                    first_each, first_units = _units_of(tiles)
+                    first = first_tile // first_each
+                    place += _count_nodes(first, _end_of_nodes(first, first_units, first_units))
+                begin, depth, unit, other = place, 0, 0, part
+                while (unit < units) & (other < parts):
+                    if unit < stop:
+                        # the greatest node that begins here and ends before or where the part does
+                        size = _highest_bit(tl.maximum(stop - unit, 1))
+                        size = tl.where(unit > 0, tl.minimum(size, unit & -unit), size)
+                        at = (tl.cast(place, tl.int64) * num_row_blocks + row_block) * BLOCK_M + in_head % BLOCK_M
+                        there = place < places
+                        acc = tl.load(nodes + at * D_V + column, mask=there & (column < D_V), other=0.0)
+                        lse_log2 = tl.load(nodes_lse + at, mask=there, other=-INF)
+                        unit += size
+                        place += 1
+                        after = tl.where(unit >= units, 1, _count_nodes(0, unit))
+                        while (depth >= after) & (depth > 0):
+                            depth -= 1
+                            at = (tl.cast(begin + depth, tl.int64) * num_row_blocks + row_block) * BLOCK_M
+                            at += in_head % BLOCK_M
+                            there = begin + depth < places
+                            left_out = tl.load(nodes + at * D_V + column, mask=there & (column < D_V), other=0.0)
+                            left_lse = tl.load(nodes_lse + at, mask=there, other=-INF)
+                            weight, own, lse_log2 = _weights(left_lse, lse_log2)
+                            acc = tl.fma(tl.full(acc.shape, weight, tl.float32), left_out, own * acc)
+                        tl.debug_barrier()
+                        if unit < units:
+                            at = (tl.cast(begin + depth, tl.int64) * num_row_blocks + row_block) * BLOCK_M
+                            at += in_head % BLOCK_M
+                            there = begin + depth < places
+                            tl.store(nodes + at * D_V + column, acc, mask=there & (column < D_V))
+                            tl.store(nodes_lse + at, lse_log2, mask=there)
+                            tl.debug_barrier()
+                            depth += 1
+                        else:
+                            row_64 = tl.cast(row, tl.int64)
+                            to = out + ((row_64 * s_q + i) * h_q + h) * D_V + column
+                            tl.store(to, acc.to(out.dtype.element_ty), mask=column < D_V)
+                            empty = lse_log2 == -INF
+                            tl.store(lse + (row_64 * h_q + h) * s_q + i, tl.where(empty, INF, lse_log2 * LN2))
+                    else:
+                        other += 1
+                        if other < parts:
+                            last_row, last_tile = _last_of(plan, other, b)
+                            end = tl.where(last_row == row, (last_tile + each - 1) // each, units)
+                            stop = tl.where(end < units, end, 2 * MAX_UNITS)
 
 
 # ---------------------------------------------------------------------------------------------- concat_and_cache_mla

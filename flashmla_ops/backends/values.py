@@ -18,7 +18,22 @@ import torch
 from torch import Tensor
 
 from ..kv_cache import Fp8Blocks, format_of
-from ..plan import FIRST_SPLIT, LAST_ROW, TILE, make_plan, row_cost
+from ..plan import (
+    FIRST_ROW,
+    FIRST_ROW_TILE,
+    FIRST_SPLIT,
+    LAST_ROW,
+    LAST_ROW_TILE,
+    TILE,
+    is_invariant,
+    make_invariant_plan,
+    make_plan,
+    places,
+    plan_blocks,
+    row_blocks,
+    row_cost,
+    row_tiles,
+)
 
 DEBUG = os.environ.get("FLASHMLA_DEBUG", "") not in ("", "0")
 
@@ -32,6 +47,23 @@ def check_lengths(cache_seqlens: Tensor) -> None:
         raise RuntimeError(f"cache_seqlens: expected lengths of at least 0, got {shortest} in row {row}")
 
 
+def check_queries(cu_seqlens_q: Tensor, max_seqlen_q: int, total_q: int | None = None) -> None:
+    """total_q: queries that there are; None where a plan is made, which knows of none."""
+    _refuse_capture(cu_seqlens_q)
+    if (first := int(cu_seqlens_q[0])) != 0:
+        raise RuntimeError(f"cu_seqlens_q: expected it to begin with 0, got {first}")
+    queries = cu_seqlens_q.long().diff()
+    bad = (queries < 0) | (queries > max_seqlen_q)
+    if bad.any():
+        row = int(bad.nonzero()[0])
+        raise RuntimeError(
+            f"cu_seqlens_q: expected differences from 0 to max_seqlen_q = {max_seqlen_q}, got {int(queries[row])} "
+            f"queries in row {row}"
+        )
+    if total_q is not None and (last := int(cu_seqlens_q[-1])) > total_q:
+        raise RuntimeError(f"cu_seqlens_q: expected it to end at most at q's {total_q} queries, got {last}")
+
+
 def check_fwd_kvcache_mla(
     q: Tensor,
     kv_cache: Tensor,
@@ -42,17 +74,26 @@ def check_fwd_kvcache_mla(
     q_scale: Tensor | None,
     kv_scale: Tensor | None,
     parts: int | None = None,  # that the backend's own plan for this call may use; None: the same for all heads
+    cu_seqlens_q: Tensor | None = None,
+    max_seqlen_q: int | None = None,
 ) -> None:
     _refuse_capture(q)
     _check_lengths_and_pages(kv_cache, block_table, cache_seqlens)
+    group, blocks, s_q = q.shape[-2] // kv_cache.shape[2], None, max_seqlen_q
+    if cu_seqlens_q is None:
+        s_q = q.shape[1]
+    else:
+        check_queries(cu_seqlens_q, max_seqlen_q, q.shape[0])
+        blocks = row_blocks(cu_seqlens_q, max_seqlen_q, group)
     if plan is not None:
-        _check_plan(*plan, cache_seqlens)
+        _check_plan(*plan, cache_seqlens) if blocks is None else _check_plan_of_blocks(*plan, cache_seqlens, blocks)
     if DEBUG:
         if plan is not None and parts is not None:
-            _check_heads(plan[0], cache_seqlens, parts, q.shape[1] * q.shape[2] // kv_cache.shape[2])
+            heads = s_q * group, kv_cache.shape[2]
+            _check_heads(plan[0], cache_seqlens, parts, *heads, None if blocks is None else (blocks, group))
         _check_scale("q_scale", q_scale)
         _check_scale("kv_scale", kv_scale)
-        if isinstance(format_of(kv_cache, d_v, q.shape[3] - d_v), Fp8Blocks):
+        if isinstance(format_of(kv_cache, d_v, q.shape[-1] - d_v), Fp8Blocks):
             _check_block_scales(kv_cache, block_table, cache_seqlens, d_v)
 
 
@@ -85,8 +126,28 @@ def _used_pages(block_table: Tensor, cache_seqlens: Tensor, page_size: int, long
     return table, torch.arange(table.shape[1], device=table.device) * page_size < cache_seqlens[:, None]
 
 
-def _check_plan(metadata: Tensor, num_splits: Tensor, cache_seqlens: Tensor) -> None:
-    """The parts must follow each other from the first row's first tile to the last row's last (plan.py)."""
+def _check_plan_of_blocks(metadata: Tensor, num_splits: Tensor, cache_seqlens: Tensor, blocks: Tensor) -> None:
+    """The same of a plan for uneven queries, whose blocks are taken for rows: messages then count blocks."""
+    b, end = blocks.shape[0], blocks.cumsum(0)
+    row = torch.repeat_interleave(blocks)  # of each block
+    metadata, used = metadata.clone(), metadata[:, LAST_ROW] != -1
+    for row_column, tile_column in ((FIRST_ROW, FIRST_ROW_TILE), (LAST_ROW, LAST_ROW_TILE)):
+        at, block = metadata[:, row_column].long(), metadata[:, tile_column].long()
+        exists = (at >= 0) & (at < b) & (block >= 0)
+        if b:
+            known = at.clamp(0, b - 1)
+            exists &= block < blocks[known]
+            at = (end - blocks)[known] + block
+        # -2 is no row, and no mark of an unused part either
+        metadata[:, row_column] = torch.where(exists, at, torch.where(used, -2, metadata[:, row_column])).int()
+    _check_plan(metadata, num_splits, cache_seqlens[row], torch.cat([end.new_zeros(1), end]).int())
+
+
+def _check_plan(metadata: Tensor, num_splits: Tensor, cache_seqlens: Tensor, ends: Tensor | None = None) -> None:
+    """The parts must follow each other from the first row's first tile to the last row's last (plan.py).
+
+    num_splits holds the splits of the rows before each of `ends`, [..] int32: before each row.
+    """
     b = cache_seqlens.shape[0]
     name, lengths = "tile_scheduler_metadata", {}
     used = metadata[: int((metadata[:, LAST_ROW] != -1).sum())]
@@ -128,7 +189,7 @@ def _check_plan(metadata: Tensor, num_splits: Tensor, cache_seqlens: Tensor) -> 
             f"{name}: expected a plan for these {b} rows, got one that ends before row {row}, tile {tile}: plan again "
             "when cache_seqlens changes"
         )
-    at = torch.arange(b + 1, dtype=torch.int32, device=num_splits.device)
+    at = torch.arange(b + 1, dtype=torch.int32, device=num_splits.device) if ends is None else ends
     splits = at + torch.searchsorted(num_splits.new_tensor(cuts), at, out_int32=True)  # and the cuts of rows before
     if not torch.equal(splits, num_splits):
         wrong = int((splits != num_splits).int().argmax())
@@ -138,8 +199,22 @@ def _check_plan(metadata: Tensor, num_splits: Tensor, cache_seqlens: Tensor) -> 
         )
 
 
-def _check_heads(metadata: Tensor, cache_seqlens: Tensor, parts: int, num_heads_per_head_k: int) -> None:
-    own = make_plan(cache_seqlens, parts, row_cost(num_heads_per_head_k))[0]
+def _check_heads(
+    metadata: Tensor,
+    cache_seqlens: Tensor,
+    parts: int,
+    num_heads_per_head_k: int,
+    num_heads_k: int,
+    uneven: tuple[Tensor, int] | None,  # blocks of the rows, h_q / h_k
+) -> None:
+    make, room, cost = make_plan, (), row_cost(num_heads_per_head_k)
+    if is_invariant(metadata):
+        tiles = row_tiles(num_heads_per_head_k if uneven is None else uneven[1], num_heads_k)
+        make, room = make_invariant_plan, (places(tiles),)
+    if uneven is None:
+        own = make(cache_seqlens, parts, *room, cost)[0]
+    else:
+        own = plan_blocks(make, cache_seqlens, uneven[0], parts, *room, cost)[0]
     expected, got = (int((t[:, LAST_ROW] >= 0).sum()) for t in (own, metadata))
     if expected != got:
         raise RuntimeError(

@@ -1,0 +1,146 @@
+// Batch-invariant plans (flashmla_ops/plan.py): a row is cut into units of tiles, whose results are merged two by two
+// in a tree, both by the row's length alone. So a row's bits depend on nothing else: not on which part has which unit,
+// nor on how many nodes of the tree a part merges itself.
+//
+// A part goes through its units in order and keeps the nodes of the tree that it has so far, the greatest ones that lie
+// in its units, as a stack. A new unit is merged with those that it completes. What is left at the end of its share of
+// a row are nodes for fwd_kvcache_mla_merge_nodes.cu, which does the same over all parts.
+//
+// A node is a normalised output in fp32 and its lse, base 2, in the workspace: those that are left in the places that
+// the plan gives the part, others in places of the CTA's own. All as it lay in registers: a thread reads what it wrote.
+#pragma once
+
+#include <algorithm>
+
+#include "fwd_kvcache_mla.cuh"
+#include "ptx.cuh"
+#include "row_tile.cuh"
+
+namespace flashmla::sm90 {
+
+// Nodes that units begin .. end - 1 make. Up to the last multiple of the greatest power of two that the range crosses,
+// and from there on, there is one for each bit of the distance.
+__device__ __forceinline__ int count_nodes(int begin, int end) {
+    if (begin >= end) return 0;
+    const int bit = 31 - __clz(begin ^ end), middle = end >> bit << bit;
+    return __popc(middle - begin) + __popc(end - middle);
+}
+
+// A row's units. Its last nodes are whole, however few units they have: the tree ends at `padded`.
+struct Units {
+    int each, count, padded;
+
+    __device__ explicit Units(int tiles) {
+        each = max(max(kUnitTiles, min(2 * kUnitTiles, (tiles + 15) / 16)), (tiles + kMaxUnits - 1) / kMaxUnits);
+        count = (tiles + each - 1) / each;
+        padded = count <= 1 ? 1 : 1 << (32 - __clz(count - 1));
+    }
+    // Where the greatest nodes that lie in units first .. end - 1 end.
+    __device__ int end_of_nodes(int first, int end) const {
+        if (end < count) return end;
+        if (first == 0) return padded;
+        const int level = 31 - __clz((count - 1) ^ (first - 1));  // of the last one
+        return ((count - 1 >> level) + 1) << level;
+    }
+};
+
+// One unit of a part's share of a row. Of a row without tiles the only one.
+struct Unit : Segment {
+    int end_unit;  // where in the row's tree the nodes end that end with this unit
+    int nodes;     // of the share, before this unit
+    int merges;    // of them are merged with it, the last one first
+    int leaves;    // nodes that the share leaves, from `leaf` on; 0 if the row is whole
+    int leaf;      // in the places of the plan
+};
+
+// Calls body(unit) for the units of the CTA's parts, in order.
+template <typename Body>
+__device__ __forceinline__ void for_each_unit(const FwdParams& params, const Part (&parts)[kMaxParts], Body&& body) {
+    for (int index = blockIdx.y; index < params.plan_parts; index += gridDim.y) {
+        const Part& p = parts[index];
+        if (p.empty()) continue;
+        Unit unit;
+        unit.place = -1;
+        unit.leaf = min(flagged_place(params, index), params.places);
+        unit.leaves = 0;
+        for (unit.row = p.first_row; unit.row <= p.last_row; ++unit.row) {
+            unit.leaf += unit.leaves;
+            unit.length = clamped_length(params, unit.row);
+            unit.more = unit.row < p.last_row;
+            const int tiles = num_tiles(unit.length);
+            const Units units(tiles);
+            const int end_tile = unit.more ? tiles : min(p.last_tile, tiles);
+            const int end = (end_tile + units.each - 1) / units.each;
+            const int first = p.continues(unit.row) ? p.first_tile / units.each : 0;
+            const bool whole = first == 0 && end == units.count;
+            unit.leaves = whole ? 0 : count_nodes(first, units.end_of_nodes(first, end));
+            unit.leaves = min(unit.leaves, max(params.places - unit.leaf, 0));  // fewer: a plan of other lengths
+            for (int i = first; i < max(end, tiles == 0); ++i) {
+                unit.begin = min(i * units.each, tiles);
+                unit.end = min(unit.begin + units.each, tiles);
+                unit.starts = i == first;
+                unit.ends = i + 1 >= end;
+                unit.end_unit = units.end_of_nodes(0, i + 1);
+                unit.nodes = count_nodes(first, i);
+                unit.merges = unit.nodes + 1 - count_nodes(first, units.end_of_nodes(first, i + 1));
+                body(unit);
+            }
+        }
+    }
+}
+
+// Where the node at `index` of a share's nodes lies in the workspace, in tiles. `own`: those of the CTA's own places
+// that are in use at once are kOwnPlaces at most.
+__device__ __forceinline__ int64_t tile_of_node(const FwdParams& params, const RowTile& rows, const Unit& unit,
+                                                int index) {
+    if (index < unit.leaves) return tile_at(params, unit.leaf + index, rows.index());
+    const int own = min(index - unit.leaves, kOwnPlaces - 1);
+    return int64_t{params.places} * params.row_tiles + (blockIdx.y * kOwnPlaces + own) * gridDim.x + blockIdx.x;
+}
+
+// Where a node's lse is. Every warpgroup has its own (of the few rows' kernel every warp): one may have gone on to
+// merge it, and to leave the result's in the same tile, when another reads it.
+constexpr int kNodeLse = 2 * kRowTile;  // of a tile
+
+__device__ __forceinline__ float* node_lse(const FwdParams& params, int64_t tile) {
+    return params.partial_lse + tile * kNodeLse;
+}
+
+// Lists a node that is left, for fwd_kvcache_mla_merge_nodes.cu. One thread of all row tiles'.
+__device__ __forceinline__ void list_node(const FwdParams& params, const Unit& unit, int index) {
+    if (index < unit.leaves) params.nodes[unit.leaf + index] = make_int2(unit.row, unit.end_unit);
+}
+
+// After a thread's stores of a node, which the warp reads later.
+__device__ __forceinline__ void node_stored() {
+    __threadfence_block();
+    __syncwarp();
+}
+
+// Calls body(share, row tile) for the segments or units of the CTA's parts, in order. `rows`: the CTA's.
+template <bool kUneven, bool kInvariant, typename Body>
+__device__ __forceinline__ void for_each_share(const FwdParams& params, const Part (&parts)[kMaxParts],
+                                               const RowTile& rows, Body&& body) {
+    static_assert(!kUneven || !kInvariant);
+    if constexpr (kInvariant) {
+        for_each_unit(params, parts, [&](const Unit& unit) { body(unit, rows); });
+    } else {
+        for_each_segment<kUneven>(params, parts, rows, body);
+    }
+}
+
+// Calls launch(params, grid). CTAs have places of their own, so there are kLaunchRowTiles at once; more row tiles take
+// several launches, in which every CTA has whole rows.
+template <bool kInvariant, typename Launch>
+void for_each_launch(const FwdParams& params, Launch&& launch) {
+    if constexpr (kInvariant) {
+        FwdParams these = params;
+        for (int& first = these.first_row_tile; first < params.row_tiles; first += kLaunchRowTiles) {
+            launch(these, dim3(std::min(params.row_tiles - first, kLaunchRowTiles), params.grid_parts));
+        }
+    } else {
+        launch(params, dim3(params.row_tiles, params.grid_parts));
+    }
+}
+
+}  // namespace flashmla::sm90
