@@ -128,6 +128,7 @@ namespace sm90 {
 void fwd_kvcache_mla(const FwdParams& params, cudaStream_t stream);
 void fwd_kvcache_mla_few_rows(const FwdParams& params, cudaStream_t stream);
 void fwd_kvcache_mla_fp8(const FwdParams& params, cudaStream_t stream);
+void fwd_kvcache_mla_fp8_queries(const FwdParams& params, cudaStream_t stream);
 void fwd_kvcache_mla_fp8_few_rows(const FwdParams& params, cudaStream_t stream);
 void fwd_kvcache_mla_combine(const FwdParams& params, cudaStream_t stream);
 void fwd_kvcache_mla_merge_nodes(const FwdParams& params, cudaStream_t stream);

@@ -162,7 +162,9 @@ def fwd_kvcache_mla(
 
     Args:
         q: [b, s_q, h_q, d_qk] bf16, fp16 (CPU: also fp32), or float8_e4m3fn with q_scale, over a cache of fp8 with
-            kv_scale; strides: innermost 1, others multiples of 16 bytes. With cu_seqlens_q [total_q, h_q, d_qk].
+            kv_scale; strides: innermost 1, others multiples of 16 bytes. With cu_seqlens_q [total_q, h_q, d_qk]. For
+            e4m3 of more than 16 query rows a key head (s_q * h_q / h_k) sm90's scores are sums of e4m3 products, which
+            Hopper adds up with 14 bits or so.
         kv_cache: [num_pages, page_size, h_k, d_qk], q's dtype, strides as q's; page_size a multiple of 16. Or fp8,
             in uint8 or float8_e4m3fn, whose format the last dimension tells (kv_cache.py): d_qk for one
             kv_scale, d_v + 4 * ceil(d_v / 128) + 2 * (d_qk - d_v) up to a multiple of 16 (656 for 576, 512) for scales

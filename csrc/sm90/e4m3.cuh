@@ -123,4 +123,39 @@ __device__ __forceinline__ uint4 convert_bf16(const uint4& values) {
     return {packed[0], packed[1], packed[2], packed[3]};
 }
 
+// The greatest magnitudes of each half of bf16 pairs, as bits; infinities and NaN left out.
+__device__ __forceinline__ uint32_t greatest_finite(const uint4& values) {
+    const uint32_t words[4] = {values.x, values.y, values.z, values.w};
+    uint32_t greatest = 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const uint32_t magnitudes = words[i] & 0x7fff7fff;
+        greatest = __vmaxu2(greatest, magnitudes & __vcmpltu2(magnitudes, 0x7f807f80));
+    }
+    return greatest;
+}
+
+// Rows in bf16 that multiply e4m3 become fp16, in units of a power of two that bring the row's greatest below 2^15:
+// exact for values down to 2^-31 of that. From the row's greatest magnitudes in pairs, over all lanes that have them:
+// what the values are to be multiplied by; 1 / that is the unit.
+__device__ __forceinline__ float to_units(uint32_t greatest) {
+    const uint32_t bits = max(greatest & 0xffff, greatest >> 16);
+    return __uint_as_float(min(127 + 14 + 127 - (bits >> 7), 253u) << 23);
+}
+__device__ __forceinline__ float inverse_power(float power) {
+    return __uint_as_float((254 << 23) - __float_as_uint(power));
+}
+
+// 8 bf16 values times a power of two, in fp16.
+__device__ __forceinline__ uint4 fp16_of_bf16(const uint4& values, float factor) {
+    const uint32_t words[4] = {values.x, values.y, values.z, values.w};
+    uint32_t packed[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        packed[i] =
+            pack<__half>(__uint_as_float(words[i] << 16) * factor, __uint_as_float(words[i] & 0xffff0000) * factor);
+    }
+    return {packed[0], packed[1], packed[2], packed[3]};
+}
+
 }  // namespace flashmla::sm90

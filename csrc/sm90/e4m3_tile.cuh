@@ -39,19 +39,13 @@ struct Layout<CacheFormat::kFp8Tensor> {
     }
 };
 
-// With one scale for all, fp16 has the values as they are, and the machine converts to it. In bf16 they are left too
-// small by kUnit (e4m3.cuh), and queries are made greater, so that products are not the smallest that fp32 has: by an
-// exact power of two, for queries up to 2^67.
-template <typename T, CacheFormat kFormat>
-constexpr bool kLeftSmall = !Layout<kFormat>::kScaled && kIsBF16<T>;
-template <typename T, CacheFormat kFormat>
-constexpr float kLift = kLeftSmall<T, kFormat> ? 0x1p60f : 1.f;
-template <typename T, CacheFormat kFormat>
-constexpr float kLowered = kLeftSmall<T, kFormat> ? kUnit<T> / kLift<T, kFormat> : 1.f;  // what scores are too small by
-
+// A pair in fp16 times a factor, rounded to T, which fp16 then has: the factor is below 2.
 template <typename T>
-__device__ __forceinline__ uint32_t times(uint32_t pair, float factor) {
-    return as_bits(__hmul2(as_pair<T>(pair), as_pair<T>(pack<T>(factor, factor))));
+__device__ __forceinline__ uint32_t times_rounded(uint32_t pair, float factor) {
+    const __half2 values = as_pair<__half>(pair);
+    const uint32_t packed = pack<T>(__low2float(values) * factor, __high2float(values) * factor);
+    if constexpr (!kIsBF16<T>) return packed;
+    return pack<__half>(__uint_as_float(packed << 16), __uint_as_float(packed & 0xffff0000));
 }
 
 // A place in the ring, and the phase of its barriers there.
@@ -134,11 +128,17 @@ __device__ __forceinline__ void load_keys(const FwdParams& params, SharedStorage
 
 // What this lane's e4m3 values are multiplied by. Each warp makes its keys', lane 4 i + block that of key i: at first
 // the unit, if other than 1, which then is kUnit and the same for all, then the scale times what is left of kUnit, as a
-// great and a small factor. `plain`: the great one is all.
+// great and a small factor. `plain`: all scales of the warp are powers of two, and the great one is all.
 struct Factors {
     uint32_t unit = 0, split = 0;
+    float mantissa = 1.f;  // the scale over power_of(scale)
     bool plain = true;
 };
+
+// The greatest normal power of two that is not above |scale|, or the smallest.
+__device__ __forceinline__ float power_of(float scale) {
+    return __uint_as_float(max(__float_as_uint(scale) & 0x7f800000, 0x00800000));
+}
 
 // From the scale of this lane's key and block; `unit` and `plain` are the warp's.
 template <typename T>
@@ -148,7 +148,10 @@ __device__ __forceinline__ Factors make_factors(float scale) {
     result.unit = usual ? pack<T>(1.f, 1.f) : pack<T>(kUnit<T>, kUnit<T>);
     result.split = split_factor<T>(usual ? scale * kUnit<T> : scale);
     if (!(fabsf(scale) < INFINITY)) result.split &= 0xffff;  // inf and NaN as they are
-    result.plain = __all_sync(~0u, result.split >> 16 << 1 == 0) && usual;
+    const uint32_t bits = __float_as_uint(scale);
+    const bool subnormal = (bits & 0x7f800000) == 0;
+    result.mantissa = subnormal ? scale * 0x1p126f : __uint_as_float((bits & 0x807fffff) | 0x3f800000);
+    result.plain = __all_sync(~0u, (bits & 0x007fffff) == 0) && usual;
     return result;
 }
 

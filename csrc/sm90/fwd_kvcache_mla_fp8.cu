@@ -1,6 +1,6 @@
 // fwd_kvcache_mla over caches in fp8: what fwd_kvcache_mla.cu computes, from the same plan, on the values that the
-// cache's rows stand for (flashmla_ops/kv_cache.py), in T: bf16 or fp16. Up to 16 query rows a key head are
-// fwd_kvcache_mla_fp8_few_rows.cu's.
+// cache's rows stand for (flashmla_ops/kv_cache.py), in T: bf16 or fp16. Queries in e4m3 are
+// fwd_kvcache_mla_fp8_queries.cu's, up to 16 query rows a key head fwd_kvcache_mla_fp8_few_rows.cu's.
 //
 // Keys pass through registers on their way to shared memory, where they become T. So a third of the warps convert, and
 // the tensor cores' part is simpler than there: one warpgroup scores all tiles, and there is time for that, since a
@@ -16,7 +16,8 @@
 // Shared memory, in slices of 64 x 64 values (8 KB, wgmma.cuh): Q 9, two key tiles 2 x 9. A tile's ninth slice holds
 // the 64 rope values; once the tile is scored, its P takes that place.
 //
-// Values become T as e4m3.cuh has it. One scale for all is left to the softmax's scale and to the results.
+// Values become T as e4m3.cuh has it. One scale for all is left to the softmax's scale and to the results; T then is
+// fp16, to which the machine converts in one instruction a pair, and queries in bf16 become that too (to_units).
 //
 // Safety. As in fwd_kvcache_mla.cu. Tokens past a row's length, and of pages outside the cache, become zeros and are
 // not read.
@@ -51,9 +52,10 @@ template <typename T>
 struct SharedStorage {
     alignas(1024) T sQ[kSlices][64 * 64];
     alignas(1024) T sK[2][kSlices][64 * 64];
-    Part parts[kMaxParts];      // the plan
-    float base[2][kRowTile];    // what P of the tile in each stage is relative to (Softmax)
-    float sum[2][kRowTile][4];  // and P's sum, by the threads that have a row's columns
+    Part parts[kMaxParts];        // the plan
+    float base[2][kRowTile];      // what P of the tile in each stage is relative to (Softmax)
+    float sum[2][kRowTile][4];    // and P's sum, by the threads that have a row's columns
+    float query_units[kRowTile];  // see to_units
     uint64_t landed[2], freed[2];
     uint64_t queries_landed, queries_freed;
 };
@@ -192,40 +194,19 @@ __device__ __forceinline__ void store_latents(uint32_t to, int row, const uint4 
     ptx::store_in_order((to ^ row % 8 * 16 ^ 16) + row * 128, chunks[1]);
 }
 
-// Queries are copied asynchronously while the first tile is converted; finish_queries waits for that, and converts
-// those in e4m3: q_scale and kv_scale come into the softmax's scale. Their chunks, of 16 values, first lie where half
-// of these goes: four lanes have those of a row in a slice.
-struct Fp8QueryChunk {
-    static constexpr int kOfRow = kDimQK / 16, kStep = 32 * kConverterWarps;
-    int row, slice, chunk;
-
-    __device__ explicit Fp8QueryChunk(int i) : row(i / kOfRow), slice(i % kOfRow / 4), chunk(i % 4) {}
-};
-
-template <typename T, bool kFp8Queries>
+// Queries are copied asynchronously while the first tile is converted; finish_queries waits for that.
+template <typename T, typename Stored>
 __device__ __forceinline__ void start_queries(const FwdParams& params, SharedStorage<T>& shared, const RowTile& rows,
                                               const Segment& segment, int warp, uint32_t phase) {
-    const int lane = threadIdx.x % 32;
-    using Stored = std::conditional_t<kFp8Queries, uint8_t, T>;
+    const int lane = threadIdx.x % 32, chunk = lane % 8;
     wait(&shared.queries_freed, phase ^ 1);
-    if constexpr (kFp8Queries) {
 #pragma unroll 1
-        for (int i = warp * 32 + lane; i < rows.count(params) * Fp8QueryChunk::kOfRow; i += Fp8QueryChunk::kStep) {
-            const Fp8QueryChunk at(i);
-            const uint8_t* from =
-                query_row<uint8_t>(params, rows, segment.row, at.row) + i % Fp8QueryChunk::kOfRow * 16;
-            ptx::cp_async_16(ptx::shared_address(shared.sQ[at.slice]) + wgmma::swizzled(at.row, at.chunk), from);
-        }
-    } else {
-        const int chunk = lane % 8;
-#pragma unroll 1
-        for (int r = 4 * warp + lane / 8; r < rows.count(params); r += 4 * kConverterWarps) {
-            const T* from = query_row<T>(params, rows, segment.row, r) + chunk * 8;
-            const uint32_t to = ptx::shared_address(shared.sQ) + wgmma::swizzled(r, chunk);
+    for (int r = 4 * warp + lane / 8; r < rows.count(params); r += 4 * kConverterWarps) {
+        const Stored* from = query_row<Stored>(params, rows, segment.row, r) + chunk * 8;
+        const uint32_t to = ptx::shared_address(shared.sQ) + wgmma::swizzled(r, chunk);
 #pragma unroll 1  // registers are short: they hold a tile
-            for (int slice = 0; slice < kSlices; ++slice) {
-                ptx::cp_async_16(to + slice * wgmma::kSliceBytes, from + slice * 64);
-            }
+        for (int slice = 0; slice < kSlices; ++slice) {
+            ptx::cp_async_16(to + slice * wgmma::kSliceBytes, from + slice * 64);
         }
     }
     if (segment.more && warp * 32 + lane < rows.count(params)) {  // the next row's to L2
@@ -234,30 +215,36 @@ __device__ __forceinline__ void start_queries(const FwdParams& params, SharedSto
     }
 }
 
-template <typename T, bool kFp8Queries>
+template <typename T, typename Stored>
 __device__ __forceinline__ void finish_queries(const FwdParams& params, SharedStorage<T>& shared, const RowTile& rows,
                                                int warp) {
-    const int lane = threadIdx.x % 32;
     ptx::cp_async_wait_all();
-    if constexpr (kFp8Queries) {
-        const int count = rows.count(params) * Fp8QueryChunk::kOfRow;
+    if constexpr (!std::is_same_v<T, Stored>) {  // bf16 to fp16, each lane what it has copied: 8 lanes have a row
+        const int lane = ptx::lane();
 #pragma unroll 1
-        for (int first = warp * 32; first < count; first += Fp8QueryChunk::kStep) {
-            const Fp8QueryChunk at(first + lane);
-            const bool there = first + lane < count;
-            const char* slice = reinterpret_cast<const char*>(shared.sQ[at.slice]);
-            uint4 bytes = {}, chunks[2];
-            if (there) bytes = *reinterpret_cast<const uint4*>(slice + wgmma::swizzled(at.row, at.chunk));
-            __syncwarp();  // all four have read
-            convert<T>(bytes, chunks);
-            if (there) {
-                store_chunk(shared.sQ[at.slice], at.row, at.chunk * 2, chunks[0]);
-                store_chunk(shared.sQ[at.slice], at.row, at.chunk * 2 + 1, chunks[1]);
+        for (int first = 4 * warp; first < rows.count(params); first += 4 * kConverterWarps) {
+            const int r = first + lane / 8;
+            char* mine = reinterpret_cast<char*>(shared.sQ) + wgmma::swizzled(r, lane % 8);
+            uint32_t greatest = 0;
+#pragma unroll 3
+            for (int slice = 0; slice < kSlices; ++slice) {
+                greatest =
+                    __vmaxu2(greatest, greatest_finite(*reinterpret_cast<uint4*>(mine + slice * wgmma::kSliceBytes)));
+            }
+            for (int lanes = 1; lanes < 8; lanes *= 2) {
+                greatest = __vmaxu2(greatest, __shfl_xor_sync(~0u, greatest, lanes));
+            }
+            const float factor = to_units(greatest);
+            if (lane % 8 == 0) shared.query_units[r] = inverse_power(factor);
+#pragma unroll 3
+            for (int slice = 0; slice < kSlices; ++slice) {
+                auto& chunk = *reinterpret_cast<uint4*>(mine + slice * wgmma::kSliceBytes);
+                chunk = fp16_of_bf16(chunk, factor);
             }
         }
     }
     __syncwarp();
-    if (lane == 0) cuda::ptx::mbarrier_arrive(&shared.queries_landed);
+    if (ptx::lane() == 0) cuda::ptx::mbarrier_arrive(&shared.queries_landed);
 }
 
 // A tile whose scales are not usual, read again: nothing that has to be fast.
@@ -274,7 +261,7 @@ __device__ __forceinline__ void convert_unusual(const TokenRows& from, int lane,
 }
 
 // One warp: its share of the segment's queries, and its 16 tokens of every tile, as soon as there is room for them.
-template <typename T, CacheFormat kFormat, bool kFp8Queries>
+template <typename T, typename Stored, CacheFormat kFormat>
 __device__ __forceinline__ void convert_keys(const FwdParams& params, SharedStorage<T>& shared, const RowTile& rows,
                                              const Segment& segment, int warp, Place& place, uint32_t& queries_phase) {
     if (segment.begin == segment.end) return;
@@ -292,7 +279,7 @@ __device__ __forceinline__ void convert_keys(const FwdParams& params, SharedStor
         }
         held.load_rope(from, lane);
     }
-    start_queries<T, kFp8Queries>(params, shared, rows, segment, warp, queries_phase);
+    start_queries<T, Stored>(params, shared, rows, segment, warp, queries_phase);
     queries_phase ^= 1;
 #pragma unroll 1
     for (int tile = segment.begin; tile < segment.end; ++tile, place.next()) {
@@ -342,7 +329,7 @@ __device__ __forceinline__ void convert_keys(const FwdParams& params, SharedStor
         held.load_rope(from, lane);
         __syncwarp();
         if (lane == 0) cuda::ptx::mbarrier_arrive(&shared.landed[place.stage]);
-        if (tile == segment.begin) finish_queries<T, kFp8Queries>(params, shared, rows, warp);
+        if (tile == segment.begin) finish_queries<T, Stored>(params, shared, rows, warp);
         // the rows after the next to L2, so that what a tile waits for does not come from memory
         if (params.cache_stride_token == Rows<T, kFormat>::kBytes) {
             const TokenRows after(params, rows, pages, tile + 2, pages.checked(next_entry), warp);
@@ -402,7 +389,7 @@ __device__ __forceinline__ void leave_probabilities(SharedStorage<T>& shared, co
 }
 
 // Warpgroup 0. Leaves its last tile unreleased, and `place` there.
-template <typename T>
+template <typename T, typename Stored>
 __device__ __forceinline__ void attend_scorer(const FwdParams& params, SharedStorage<T>& shared, const RowTile& rows,
                                               const Consumer& me, const Segment& segment, float scale_log2,
                                               Place& place, uint32_t& queries_phase, Softmax& softmax,
@@ -411,6 +398,11 @@ __device__ __forceinline__ void attend_scorer(const FwdParams& params, SharedSto
     visible_keys(params, rows, me, segment, visible);
     wait(&shared.queries_landed, queries_phase);
     queries_phase ^= 1;
+    float scale[2] = {scale_log2, scale_log2};
+    if constexpr (!std::is_same_v<T, Stored>) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) scale[i] *= shared.query_units[me.row(i)];
+    }
     for (int tile = segment.begin;; ++tile) {
         const bool last = tile + 1 == segment.end;
         float rS[32], high[2], factor[2], sum[2];
@@ -419,7 +411,13 @@ __device__ __forceinline__ void attend_scorer(const FwdParams& params, SharedSto
         wgmma::wait<0>();
         wgmma::keep(rS);
         if (last && me.lane == 0) cuda::ptx::mbarrier_arrive(&shared.queries_freed);
-        scale_and_mask(me, scale_log2, tile, visible, rS);
+        if constexpr (std::is_same_v<T, Stored>) {
+            scale_and_mask(me, scale_log2, tile, visible, rS);
+        } else {
+#pragma unroll
+            for (int k = 0; k < 32; ++k) rS[k] = __fmul_rn(rS[k], scale[k / 2 % 2]);
+            mask(me, tile, visible, rS);
+        }
         row_maxima(rS, high);
         const float base[2] = {fmaxf(high[0], softmax.base[0]), fmaxf(high[1], softmax.base[1])};
         change_base(softmax, base, factor);
@@ -511,7 +509,7 @@ __device__ __forceinline__ Consumer consumer() {
     return {__shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32 % 4, 0), ptx::lane()};
 }
 
-template <typename T, typename Out, CacheFormat kFormat, bool kFp8Queries, bool kUneven>
+template <typename T, typename Stored, CacheFormat kFormat, bool kUneven>
 __global__ void __launch_bounds__(kThreads, 1) fwd_kvcache_mla_fp8_kernel(const __grid_constant__ FwdParams params) {
     extern __shared__ __align__(1024) uint8_t shared_bytes[];
     SharedStorage<T>& shared = *reinterpret_cast<SharedStorage<T>*>(shared_bytes);
@@ -537,43 +535,43 @@ __global__ void __launch_bounds__(kThreads, 1) fwd_kvcache_mla_fp8_kernel(const 
     uint32_t queries_phase = 0;
     if (warp < kConsumerWarps / 2) {
         ptx::increase_registers<kScorerRegisters>();
-        const float scale_log2 = params.softmax_scale_log2 * kv_scale * (kFp8Queries ? __ldg(params.q_scale) : 1.f);
+        const float scale_log2 = params.softmax_scale_log2 * kv_scale;
         for_each_segment<kUneven>(params, shared.parts, rows, [&](const Segment& segment, const RowTile& rows) {
-            if (segment.begin == segment.end) return store_nothing<Out, kConsumers>(params, rows, segment);
+            if (segment.begin == segment.end) return store_nothing<Stored, kConsumers>(params, rows, segment);
             float rO[128] = {};  // [64, 256] of the warpgroup
             Softmax softmax;
             const Consumer me = consumer();
-            attend_scorer(params, shared, rows, me, segment, scale_log2, place, queries_phase, softmax, rO);
-            store<Out>(params, shared, rows, me, segment, 0, kv_scale, place, softmax, rO);
+            attend_scorer<T, Stored>(params, shared, rows, me, segment, scale_log2, place, queries_phase, softmax, rO);
+            store<Stored>(params, shared, rows, me, segment, 0, kv_scale, place, softmax, rO);
         });
     } else if (warp < kConsumerWarps) {
         ptx::decrease_registers<kFollowerRegisters>();
         for_each_segment<kUneven>(params, shared.parts, rows, [&](const Segment& segment, const RowTile& rows) {
-            if (segment.begin == segment.end) return store_nothing<Out, kConsumers>(params, rows, segment);
+            if (segment.begin == segment.end) return store_nothing<Stored, kConsumers>(params, rows, segment);
             float rO[128] = {};
             Softmax softmax;
             const Consumer me = consumer();
             attend_follower(shared, me, segment, place, softmax, rO);
-            store<Out>(params, shared, rows, me, segment, 1, kv_scale, place, softmax, rO);
+            store<Stored>(params, shared, rows, me, segment, 1, kv_scale, place, softmax, rO);
         });
     } else {
         ptx::decrease_registers<kConverterRegisters>();
         const int converter = warp - kConsumerWarps;
         for_each_segment<kUneven>(params, shared.parts, rows, [&](const Segment& segment, const RowTile& rows) {
-            convert_keys<T, kFormat, kFp8Queries>(params, shared, rows, segment, converter, place, queries_phase);
+            convert_keys<T, Stored, kFormat>(params, shared, rows, segment, converter, place, queries_phase);
         });
         if (converter == 0 && blockIdx.x == 0) list_split_rows<kUneven>(params, shared.parts);
         if constexpr (kUneven) {
-            if (converter == 1) store_unclaimed<Out>(params);
+            if (converter == 1) store_unclaimed<Stored>(params);
         }
     }
 }
 
 // ---------------------------------------------------------------------------------------------------------- launcher
 
-template <typename T, typename Out, CacheFormat kFormat, bool kFp8Queries, bool kUneven>
+template <typename T, typename Stored, CacheFormat kFormat, bool kUneven>
 void launch(const FwdParams& params, cudaStream_t stream) {
-    constexpr auto kKernel = fwd_kvcache_mla_fp8_kernel<T, Out, kFormat, kFp8Queries, kUneven>;
+    constexpr auto kKernel = fwd_kvcache_mla_fp8_kernel<T, Stored, kFormat, kUneven>;
     constexpr int kSharedBytes = sizeof(SharedStorage<T>);
     static_assert(kSharedBytes <= 227 * 1024);
     allow_shared_bytes<kKernel>(kSharedBytes, "fwd_kvcache_mla: shared memory");
@@ -581,24 +579,23 @@ void launch(const FwdParams& params, cudaStream_t stream) {
     cuda_check(launch_dependent(kKernel, grid, kThreads, kSharedBytes, stream, params), "fwd_kvcache_mla");
 }
 
-template <typename T, typename Out, CacheFormat kFormat, bool kFp8Queries>
+template <typename T, typename Stored, CacheFormat kFormat>
 void launch(const FwdParams& params, cudaStream_t stream) {
-    params.cu_seqlens_q != nullptr ? launch<T, Out, kFormat, kFp8Queries, true>(params, stream)
-                                   : launch<T, Out, kFormat, kFp8Queries, false>(params, stream);
+    params.cu_seqlens_q != nullptr ? launch<T, Stored, kFormat, true>(params, stream)
+                                   : launch<T, Stored, kFormat, false>(params, stream);
 }
 
-template <typename T>
+template <typename Stored>
 void launch(const FwdParams& params, cudaStream_t stream) {
-    params.format == CacheFormat::kFp8Blocks ? launch<T, T, CacheFormat::kFp8Blocks, false>(params, stream)
-                                             : launch<T, T, CacheFormat::kFp8Tensor, false>(params, stream);
+    params.format == CacheFormat::kFp8Blocks ? launch<Stored, Stored, CacheFormat::kFp8Blocks>(params, stream)
+                                             : launch<__half, Stored, CacheFormat::kFp8Tensor>(params, stream);
 }
 
 }  // namespace
 
 void fwd_kvcache_mla_fp8(const FwdParams& params, cudaStream_t stream) {
     if (params.rows <= kFewRows) return fwd_kvcache_mla_fp8_few_rows(params, stream);
-    // e4m3 on both sides: fp16 has all its values, and the machine converts to it
-    if (params.q_scale != nullptr) return launch<__half, __nv_bfloat16, CacheFormat::kFp8Tensor, true>(params, stream);
+    if (params.q_scale != nullptr) return fwd_kvcache_mla_fp8_queries(params, stream);
     params.dtype == DType::kBF16 ? launch<__nv_bfloat16>(params, stream) : launch<__half>(params, stream);
 }
 

@@ -3,13 +3,16 @@
 // converted on the way from there to the operands of a warp's products (e4m3_tile.cuh), of whose 16 rows none is
 // wasted.
 //
-// What is multiplied: T, bf16 or fp16 as the queries; with one scale for all P and V in fp16, which has V's values and
-// P down to 2^-16 more exactly than bf16 (below 2^-25 of the part's greatest it is 0: at most 4 thousandths of a result
-// in a part of 2^17 keys); then queries in e4m3, and the keys for them, in fp16 too.
+// What is multiplied. Scores: e4m3 as it is, in fp16, to which the machine converts a pair in one instruction; queries
+// in bf16 become fp16 row by row, in units of a power of two (load_bf16_queries); a block's scale multiplies the sum of
+// its products; rotated values in bf16 or fp16, as the queries. P V: with one scale for all in fp16, which has V's
+// values and P down to 2^-16 more exactly than bf16 (below 2^-25 of the part's greatest it is 0: at most 4 thousandths
+// of a result in a part of 2^17 keys); else in T, bf16 or fp16 as the queries, where in bf16 it is P that a scale of
+// few digits multiplies.
 //
 // Limits, beyond what quantize() makes of activations. Queries in fp16: a token's scale above 65504 gives NaN, and one
-// of 128 or more leaves its warp's seven other keys fewer digits of scales below 2^-14. One scale for all, queries in
-// bf16: finite results need |q| below 2^67 and a kv_scale below 2^72. The kernel for more rows has none of these.
+// of 128 or more leaves its warp's seven other keys fewer digits of scales below 2^-14. The kernel for more rows has no
+// such limit.
 //
 // Grid: (row tiles, parts at work at once), as there. 1 CTA a multiprocessor.
 //
@@ -40,8 +43,8 @@ constexpr int kConsumerWarps = 8;
 constexpr int kConsumers = 32 * kConsumerWarps;
 constexpr int kQueryWarps = 3;
 constexpr int kThreads = kConsumers + 32 * (1 + kQueryWarps);
-constexpr int kConsumerRegisters = 232;  // Q takes 16 a slice, O 32
-constexpr int kProducerRegisters = 40;
+constexpr int kConsumerRegisters = 224;  // Q takes 16 a slice, O 32
+constexpr int kProducerRegisters = 56;
 constexpr int kWarpTokens = kTile / kConsumerWarps;   // that a warp scores
 constexpr int kWarpColumns = kDimV / kConsumerWarps;  // of the output
 
@@ -52,6 +55,7 @@ template <typename T, CacheFormat kFormat>
 struct SharedStorage {
     alignas(128) uint8_t ring[kStages<kFormat>][kTile * Layout<kFormat>::kRowBytes];
     uint4 queries[kSlices][4][32];  // see Queries
+    float query_units[kRows];       // of rows: see to_units
     // by tiles in turn
     alignas(128) T sP[2][kRows * kTile];
     alignas(16) float high[2][kRows][kConsumerWarps];  // rows' maxima over each warp's keys
@@ -79,7 +83,48 @@ __device__ __forceinline__ void store_query_chunk(SharedStorage<T, kFormat>& sha
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
         auto* to = reinterpret_cast<uint32_t*>(&shared.queries[slice][2 * half + k / 2][row % 8 * 4 + column]);
-        to[k % 2 * 2 + row / 8] = kLift<T, kFormat> == 1.f ? words[k] : times<T>(words[k], kLift<T, kFormat>);
+        to[k % 2 * 2 + row / 8] = words[k];
+    }
+}
+
+// Rows in bf16, of which what multiplies e4m3 becomes fp16 (to_units).
+template <CacheFormat kFormat>
+__device__ __forceinline__ void load_bf16_queries(const FwdParams& params,
+                                                  SharedStorage<__nv_bfloat16, kFormat>& shared, const RowTile& rows,
+                                                  const Segment& segment, int warp) {
+    constexpr int kTogether = 2, kChunks = kDimQK / 8, kOfLane = 3;
+    constexpr int kInFP16 = Layout<kFormat>::kScaled ? kDimV / 8 : kChunks;  // chunks
+    const int lane = threadIdx.x % 32, count = rows.count(params);
+#pragma unroll 1
+    for (int first = warp * kTogether; first < count; first += kTogether * kQueryWarps) {
+        uint4 chunks[kTogether][kOfLane];
+#pragma unroll
+        for (int r = 0; r < kTogether; ++r) {
+            const auto* from = query_row<__nv_bfloat16>(params, rows, segment.row, min(first + r, count - 1));
+#pragma unroll
+            for (int i = 0; i < kOfLane; ++i) {
+                const int chunk = i * 32 + lane;
+                chunks[r][i] = {};
+                if (chunk < kChunks) chunks[r][i] = __ldcg(reinterpret_cast<const uint4*>(from) + chunk);
+            }
+        }
+#pragma unroll
+        for (int r = 0; r < kTogether; ++r) {
+            uint32_t greatest = 0;  // of magnitudes, as bits
+#pragma unroll
+            for (int i = 0; i < kOfLane; ++i) {
+                if (i * 32 < kInFP16) greatest = __vmaxu2(greatest, greatest_finite(chunks[r][i]));
+            }
+            const float factor = to_units(__reduce_max_sync(~0u, max(greatest & 0xffff, greatest >> 16)));
+            if (lane == 0 && first + r < count) shared.query_units[first + r] = inverse_power(factor);
+#pragma unroll
+            for (int i = 0; i < kOfLane; ++i) {
+                const int chunk = i * 32 + lane;
+                if (chunk >= kChunks || first + r >= count) continue;
+                if (chunk < kInFP16) chunks[r][i] = fp16_of_bf16(chunks[r][i], factor);
+                store_query_chunk(shared, first + r, chunk, chunks[r][i]);
+            }
+        }
     }
 }
 
@@ -89,9 +134,22 @@ __device__ __forceinline__ void load_queries(const FwdParams& params, SharedStor
                                              const RowTile& rows, const Segment& segment, int warp, uint32_t& phase) {
     if (segment.begin == segment.end) return;
     const int lane = threadIdx.x % 32;
+    using Stored = std::conditional_t<kFp8Queries, uint8_t, T>;
+    const auto to_l2 = [&](int row) {  // all at once, since memory is slow to answer while keys are on their way
+        if (warp == 0 && lane < rows.count(params)) {
+            ptx::prefetch_bulk_l2(query_row<Stored>(params, rows, row, lane), kDimQK * sizeof(Stored));
+        }
+    };
+    to_l2(segment.row);
+    if (segment.more) to_l2(segment.row + 1);
     wait(&shared.queries_freed, phase ^ 1);
     phase ^= 1;
-    using Stored = std::conditional_t<kFp8Queries, uint8_t, T>;
+    if constexpr (kIsBF16<T>) {
+        load_bf16_queries(params, shared, rows, segment, warp);
+        __syncwarp();
+        if (lane == 0) cuda::ptx::mbarrier_arrive(&shared.queries_landed);
+        return;
+    }
     constexpr int kChunks = kDimQK * sizeof(Stored) / 16;  // of 16 bytes in memory
     constexpr int kAtOnce = kFp8Queries ? 3 : 4;
     const int count = rows.count(params) * kChunks;
@@ -129,9 +187,9 @@ struct Lane {
     int row, column;  // lane / 4, lane % 4: of operands of 8 rows and 16 bytes a lane
 };
 
-// Slices of queries that stay in registers. With all of them too few are left to convert values side by side: in
-// machine code a turn's stalls sum up to 2300 to 2600 cycles, with 3 to 6 slices to 1700.
-constexpr int kHeld = 5;
+// Slices of queries that stay in registers; with all of them too few are left to convert values side by side.
+template <CacheFormat kFormat>
+constexpr int kHeld = Layout<kFormat>::kScaled ? 5 : 7;
 // From the ring, which the keys' warp fills (load_tokens).
 template <typename Vector>
 __device__ __forceinline__ Vector take_bytes(const uint8_t* shared_place, int at) {
@@ -145,8 +203,10 @@ __device__ __forceinline__ uint4 take_query_chunk(const uint4* shared_operands, 
 
 // Queries, as the operands of products: of the rows lane / 4 + {0, 8} the dimensions 16 (lane % 4) + 4 step + {0,
 // 1} of a slice, then those two further.
+template <int kHeld>
 struct alignas(16) Queries {
     uint32_t held[kHeld][4][4];
+    float units[2];       // what the rows are to be multiplied by
     const uint4* others;  // this lane's in shared memory
 
     __device__ __forceinline__ void take(int slice, int step, uint32_t (&fragment)[4]) const {
@@ -165,60 +225,71 @@ struct RowSoftmax {
     float sum[2] = {0.f, 0.f};               // over this lane's keys
 };
 
-// S of the warp's 8 keys, of which `key` is this lane's.
+// S of the warp's 8 keys, of which `key` is this lane's, and `scored` are those of its scores. Latents are multiplied
+// in fp16, and their scales, or those' powers of two if they are other numbers, the sums of a block's products.
 template <typename T, CacheFormat kFormat, bool kPlain>
-__device__ __forceinline__ void score(const uint8_t* key, const Lane& me, const Queries& queries,
-                                      const Factors& factors, float (&rS)[4]) {
+__device__ __forceinline__ void score(const uint8_t* key, const uint8_t* const (&scored)[2], const Lane& me,
+                                      const Queries<kHeld<kFormat>>& queries, const Factors& factors, float (&rS)[4]) {
     using L = Layout<kFormat>;
-    constexpr int kE4m3Slices = L::kScaled ? kLatents : kSlices;
-    constexpr bool kDirect = !L::kScaled && !kIsBF16<T>;
-    float sums[4][4] = {};  // four, so that no product waits for the one before
-    uint32_t nan = 0, great = 0, small = 0;
+    constexpr int kGroups = L::kScaled ? kLatents / kBlocks : kSlices;  // slices that are asked for together
+    constexpr int kOfGroup = L::kScaled ? kBlocks : 1;
+    float sums[4][4] = {};  // of blocks, or four so that no product waits for the one before
 #pragma unroll
-    for (int slice = 0; slice < kE4m3Slices; ++slice) {
-        if (L::kScaled && slice % 2 == 0) {
-            const uint32_t split = __shfl_sync(~0u, factors.split, me.row * 4 + slice / 2);
-            great = ptx::permute(split, 0, 0x1010);
-            small = ptx::permute(split, 0, 0x3232);
+    for (int group = 0; group < kGroups; ++group) {
+        uint4 chunks[kOfGroup];
+#pragma unroll
+        for (int j = 0; j < kOfGroup; ++j) {
+            chunks[j] = take_bytes<uint4>(key, (group + kGroups * j) * 64 + me.column * 16);
         }
-        const uint4 chunk = take_bytes<uint4>(key, slice * 64 + me.column * 16);
-        const uint32_t words[4] = {chunk.x, chunk.y, chunk.z, chunk.w};
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            if constexpr (kDirect) {
+#pragma unroll
+            for (int j = 0; j < kOfGroup; ++j) {
+                const uint32_t words[4] = {chunks[j].x, chunks[j].y, chunks[j].z, chunks[j].w};
+                uint32_t b0 = ptx::fp16_of_e4m3<0>(words[i]), b1 = ptx::fp16_of_e4m3<1>(words[i]);
+                if constexpr (!kPlain) {
+                    const float mantissa = __shfl_sync(~0u, factors.mantissa, me.row * 4 + j);
+                    b0 = times_rounded<T>(b0, mantissa);
+                    b1 = times_rounded<T>(b1, mantissa);
+                }
                 uint32_t q[4];
-                queries.take(slice, i, q);
-                ptx::mma_m16n8k16<false>(sums[i], q, ptx::fp16_of_e4m3<0>(words[i]), ptx::fp16_of_e4m3<1>(words[i]));
-                continue;  // NaN comes by itself
+                queries.take(group + kGroups * j, i, q);
+                ptx::mma_m16n8k16<false>(sums[L::kScaled ? j : i], q, b0, b1);
             }
-            nan |= nans(words[i]);
-            const uint32_t b0 = scaled<T, L::kScaled, kPlain>(spread<T>(words[i], 0, 0, 1), factors.unit, great, small);
-            const uint32_t b1 = scaled<T, L::kScaled, kPlain>(spread<T>(words[i], 0, 2, 3), factors.unit, great, small);
-            uint32_t q[4];
-            queries.take(slice, i, q);
-            ptx::mma_m16n8k16<kIsBF16<T>>(sums[i], q, b0, b1);
         }
     }
     if constexpr (L::kScaled) {
+        float ropes[2][4] = {};
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const uint4 rope = convert_bf16<T>(take_bytes<uint4>(key, L::kRope + half * 64 + me.column * 16));
             uint32_t q[2][4];
             queries.take(kLatents, 2 * half, q[0]);
             queries.take(kLatents, 2 * half + 1, q[1]);
-            ptx::mma_m16n8k16<kIsBF16<T>>(sums[2 * half], q[0], rope.x, rope.y);
-            ptx::mma_m16n8k16<kIsBF16<T>>(sums[2 * half + 1], q[1], rope.z, rope.w);
+            ptx::mma_m16n8k16<kIsBF16<T>>(ropes[0], q[0], rope.x, rope.y);
+            ptx::mma_m16n8k16<kIsBF16<T>>(ropes[1], q[1], rope.z, rope.w);
         }
-    }
 #pragma unroll
-    for (int i = 0; i < 4; ++i) rS[i] = (sums[0][i] + sums[1][i]) + (sums[2][i] + sums[3][i]);
-    if constexpr (kDirect) return;
-    // the scores of keys that have a NaN
-    const uint32_t keys = __ballot_sync(~0u, (nan & kByteSigns) != 0);
-    if (keys != 0) {
+        for (int i = 0; i < 4; ++i) rS[i] = ropes[0][i] + ropes[1][i];
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            if (keys >> 4 * (2 * me.column + i) & 15) rS[i] = rS[2 + i] = __int_as_float(0x7fffffff);
+        for (int k = 0; k < 2; ++k) {
+            const float4 four = take_bytes<float4>(scored[k], L::kScales);
+            float scales[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+            for (int j = 0; j < kBlocks; ++j) {
+                if constexpr (!kPlain) scales[j] = power_of(scales[j]);
+#pragma unroll
+                for (int h = 0; h < 2; ++h) {
+                    const float scale = kIsBF16<T> ? scales[j] * queries.units[h] : scales[j];
+                    rS[2 * h + k] = fmaf(sums[j][2 * h + k], scale, rS[2 * h + k]);
+                }
+            }
+        }
+    } else {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            rS[i] = (sums[0][i] + sums[1][i]) + (sums[2][i] + sums[3][i]);
+            if constexpr (kIsBF16<T>) rS[i] *= queries.units[i / 2];
         }
     }
 }
@@ -288,6 +359,7 @@ __device__ __forceinline__ void accumulate(const uint8_t* const (&keys)[4], cons
     using L = Layout<kFormat>;
     const int lane = me.row * 4 + me.column;
     constexpr int kAtOnce = kPlain ? 4 : 1;
+    constexpr bool kScaleP = L::kScaled && kPlain && kIsBF16<T>;  // P times scales instead of V
 #pragma unroll kAtOnce
     for (int step = 0; step < 4; ++step) {
         uint32_t p[4], great[2] = {}, small[2] = {}, unit[2] = {};
@@ -318,8 +390,17 @@ __device__ __forceinline__ void accumulate(const uint8_t* const (&keys)[4], cons
             }
         } else {
 #pragma unroll
+            for (int i = 0; kScaleP && i < 4; ++i) {
+                p[i] = as_bits(__hmul2(as_pair<T>(p[i]), as_pair<T>(great[i / 2])));
+            }
+#pragma unroll
             for (int n = 0; n < 8; ++n) {
                 const auto of = [&](int i) { return n < 4 ? words[i].x : words[i].y; };
+                if constexpr (kScaleP) {
+                    ptx::mma_m16n8k16<true>(rO[n], p, as_bits(spread<T>(of(0), of(1), n % 4, 4 + n % 4)),
+                                            as_bits(spread<T>(of(2), of(3), n % 4, 4 + n % 4)));
+                    continue;
+                }
                 const uint32_t b0 = scaled<T, L::kScaled, kPlain>(spread<T>(of(0), of(1), n % 4, 4 + n % 4), unit[0],
                                                                   great[0], small[0]);
                 const uint32_t b1 = scaled<T, L::kScaled, kPlain>(spread<T>(of(2), of(3), n % 4, 4 + n % 4), unit[1],
@@ -393,12 +474,16 @@ __device__ __forceinline__ void attend(const FwdParams& params, SharedStorage<T,
     const auto key_of = [&](int at) { return warp / 2 * 16 + L::key_of(warp % 2 * kWarpTokens + at); };  // of the warp
     const int my_key = key_of(me.row), scored[2] = {key_of(2 * me.column), key_of(2 * me.column + 1)};
 
-    Queries queries;
+    Queries<kHeld<kFormat>> queries;
     wait(&shared.queries_landed, phase);
     phase ^= 1;
     queries.others = &shared.queries[0][0][lane];
+    if constexpr (kIsBF16<T>) {
 #pragma unroll
-    for (int slice = 0; slice < kHeld; ++slice) {
+        for (int h = 0; h < 2; ++h) queries.units[h] = shared.query_units[me.row + 8 * h];
+    }
+#pragma unroll
+    for (int slice = 0; slice < kHeld<kFormat>; ++slice) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             *reinterpret_cast<uint4*>(queries.held[slice][i]) = take_query_chunk(queries.others, slice, i);
@@ -410,15 +495,28 @@ __device__ __forceinline__ void attend(const FwdParams& params, SharedStorage<T,
     // the scores of a tile, their maxima left for all
     const auto score_tile = [&](int tile, const Place<kStages<kFormat>>& at) {
         wait(&shared.landed[at.slot], at.phase);
-        const uint8_t* key = shared.ring[at.slot] + my_key * L::kRowBytes;
+        const uint8_t* keys = shared.ring[at.slot];
+        const uint8_t* key = keys + my_key * L::kRowBytes;
+        const uint8_t* const of_scores[2] = {keys + scored[0] * L::kRowBytes, keys + scored[1] * L::kRowBytes};
+        uint32_t odd = 0;  // scales that are no numbers
         if constexpr (L::kScaled) {
             const float of_block = take_bytes<float>(key, L::kScales + me.column * 4);
-            factors = make_factors<T>(tile * kTile + my_key < segment.length ? of_block : 0.f);
+            const bool there = tile * kTile + my_key < segment.length;
+            factors = make_factors<T>(there ? of_block : 0.f);
+            odd = __ballot_sync(~0u, there && !(fabsf(of_block) < INFINITY));
         }
         if (factors.plain) {
-            score<T, kFormat, true>(key, me, queries, factors, rS);
+            score<T, kFormat, true>(key, of_scores, me, queries, factors, rS);
         } else if constexpr (L::kScaled) {
-            score<T, kFormat, false>(key, me, queries, factors, rS);
+            score<T, kFormat, false>(key, of_scores, me, queries, factors, rS);
+        }
+        if constexpr (L::kScaled) {
+            if (odd != 0) {
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    if (odd >> 4 * (2 * me.column + i) & 15) rS[i] = rS[2 + i] = __int_as_float(0x7fffffff);
+                }
+            }
         }
         scale_and_mask(params, rows, me, segment, tile, scored, scale_log2, rS);
         leave_maxima(me, warp, rS, shared.high[tile % 2]);
@@ -525,8 +623,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (warp < kConsumerWarps) {
         ptx::increase_registers<kConsumerRegisters>();
         const float kv_scale = kFormat == CacheFormat::kFp8Tensor ? __ldg(params.kv_scale) : 1.f;
-        const float scale_log2 =
-            params.softmax_scale_log2 * kv_scale * kLowered<T, kFormat> * (kFp8Queries ? __ldg(params.q_scale) : 1.f);
+        const float scale_log2 = params.softmax_scale_log2 * kv_scale * (kFp8Queries ? __ldg(params.q_scale) : 1.f);
         Place<kStages<kFormat>> place;
         uint32_t phase = 0;
         for_each_segment<kUneven>(params, shared.parts, rows, [&](const Segment& segment, const RowTile& rows) {

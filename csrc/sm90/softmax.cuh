@@ -38,13 +38,9 @@ __device__ __forceinline__ void visible_keys(const FwdParams& params, const RowT
     }
 }
 
-// Scales the scores of tile `tile`, and sets those of keys that a row does not see to -inf. `visible`: keys that each
-// of the two rows sees.
-__device__ __forceinline__ void scale_and_mask(const Consumer& me, float scale, int tile, const int (&visible)[2],
-                                               float (&rS)[32]) {
-    // an instruction of its own: fused with the subtraction of the base, the greatest exponent would not be 0
-#pragma unroll
-    for (int k = 0; k < 32; ++k) rS[k] = __fmul_rn(rS[k], scale);
+// Sets the scores of tile `tile` of keys that a row does not see to -inf. `visible`: keys that each of the two rows
+// sees.
+__device__ __forceinline__ void mask(const Consumer& me, int tile, const int (&visible)[2], float (&rS)[32]) {
     // a vote is known to be uniform; wgmmas under way across a branch that may not be would be serialised (C7518)
     if (!__any_sync(~0u, (tile + 1) * kTile > min(visible[0], visible[1]))) return;
 #pragma unroll
@@ -54,6 +50,15 @@ __device__ __forceinline__ void scale_and_mask(const Consumer& me, float scale, 
             if (tile * kTile + me.column(j) + k % 2 >= visible[k / 2]) rS[4 * j + k] = -INFINITY;
         }
     }
+}
+
+// The same after scaling them.
+__device__ __forceinline__ void scale_and_mask(const Consumer& me, float scale, int tile, const int (&visible)[2],
+                                               float (&rS)[32]) {
+    // an instruction of its own: fused with the subtraction of the base, the greatest exponent would not be 0
+#pragma unroll
+    for (int k = 0; k < 32; ++k) rS[k] = __fmul_rn(rS[k], scale);
+    mask(me, tile, visible, rS);
 }
 
 __device__ __forceinline__ void row_maxima(const float (&rS)[32], float (&high)[2]) {

@@ -34,6 +34,12 @@ __device__ __forceinline__ uint64_t descriptor(const void* slice, int leading_by
 __device__ __forceinline__ uint64_t k_major(const void* slice) { return descriptor(slice, 16, 1024); }
 constexpr int kStepBytesKMajor = 32;
 
+// The same of slices of 64 bytes a row in the 64-byte swizzle (the 16-byte chunk c of row r stands at place c ^ (r / 2
+// % 4)), with groups of 8 rows 512 bytes apart.
+__device__ __forceinline__ uint64_t k_major_64(const void* slice) {
+    return descriptor(slice, 16, 512) ^ (uint64_t{3} << 62);  // swizzle mode 2
+}
+
 // An operand whose reduced dimension runs along a slice's 64 rows: a step of 16 of them is 2048 bytes. The next 8 rows
 // are 1024 bytes away, the next 64 columns one slice.
 __device__ __forceinline__ uint64_t mn_major(const void* slice) { return descriptor(slice, kSliceBytes, 1024); }
@@ -149,6 +155,18 @@ __device__ __forceinline__ void m64n64k16(float (&d)[32], uint64_t a, uint64_t b
     } else {
         FLASHMLA_WGMMA_M64N64K16("f16");
     }
+}
+
+// d [64, 64] = a [64, 32] b [64, 32]^T (+ d) of e4m3: both operands in shared memory, K-major.
+__device__ __forceinline__ void m64n64k32_e4m3(float (&d)[32], uint64_t a, uint64_t b, bool accumulate) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3 "
+        "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15,"
+        " %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+        "%32, %33, p, 1, 1;\n}\n"
+        : FLASHMLA_16(d, 0), FLASHMLA_16(d, 16)
+        : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));
 }
 
 // d [64, 256] = a [64, 16] b [16, 256] (+ d): both operands in shared memory, a K-major, b MN-major.
