@@ -146,6 +146,10 @@ __device__ __forceinline__ float inverse_power(float power) {
     return __uint_as_float((254 << 23) - __float_as_uint(power));
 }
 
+// By way of shared memory.
+__device__ __forceinline__ void leave_unit(float& shared_unit, float factor) { shared_unit = inverse_power(factor); }
+__device__ __forceinline__ float take_unit(const float& shared_unit) { return shared_unit; }
+
 // 8 bf16 values times a power of two, in fp16.
 __device__ __forceinline__ uint4 fp16_of_bf16(const uint4& values, float factor) {
     const uint32_t words[4] = {values.x, values.y, values.z, values.w};

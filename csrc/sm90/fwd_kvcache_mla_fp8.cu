@@ -235,7 +235,7 @@ __device__ __forceinline__ void finish_queries(const FwdParams& params, SharedSt
                 greatest = __vmaxu2(greatest, __shfl_xor_sync(~0u, greatest, lanes));
             }
             const float factor = to_units(greatest);
-            if (lane % 8 == 0) shared.query_units[r] = inverse_power(factor);
+            if (lane % 8 == 0) leave_unit(shared.query_units[r], factor);
 #pragma unroll 3
             for (int slice = 0; slice < kSlices; ++slice) {
                 auto& chunk = *reinterpret_cast<uint4*>(mine + slice * wgmma::kSliceBytes);
@@ -401,7 +401,7 @@ __device__ __forceinline__ void attend_scorer(const FwdParams& params, SharedSto
     float scale[2] = {scale_log2, scale_log2};
     if constexpr (!std::is_same_v<T, Stored>) {
 #pragma unroll
-        for (int i = 0; i < 2; ++i) scale[i] *= shared.query_units[me.row(i)];
+        for (int i = 0; i < 2; ++i) scale[i] *= take_unit(shared.query_units[me.row(i)]);
     }
     for (int tile = segment.begin;; ++tile) {
         const bool last = tile + 1 == segment.end;

@@ -116,7 +116,7 @@ __device__ __forceinline__ void load_bf16_queries(const FwdParams& params,
                 if (i * 32 < kInFP16) greatest = __vmaxu2(greatest, greatest_finite(chunks[r][i]));
             }
             const float factor = to_units(__reduce_max_sync(~0u, max(greatest & 0xffff, greatest >> 16)));
-            if (lane == 0 && first + r < count) shared.query_units[first + r] = inverse_power(factor);
+            if (lane == 0 && first + r < count) leave_unit(shared.query_units[first + r], factor);
 #pragma unroll
             for (int i = 0; i < kOfLane; ++i) {
                 const int chunk = i * 32 + lane;
@@ -480,7 +480,7 @@ __device__ __forceinline__ void attend(const FwdParams& params, SharedStorage<T,
     queries.others = &shared.queries[0][0][lane];
     if constexpr (kIsBF16<T>) {
 #pragma unroll
-        for (int h = 0; h < 2; ++h) queries.units[h] = shared.query_units[me.row + 8 * h];
+        for (int h = 0; h < 2; ++h) queries.units[h] = take_unit(shared.query_units[me.row + 8 * h]);
     }
 #pragma unroll
     for (int slice = 0; slice < kHeld<kFormat>; ++slice) {
