@@ -21,9 +21,9 @@ from flashmla_ops.testing import DecodeCase, check_decode, make_decode_case
 
 pytestmark = pytest.mark.gpu
 MAX_BATCH, MAX_PAGES = 6, 12
-BF16_TOLERANCE = (
-    5e-2  # of a row's largest logit, as in examples/generate.py: Inductor rounds at other places than eager
-)
+# Of a row's largest logit: Inductor rounds at other places than eager. On the CPU eager in bf16 is up to 0.059 from
+# fp32 on these steps and with this model, and compiled 0.063 from eager.
+BF16_TOLERANCE = 0.12
 
 
 @pytest.fixture(autouse=True, params=["sm90", "triton"])

@@ -156,7 +156,7 @@ def test_a_launch_that_fails_in_the_library_names_the_op():
     tensors = [call[name] for name in ("q", "kv_cache", "block_table", "cache_seqlens")]
     plan = call["tile_scheduler_metadata"]
     with pytest.raises(RuntimeError, match=r"fwd_kvcache_mla: invalid (configuration )?argument"):
-        torch.ops.flashmla_sm90.fwd_kvcache_mla.default(*tensors, 0.1, True, plan, 0, 256, None, None)
+        torch.ops.flashmla_sm90.fwd_kvcache_mla.default(*tensors, 0.1, True, plan, 0, 256, None, None, None, 0)
     check_equal(run("fwd_kvcache_mla", call), expected)
 
 
