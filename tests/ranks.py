@@ -1,7 +1,9 @@
 """What the tests of several processes share: starting ranks once for many checks, and a session of serving that any
 model can be run through, one process' or a part of one."""
 
+import faulthandler
 import multiprocessing
+import os
 import sys
 import tempfile
 import time
@@ -51,17 +53,26 @@ def run_checks(
         for rank in ranks:
             if rank.is_alive():
                 rank.kill()
+                rank.join()
         for name in checks:
             results = [Path(directory, f"{name}.{r}") for r in range(n)]
             texts = [f"rank {r}: {file.read_text()}" for r, file in enumerate(results) if file.exists()]
             if len(texts) == n:
                 found[name] = "\n".join(text for text in texts if not text.endswith(": ")) or None
             elif texts:
-                found[name] = "\n".join([*texts, "the other ranks ended or hung"])
+                found[name] = "\n".join([*texts, *(_last_words(r, rank, directory) for r, rank in enumerate(ranks))])
     return found
 
 
+def _last_words(r: int, rank: multiprocessing.Process, directory: str) -> str:
+    text = Path(directory, f"stderr.{r}").read_text(errors="replace")
+    return f"rank {r}: exit code {rank.exitcode}; the end of its stderr:\n{text[-3000:]}"
+
+
 def _rank(rank: int, n: int, checks: dict, directory: str, sys_path: str, backend: str) -> None:
+    with open(Path(directory, f"stderr.{rank}"), "w") as stderr:
+        os.dup2(stderr.fileno(), 2)  # also what C++ says before it ends the process
+    faulthandler.enable()
     sys.path.insert(0, sys_path)
     torch.set_num_threads(1)
     dist.init_process_group(backend, init_method=f"file://{directory}/store", rank=rank, world_size=n, timeout=LIMIT)
