@@ -23,6 +23,7 @@
 #include <type_traits>
 
 #include "check.h"
+#include "get_mla_metadata.cuh"
 #include "params.h"
 
 namespace flashmla {
@@ -78,39 +79,6 @@ struct Line {
 
 // ---------------------------------------------------------------------------------------------------- device helpers
 
-__device__ int num_tiles(const MetadataParams& params, int row) {
-    const int length = max(params.cache_seqlens[row], 0);
-    return length / kTile + (length % kTile != 0);
-}
-
-template <typename Int>
-__device__ Int warp_scan(Int value) {
-#pragma unroll
-    for (int offset = 1; offset < 32; offset *= 2) {
-        const Int below = __shfl_up_sync(~0u, value, offset);
-        if (threadIdx.x % 32 >= offset) value += below;
-    }
-    return value;
-}
-
-__device__ int warp_sum(int value) { return __reduce_add_sync(~0u, value); }
-__device__ int64_t warp_sum(int64_t value) {
-    for (int offset = 1; offset < 32; offset *= 2) value += __shfl_xor_sync(~0u, value, offset);
-    return value;
-}
-
-// The sum over the CTA's threads before this one; `total` is that of all. `sums` is used for nothing else.
-template <typename Int>
-__device__ Int sum_before(Int value, Int (&sums)[32], Int& total) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const Int sum = warp_scan(value);
-    if (lane == 31) sums[warp] = sum;
-    __syncthreads();
-    const Int of_warp = lane < blockDim.x / 32 ? sums[lane] : 0;
-    total = warp_sum(of_warp);
-    return sum - value + warp_sum(lane < warp ? of_warp : 0);
-}
-
 // The marks, of which each lane has a word; lanes beyond kWords have the same ones again.
 struct Marks {
     uint32_t marked, starting;
@@ -152,16 +120,6 @@ struct Marks {
 
 __device__ int ceil_div(int x, int y) { return x / y + (x % y != 0); }
 __device__ int64_t ceil_div(int64_t x, int y) { return x / y + (x % y != 0); }
-
-static_assert(kFirstRow == 0 && kFirstTile == 1 && kLastRow == 2 && kLastTile == 3 && kFirstSplit == 4);
-static_assert(kFlags == 5 && kFirstRowTile == 6 && kLastRowTile == 7);
-__device__ void write_part(const MetadataParams& params, int part, int4 work, int first_split, int first_row_tile = 0,
-                           int last_row_tile = 0) {
-    int4* columns = reinterpret_cast<int4*>(params.metadata + part * kColumns);
-    columns[0] = work;  // first_row, first_tile, last_row, last_tile
-    columns[1] = {first_split, 0, first_row_tile, last_row_tile};
-}
-constexpr int4 kNoWork = {0, 0, -1, 0};
 
 // --------------------------------------------------------------------------------------------------- rows cut alike
 

@@ -13,7 +13,8 @@ constexpr int kRowTile = 64;    // query rows in a row tile
 constexpr int kMaxParts = 256;  // rows of the plan
 constexpr int kColumns = 8;
 constexpr int kWorkspaceTiles = 1024;  // of 64 x 512 fp32, for the shares of all row tiles: 128 MiB
-constexpr int kUnitTiles = 8;          // and these for batch-invariant plans
+constexpr int kFewestTiles = 4;        // and these for batch-invariant plans
+constexpr int kUnitTiles = 8;
 constexpr int kMaxUnits = 64;
 constexpr int kLaunchRowTiles = 160;  // so that the workspace stays bounded (units.cuh)
 constexpr int kOwnPlaces = 6;         // log2(kMaxUnits): nodes of a row that wait at once for one that is to come
@@ -21,6 +22,14 @@ constexpr int kMinTiles = 1;
 constexpr int kFewRows = 16;
 constexpr int kSharesPerTile = 16;
 constexpr int row_cost(int64_t rows) { return rows <= kFewRows ? 2 : 4; }  // by query rows a key head
+// Of a unit of a row of so many tiles, also of none.
+__host__ __device__ constexpr int unit_tiles(int tiles) {
+    const auto max = [](int a, int b) { return a > b ? a : b; };
+    const auto min = [](int a, int b) { return a < b ? a : b; };
+    const int quarter = (tiles + 3) / 4, sixteenth = (tiles + 15) / 16, least = (tiles + kMaxUnits - 1) / kMaxUnits;
+    const int each = max(max(kFewestTiles, min(kUnitTiles, quarter)), max(min(2 * kUnitTiles, sixteenth), least));
+    return each + each % 2;
+}
 enum PlanColumn { kFirstRow, kFirstTile, kLastRow, kLastTile, kFirstSplit, kFlags, kFirstRowTile, kLastRowTile };
 
 enum class DType { kBF16, kFP16, kFP32 };
@@ -30,7 +39,7 @@ enum class DType { kBF16, kFP16, kFP32 };
 enum class CacheFormat { kPlain, kFp8Blocks, kFp8Tensor };
 
 struct MetadataParams {
-    int* metadata;             // [kMaxParts, kColumns]
+    int* metadata;             // [kMaxParts, kColumns], of a batch-invariant plan [kMaxParts + 1, kColumns]
     int* num_splits;           // [b + 1]
     const int* cache_seqlens;  // [b]
     int b;
@@ -39,6 +48,7 @@ struct MetadataParams {
     const int* cu_seqlens_q;  // [b + 1]; null: rows have as many queries
     int max_seqlen_q;         // of a row
     int group;                // h_q / h_k, of uneven queries
+    int places;               // what a row tile has in the workspace, of batch-invariant plans
 };
 
 struct AppendParams {
@@ -102,8 +112,9 @@ struct FwdParams {
     float softmax_scale_log2;
     bool causal;
     bool few_rows;  // up to kFewRows, for which there are kernels of their own; their shares lie in rows
-    // Under a batch-invariant plan (units.cuh) few_rows goes by `group`, and a row tile then has kFewRows rows.
+    // Under a batch-invariant plan (units.cuh) few_rows goes by `group`, and row_tiles by tile_rows.
     bool batch_invariant;
+    int tile_rows;       // kRowTile, of few rows kFewRows or twice as many
     int places;          // that the plan may give a row tile; a plan that uses more is executed unsplit
     int first_row_tile;  // of this launch
     int2* nodes;         // [places]: (row, its units up to the node's end) of what parts leave to be merged
@@ -120,6 +131,7 @@ struct StreamParams {
 };
 
 void get_mla_metadata(const MetadataParams& params, cudaStream_t stream);
+void get_mla_metadata_invariant(const MetadataParams& params, cudaStream_t stream);
 void concat_and_cache_mla(const AppendParams& params, cudaStream_t stream);
 void concat_and_cache_mla_fp8(const AppendParams& params, cudaStream_t stream);
 void merge_attn_states(const MergeParams& params, cudaStream_t stream);

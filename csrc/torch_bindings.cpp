@@ -100,26 +100,41 @@ void get_mla_metadata_op(Tensor tile_scheduler_metadata, Tensor num_splits, cons
                      on.stream);
 }
 
+// The batch-invariant plan, [kMaxParts + 1, kColumns]. rows: query rows of a key head.
+void get_mla_metadata_invariant_op(Tensor tile_scheduler_metadata, Tensor num_splits, const Tensor cache_seqlens,
+                                   int64_t num_parts, int64_t places, int64_t rows) {
+    const OnDevice on(cache_seqlens);
+    get_mla_metadata_invariant({.metadata = static_cast<int*>(tile_scheduler_metadata.data_ptr()),
+                                .num_splits = static_cast<int*>(num_splits.data_ptr()),
+                                .cache_seqlens = static_cast<const int*>(cache_seqlens.data_ptr()),
+                                .b = static_cast<int>(cache_seqlens.size(0)),
+                                .num_parts = static_cast<int>(num_parts),
+                                .row_cost = row_cost(rows),
+                                .places = static_cast<int>(places)},
+                               on.stream);
+}
+
 // A call under a batch-invariant plan (sm90/units.cuh), of which all else is known. Which kernel serves it and what its
 // row tiles are goes by h_q / h_k, never by s_q or the batch.
 void fwd_kvcache_mla_invariant(FwdParams params, const Tensor& like, cudaStream_t stream) {
-    const int64_t max_units = std::min(kMaxUnits, params.max_len / (kTile * kUnitTiles) + 1);
+    const int64_t max_units = std::min(kMaxUnits, params.max_len / (kTile * kFewestTiles) + 1);
     // of a row tile of the planner, as plan.py's `places`
     params.places = static_cast<int>(std::min(int64_t{kWorkspaceTiles / params.row_tiles}, params.b * max_units));
     params.batch_invariant = true;
     params.few_rows = params.group <= kFewRows;
-    const int tile_rows = params.few_rows ? kFewRows : kRowTile;
+    const int tile_rows = !params.few_rows ? kRowTile : params.rows > kFewRows ? 2 * kFewRows : kFewRows;
+    params.tile_rows = tile_rows;
     params.row_tiles = params.h_k * ((params.rows + tile_rows - 1) / tile_rows);
     if (params.row_tiles > kLaunchRowTiles) params.places = 0;  // of several launches: rows are whole then
     params.grid_parts = std::clamp(multiprocessors() / params.row_tiles, 1, kMaxParts);
     const int64_t own = int64_t{std::min(params.row_tiles, kLaunchRowTiles)} * params.grid_parts * kOwnPlaces;
     const int64_t tiles = int64_t{params.places} * params.row_tiles + own;
-    // partial_out, partial_lse, nodes: in floats
-    Tensor workspace =
-        new_empty({tiles * (tile_rows * kDimV + 2 * kRowTile) + 2 * params.places}, ScalarType::Float, like);
+    // partial_out, in halves of bf16 calls; partial_lse, heads of two floats; nodes (sm90/nodes.cuh): in floats
+    const int64_t values = tile_rows * kDimV / (params.dtype == DType::kBF16 ? 2 : 1), heads = 2 * 8 * 32 * (params.few_rows ? tile_rows / 4 : 2);
+    Tensor workspace = new_empty({tiles * (values + heads) + 2 * params.places}, ScalarType::Float, like);
     params.partial_out = static_cast<float*>(workspace.data_ptr());
-    params.partial_lse = params.partial_out + tiles * tile_rows * kDimV;
-    params.nodes = reinterpret_cast<int2*>(params.partial_lse + tiles * 2 * kRowTile);
+    params.partial_lse = params.partial_out + tiles * values;
+    params.nodes = reinterpret_cast<int2*>(params.partial_lse + tiles * heads);
     const auto kernel = params.few_rows ? sm90::fwd_kvcache_mla_few_rows : sm90::fwd_kvcache_mla;
     kernel(params, stream);
     if (params.places > 0) sm90::fwd_kvcache_mla_merge_nodes(params, stream);
@@ -336,6 +351,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(flashmla_sm90, m) {
         "num_parts, int rows, Tensor? cu_seqlens_q, int max_seqlen_q) "
         "-> ()");
     m.def(
+        "get_mla_metadata_invariant(Tensor(a!) tile_scheduler_metadata, Tensor(b!) num_splits, Tensor cache_seqlens, "
+        "int num_parts, int places, int rows) -> ()");
+    m.def(
         "fwd_kvcache_mla(Tensor q, Tensor kv_cache, Tensor block_table, Tensor cache_seqlens, float softmax_scale, "
         "bool causal, Tensor? tile_scheduler_metadata, int num_parts, int plan_parts, Tensor? q_scale, Tensor? "
         "kv_scale, Tensor? cu_seqlens_q, int max_seqlen_q) "
@@ -352,6 +370,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(flashmla_sm90, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(flashmla_sm90, CUDA, m) {
     m.impl("get_mla_metadata", TORCH_BOX(&flashmla::get_mla_metadata_op));
+    m.impl("get_mla_metadata_invariant", TORCH_BOX(&flashmla::get_mla_metadata_invariant_op));
     m.impl("fwd_kvcache_mla", TORCH_BOX(&flashmla::fwd_kvcache_mla_op));
     m.impl("concat_and_cache_mla", TORCH_BOX(&flashmla::concat_and_cache_mla_op));
     m.impl("merge_attn_states", TORCH_BOX(&flashmla::merge_attn_states_op));

@@ -157,7 +157,9 @@ def _on_line(tiles: Tensor, total: Tensor, parts: Tensor, row_cost: int) -> tupl
 # alone, log2(MAX_UNITS) at most at either end, to whoever merges the parts. Left to right, one after the other, would
 # be no such tree: then a part that goes on with a row could merge nothing, and would leave every unit.
 
-UNIT_TILES = 8  # of a unit at least: results of fewer tiles cost more to merge than their keys to read
+# The tiles of a unit, from those of its row: a quarter of it, from FEWEST_TILES to UNIT_TILES, so that short rows too
+# keep a few workers busy; a sixteenth, up to twice UNIT_TILES; or what MAX_UNITS asks for. Fewer cost more to merge.
+FEWEST_TILES, UNIT_TILES = 4, 8
 MAX_UNITS = 64  # of a row: as many workers as one row keeps busy
 # Bit of FLAGS; the bits above are the part's first place for the nodes that it leaves. In the plan's row MAX_PARTS,
 # which is empty otherwise, they are the number of places that all parts use.
@@ -175,15 +177,14 @@ def places(num_row_tiles: int) -> int:
 
 
 def unit_tiles(tiles):
-    """C, the tiles of a unit of a row of so many (an int or a tensor of them).
-
-    UNIT_TILES; in rows that have more than 16 such units as many as make 16 of it, up to twice UNIT_TILES; in the
-    longest rows what MAX_UNITS asks for.
-    """
-    sixteenth, least = -(-tiles // 16), -(-tiles // MAX_UNITS)
+    """C, the tiles of a unit of a row of so many (an int or a tensor of them). Even, since the sm90 backend's tiles
+    alternate between two places in shared memory."""
+    quarter, sixteenth, least = (-(-tiles // n) for n in (4, 16, MAX_UNITS))
     if isinstance(tiles, Tensor):
-        return sixteenth.clamp(UNIT_TILES, 2 * UNIT_TILES).maximum(least)
-    return max(UNIT_TILES, min(2 * UNIT_TILES, sixteenth), least)
+        each = quarter.clamp(FEWEST_TILES, UNIT_TILES).maximum(sixteenth.clamp_max(2 * UNIT_TILES)).maximum(least)
+    else:
+        each = max(FEWEST_TILES, min(UNIT_TILES, quarter), min(2 * UNIT_TILES, sixteenth), least)
+    return each + each % 2
 
 
 def nodes_left(begin: Tensor, end: Tensor, units: Tensor) -> Tensor:
@@ -213,10 +214,16 @@ def _greatest_crossed(low: Tensor, high: Tensor, powers: Tensor) -> Tensor:
 def make_invariant_plan(
     cache_seqlens: Tensor, num_parts: int, places: int, row_cost: int = ROW_COST
 ) -> tuple[Tensor, Tensor]:
-    """Deals rows of the given lengths to at most `num_parts` parts, cut between units only.
+    """Deals rows of the given lengths to at most `num_parts` parts, cut between units only, in the better of two ways.
 
-    Cuts stand at equal distances on the line of cost; each moves to a multiple of g units before it.
-    g is the least power of two with which parts leave at most `places` nodes.
+    By cost: the cuts are those of make_plan on its line, at equal distances.
+
+    By units: every part has as many, ceil(units of all rows / num_parts); a row without tiles counts as one. Where
+    parts have only a few that is more even, and often puts cuts where the nodes between them are large.
+
+    Cuts of either way move to a multiple of g units in their row, at or before where they stand; g is for each way the
+    least power of two with which parts leave at most `places` nodes. It is the way whose greatest load of a part, its
+    tiles + row_cost for each row it touches, is then less, by units where they are equal.
 
     Args:
         cache_seqlens: [b] int32, keys in each row; negative counts as 0.
@@ -234,28 +241,28 @@ def make_invariant_plan(
         return metadata, torch.zeros(1, dtype=torch.int32, device=device)
     tiles = (cache_seqlens.clamp_min(0).long() + (TILE - 1)) // TILE
     each = unit_tiles(tiles)
-    row_end = (tiles + row_cost).cumsum(0)
-    total, parts = row_end[-1], (row_end[-1] // (MIN_TILES + row_cost)).clamp(1, num_parts)
-    part = torch.arange(MAX_PARTS + 1, device=device)
-    position = torch.minimum(part, parts) * total // parts
-    row = torch.searchsorted(row_end, position, right=True)
-    known = row.clamp_max(b - 1)
-    tile = (position - (row_end - tiles)[known]).clamp_min(0) * (row < b)
-
-    # as (row, unit), for every g: [of g, MAX_PARTS + 1]
-    coarse = (2 ** torch.arange(MAX_UNITS.bit_length(), device=device))[:, None]
-    unit = tile // (each[known] * coarse) * coarse
-    begin, end = _without_empty(row, unit, b)
-    first, last = (begin[0], begin[1]), _ends(end, tiles, each)
     units = (tiles + each - 1) // each
+    row_end = (tiles + row_cost).cumsum(0)
+    by_cost = _cuts_by_cost(tiles, each, row_end, num_parts, row_cost)
+    by_units = _cuts_by_units(units.clamp_min(1), num_parts)
+    row, unit = (torch.stack(t)[:, None] for t in zip(by_cost, by_units, strict=True))  # [way, 1, MAX_PARTS + 1]
+
+    # as (row, unit), for every g: [way, of g, MAX_PARTS + 1]
+    coarse = (2 ** torch.arange(MAX_UNITS.bit_length(), device=device))[:, None]
+    unit = unit // coarse * coarse
+    first, end = _without_empty(row.expand_as(unit), unit, b)
+    last = _ends(end, units)
     alone = first[0] == last[0]
     first_units, last_units = units[first[0].clamp_max(b - 1)], units[last[0].clamp_min(0)]
     leaves = nodes_left(first[1], torch.where(alone, last[1], first_units), first_units)
     leaves = leaves + torch.where(alone, 0, nodes_left(torch.zeros_like(last[1]), last[1], last_units))
     leaves = leaves * (first[0] < b)
-    finest = (leaves.sum(1) > places).sum()  # nodes become fewer as g grows, to 0
-    chosen = (*first, *last, leaves)
-    row, unit, last_row, last_unit, leaves = (t.index_select(0, finest[None])[0] for t in chosen)
+    finest = (leaves.sum(-1) > places).sum(1)  # of each way; nodes become fewer as g grows, to 0
+    load = _loads(first, end, each, row_end, row_cost).amax(-1)
+    load_by_cost, load_by_units = load.gather(1, finest[:, None])[:, 0]
+    chosen = torch.where(load_by_units <= load_by_cost, len(coarse) + finest[1], finest[0])
+    made = (*first, *last, leaves)
+    row, unit, last_row, last_unit, leaves = (t.flatten(0, 1).index_select(0, chosen[None])[0] for t in made)
 
     used = row < b
     last_tiles = torch.minimum(last_unit * each[last_row.clamp_min(0)], tiles[last_row.clamp_min(0)])
@@ -272,22 +279,52 @@ def make_invariant_plan(
     return plan.int(), (torch.arange(b + 1, device=device) + cuts_before[: b + 1]).int()
 
 
+def _cuts_by_cost(tiles: Tensor, each: Tensor, row_end: Tensor, num_parts: int, row_cost: int) -> tuple[Tensor, Tensor]:
+    """Row and unit of MAX_PARTS + 1 cuts at equal distances on the line of cost, the last ones (b, 0)."""
+    b, total = len(tiles), row_end[-1]
+    parts = (total // (MIN_TILES + row_cost)).clamp(1, num_parts)
+    position = torch.arange(MAX_PARTS + 1, device=tiles.device).minimum(parts) * total // parts
+    row = torch.searchsorted(row_end, position, right=True)
+    known = row.clamp_max(b - 1)
+    return row, (position - (row_end - tiles)[known]).clamp_min(0) // each[known] * (row < b)
+
+
+def _cuts_by_units(units: Tensor, num_parts: int) -> tuple[Tensor, Tensor]:
+    """The same with as many units between each two; rows have one or more."""
+    row_end = units.cumsum(0)
+    apart = _ceil_div(row_end[-1], num_parts)
+    position = (torch.arange(MAX_PARTS + 1, device=units.device) * apart).minimum(row_end[-1])
+    row = torch.searchsorted(row_end, position, right=True)
+    return row, position - torch.cat([row_end.new_zeros(1), row_end])[row]
+
+
 def _without_empty(row: Tensor, unit: Tensor, b: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Where parts begin and end, from cuts [of g, MAX_PARTS + 1] in order of which some are the same."""
+    """Where parts begin and end, from cuts [..., MAX_PARTS + 1] in order of which some are the same."""
     cut = row * (2 * MAX_UNITS) + unit
     place = torch.zeros_like(cut)
-    place[:, 1:] = (cut[:, 1:] != cut[:, :-1]).cumsum(1)
-    cut = torch.full_like(cut, b * (2 * MAX_UNITS)).scatter_(1, place, cut)
+    place[..., 1:] = (cut[..., 1:] != cut[..., :-1]).cumsum(-1)
+    cut = torch.full_like(cut, b * (2 * MAX_UNITS)).scatter_(-1, place, cut)
     row, unit = cut // (2 * MAX_UNITS), cut % (2 * MAX_UNITS)
-    return (row[:, :-1], unit[:, :-1]), (row[:, 1:], unit[:, 1:])
+    return (row[..., :-1], unit[..., :-1]), (row[..., 1:], unit[..., 1:])
 
 
-def _ends(cut: tuple[Tensor, Tensor], tiles: Tensor, each: Tensor) -> tuple[Tensor, Tensor]:
+def _ends(cut: tuple[Tensor, Tensor], units: Tensor) -> tuple[Tensor, Tensor]:
     """The last row of a part that ends at a cut, and its last unit, exclusive: at a row's start the row above ends."""
     row, unit = cut
     last_row = row - (unit == 0).long()
-    units = ((tiles + each - 1) // each)[last_row.clamp_min(0)]
-    return last_row, torch.where(unit == 0, units, unit)
+    return last_row, torch.where(unit == 0, units[last_row.clamp_min(0)], unit)
+
+
+def _loads(
+    begin: tuple[Tensor, Tensor], end: tuple[Tensor, Tensor], each: Tensor, row_end: Tensor, row_cost: int
+) -> Tensor:
+    """Tiles of parts between these cuts, and row_cost for each row that they touch; 0 of none."""
+    row_begin = torch.cat([row_end.new_zeros(1), row_end])  # of row b too, which begins where the last one ends
+
+    def without_cost(row: Tensor, unit: Tensor) -> Tensor:
+        return row_begin[row] + unit * each[row.clamp_max(len(each) - 1)]
+
+    return without_cost(*end) + row_cost * (end[1] > 0) - without_cost(*begin)
 
 
 # ------------------------------------------------------------------------------------------------------ uneven queries

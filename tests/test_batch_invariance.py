@@ -235,21 +235,150 @@ def test_the_cpu_merges_that_tree():
         assert result == tree_of(tiles)
 
 
-def test_loads_are_even_where_places_allow(invariant):
-    """128 rows for 132 parts, one for 66, 16 for 132: within a unit and a row's cost of equal."""
+def shares_of_plan(lengths: list[int], num_parts: int, places: int) -> list[dict[int, range]]:
+    """The parts that have work, each with the tiles of its rows."""
+    metadata, _ = plan.make_invariant_plan(torch.tensor(lengths, dtype=torch.int32), num_parts, places)
+    return [part for part in reference.tiles_of_parts(metadata, lengths) if part]
+
+
+def load(part: dict[int, range]) -> int:
+    return sum(map(len, part.values())) + plan.ROW_COST * len(part)
+
+
+def test_loads_are_even_where_places_allow():
+    """128 rows for 132 parts, one for 66, 16 for 132: within a unit and a row's cost of equal. Rows of a few units: as
+    many of them in each part, 4 in rows for 132 parts one by one, 8 for 66 two by two, 2 for 66 together."""
     for lengths, parts, places in (([8192] * 128, 132, 1024), ([131_072], 66, 512), ([4096] * 16, 132, 1024)):
-        metadata, _ = plan.make_invariant_plan(torch.tensor(lengths, dtype=torch.int32), parts, places)
-        shares = [part for part in reference.tiles_of_parts(metadata, lengths) if part]
-        loads = [sum(map(len, part.values())) + plan.ROW_COST * len(part) for part in shares]
+        most = max(map(load, shares_of_plan(lengths, parts, places)))
         mean = (sum(lengths) // plan.TILE + plan.ROW_COST * len(lengths)) / parts
         longest_unit = plan.unit_tiles(lengths[0] // plan.TILE)
-        assert max(loads) <= mean + longest_unit + 2 * plan.ROW_COST, (lengths[0], max(loads), mean)
+        assert most <= mean + longest_unit + 2 * plan.ROW_COST, (lengths[0], most, mean)
+    for b, units, parts, of_part in ((32, 4, 132, 1), (16, 8, 66, 2), (64, 2, 66, 2)):
+        tiles, step = units * plan.UNIT_TILES, of_part * plan.UNIT_TILES
+        expected = [{row: range(tile, tile + step)} for row in range(b) for tile in range(0, tiles, step)]
+        assert shares_of_plan([tiles * plan.TILE] * b, parts, 1024) == expected
+
+
+lengths_of_few_units = st.integers(1, 4 * plan.UNIT_TILES * plan.TILE).flatmap(
+    lambda most: st.lists(st.one_of(st.just(most), st.integers(0, most)), min_size=1, max_size=70)
+)
+
+
+@given(
+    lengths=st.one_of(lengths_of_many_rows.filter(bool), lengths_of_few_units),
+    num_parts=part_counts,
+    places=st.sampled_from([0, 5, 64, 512, 1024]),
+)
+@settings(max_examples=100)
+def test_it_is_the_better_of_two_ways(lengths, num_parts, places):
+    """The loads of either way by plain loops: the lesser greatest one, and by units where they are equal."""
+    lengths = lengths[:200]
+    made = [
+        shares_between(cuts_within(cuts(lengths, num_parts), lengths, places), lengths)
+        for cuts in (cuts_by_units, cuts_by_cost)
+    ]
+    assert shares_of_plan(lengths, num_parts, places) == min(made, key=lambda shares: max(map(load, shares)))
+
+
+def units_of(tiles: int) -> int:
+    return -(-tiles // plan.unit_tiles(tiles))
+
+
+def cuts_by_cost(lengths: list[int], num_parts: int) -> list[tuple[int, int]]:
+    """(row, unit) where parts begin: of the unit in which each p-th of the line of cost lies."""
+    line = []  # (row, unit) of every tile of cost
+    for row, length in enumerate(lengths):
+        tiles = -(-length // plan.TILE)
+        line += [(row, 0)] * plan.ROW_COST + [(row, tile // plan.unit_tiles(tiles)) for tile in range(tiles)]
+    parts = max(1, min(num_parts, len(line) // (plan.MIN_TILES + plan.ROW_COST)))
+    return [line[p * len(line) // parts] for p in range(parts)]
+
+
+def cuts_by_units(lengths: list[int], num_parts: int) -> list[tuple[int, int]]:
+    line = [(row, unit) for row, n in enumerate(lengths) for unit in range(max(1, units_of(-(-n // plan.TILE))))]
+    return line[:: -(-len(line) // num_parts)]
+
+
+def cuts_within(cuts: list[tuple[int, int]], lengths: list[int], places: int) -> list[tuple[int, int]]:
+    """The same in order without repetitions, moved down as far as the nodes that parts leave make it necessary."""
+    for g in (1 << bit for bit in range(plan.MAX_UNITS.bit_length())):
+        moved = sorted({(row, unit // g * g) for row, unit in cuts})
+        left = 0
+        for part in shares_between(moved, lengths):
+            for row, share in part.items():
+                tiles = -(-lengths[row] // plan.TILE)
+                each = plan.unit_tiles(tiles)
+                left += nodes_of(share.start // each, -(-share.stop // each), units_of(tiles))
+        if left <= places:
+            return moved
+    raise AssertionError("rows of which none is split leave nodes")
+
+
+def shares_between(cuts: list[tuple[int, int]], lengths: list[int]) -> list[dict[int, range]]:
+    """The tiles of its rows in each part, from where parts begin."""
+    shares = []
+    for (row, unit), (last, end) in zip(cuts, [*cuts[1:], (len(lengths), 0)], strict=True):
+        part = {}
+        for r in range(row, last + (end > 0)):
+            tiles = -(-lengths[r] // plan.TILE)
+            each = plan.unit_tiles(tiles)
+            part[r] = range(unit * each if r == row else 0, end * each if r == last else tiles)
+        shares.append(part)
+    return shares
 
 
 def test_planning_syncs_nothing():
     lengths = torch.zeros(7, dtype=torch.int32, device="meta")
     metadata, num_splits = plan.make_invariant_plan(lengths, 16, 1024)
     assert metadata.shape == (plan.MAX_PARTS + 1, plan.COLUMNS) and num_splits.shape == (8,)
+
+
+def check_the_op_s_plan(invariant, lengths: Tensor, heads: tuple[int, int]) -> None:
+    """What get_mla_metadata and get_mla_metadata_ make against make_invariant_plan, bit for bit."""
+    tiles = plan.row_tiles(*heads)
+    parts, places = plan.CPU_PARTS, plan.CPU_PLACES if invariant.name == "cpu" else plan.places(tiles)
+    if invariant.device == "cuda":
+        parts = plan.max_parts(torch.cuda.get_device_properties(invariant.device).multi_processor_count, tiles)
+    expected = plan.make_invariant_plan(lengths, parts, places, plan.row_cost(heads[0]))
+    in_place = [torch.full_like(t, -7, device=invariant.device) for t in expected]
+    on_device = dict(zip(("tile_scheduler_metadata", "num_splits"), in_place, strict=True))
+    cache_seqlens = lengths.to(invariant.device)
+    get_mla_metadata_(cache_seqlens, *heads, batch_invariant=True, **on_device)
+    for made in (get_mla_metadata(cache_seqlens, *heads, batch_invariant=True), in_place):
+        assert all(torch.equal(got.cpu(), want) for got, want in zip(made, expected, strict=True))
+
+
+@given(lengths=lengths_of_many_rows, heads=st.sampled_from([(1, 1), (16, 1), (128, 1), (512, 1), (20, 4), (70000, 1)]))
+@settings(max_examples=examples(100))
+def test_the_op_makes_that_plan(invariant, lengths, heads):
+    check_the_op_s_plan(invariant, torch.tensor(lengths, dtype=torch.int32), heads)
+
+
+@pytest.mark.parametrize("b", [1023, 1024, 1025, 2048, 70_000])
+def test_the_op_makes_that_plan_of_many_rows(invariant, b):
+    """Short ones, all of one length of many tiles, none with keys, and a long one among such."""
+    row = torch.arange(b)
+    for lengths in (row * 977 % 700, torch.full((b,), 1_000_000), torch.zeros(b), (row == b - 2) * 4_000_000):
+        check_the_op_s_plan(invariant, lengths.int(), (16, 1))
+
+
+@pytest.mark.gpu
+@given(
+    lengths=lengths_of_many_rows,
+    num_parts=part_counts,
+    places=st.sampled_from([0, 5, 64, 512, 1024]),
+    rows=st.sampled_from([16, 17]),
+)
+@settings(max_examples=300)
+def test_the_kernel_makes_that_plan_for_any_machine(lengths, num_parts, places, rows):
+    """Of more parts, and with fewer places, than this one has: there cuts move by several units."""
+    cache_seqlens = torch.tensor(lengths, dtype=torch.int32, device="cuda")
+    if reason := backends.sm90.refusal("get_mla_metadata", cache_seqlens, batch_invariant=True):
+        pytest.skip(f"sm90: {reason}")
+    expected = plan.make_invariant_plan(cache_seqlens.cpu(), num_parts, places, plan.row_cost(rows))
+    made = [torch.full_like(t, -7, device="cuda") for t in expected]
+    torch.ops.flashmla_sm90.get_mla_metadata_invariant(*made, cache_seqlens, num_parts, places, rows)
+    assert all(torch.equal(got.cpu(), want) for got, want in zip(made, expected, strict=True))
 
 
 def test_planning_in_place_and_compiled(invariant):

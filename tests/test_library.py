@@ -95,7 +95,7 @@ def test_every_kernel_is_there_for_its_architectures(sass):
         return {arch for arch, name in sass if f"{kernel}_kernel" in name}
 
     appends = [f"concat_and_cache_mla{layout}" for layout in ("", "_fp8_blocks", "_fp8_tensor")]
-    for kernel in ("get_mla_metadata", *appends, "merge_attn_states"):
+    for kernel in ("get_mla_metadata", "get_mla_metadata_invariant", *appends, "merge_attn_states"):
         assert built_for(kernel) == {"sm_80", "sm_90", "sm_100", "sm_120"}, kernel
     decodes = [f"fwd_kvcache_mla{variant}" for variant in ("", "_few_rows", "_fp8", "_fp8_few_rows", "_fp8_queries")]
     for kernel in (*decodes, "fwd_kvcache_mla_combine", "fwd_kvcache_mla_merge_nodes", "paged_stream"):
@@ -105,10 +105,10 @@ def test_every_kernel_is_there_for_its_architectures(sass):
 def test_decoding_runs_on_the_tensor_cores(sass):
     """wgmma, in each kernel and dtype: 36 instructions for a tile's scores, 8 for its values in a pair of tiles or two
     warpgroups; of few rows 12 in a loop over thirds of a tile, and 16. Those of bf16 and fp16 caches are for even and
-    uneven queries and for units. The fp8 ones, for even and uneven queries, have two formats; of few rows mma, 36 for a
+    uneven queries and for units, of few rows with two sizes of row tile. The fp8 ones, for even and uneven queries, have two formats; of few rows mma, 36 for a
     warp's scores and 32 for its values; fp8 queries of more rows are scored by 18 that multiply bytes."""
     many, few, few_fp8 = ("HGMMA", 36 + 8), ("HGMMA", 12 + 16), (r"\bHMMA", 36 + 32)
-    kernels = {"": (6, *many), "_few_rows": (6, *few), "_fp8": (8, *many), "_fp8_few_rows": (10, *few_fp8)}
+    kernels = {"": (6, *many), "_few_rows": (8, *few), "_fp8": (8, *many), "_fp8_few_rows": (10, *few_fp8)}
     kernels["_fp8_queries"] = (2, "QGMMA", 18)
     for variant, (instances, name, least) in kernels.items():
         kernel = f"fwd_kvcache_mla{variant}_kernel"

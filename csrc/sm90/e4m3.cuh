@@ -142,9 +142,6 @@ __device__ __forceinline__ float to_units(uint32_t greatest) {
     const uint32_t bits = max(greatest & 0xffff, greatest >> 16);
     return __uint_as_float(min(127 + 14 + 127 - (bits >> 7), 253u) << 23);
 }
-__device__ __forceinline__ float inverse_power(float power) {
-    return __uint_as_float((254 << 23) - __float_as_uint(power));
-}
 
 // By way of shared memory.
 __device__ __forceinline__ void leave_unit(float& shared_unit, float factor) { shared_unit = inverse_power(factor); }

@@ -48,6 +48,7 @@
 #include <cuda/ptx>
 
 #include "fwd_kvcache_mla.cuh"
+#include "nodes.cuh"
 #include "row_tile.cuh"
 #include "softmax.cuh"
 #include "tma.h"
@@ -460,28 +461,6 @@ __device__ __forceinline__ bool finds_other_share(const FwdParams& params, Share
     return arrived != 0;
 }
 
-// Of a unit: merges it with the nodes that it completes, and stores what that gives unless it is the whole row.
-// Whether it is. `staging` as of add_share.
-__device__ __forceinline__ bool merge_unit(const FwdParams& params, const RowTile& rows, const Consumer& me,
-                                           const Unit& unit, int warpgroup, float (&lse_log2)[2], float (&rO)[128],
-                                           void* staging) {
-    int node = unit.nodes;
-#pragma unroll 1
-    for (int left = unit.merges; left > 0; --left) {
-        const int64_t tile = tile_of_node(params, rows, unit, --node);
-        add_share(params, rows, me, tile, node_lse(params, tile) + warpgroup * kRowTile, warpgroup, lse_log2, rO,
-                  staging);
-    }
-    if (unit.ends && unit.leaves == 0) return true;
-    const int64_t tile = tile_of_node(params, rows, unit, node);
-    // L2 keeps nodes longer than keys: they are read again a unit later (csrc/NOTES.md)
-    float* lse = node_lse(params, tile) + warpgroup * kRowTile;
-    store_pair_share<true>(params, rows, me, tile, lse, warpgroup, lse_log2, rO);
-    node_stored();
-    if (rows.index() == 0 && threadIdx.x == 0) list_node(params, unit, node);
-    return false;
-}
-
 // One segment, or one unit, from its queries to its result.
 template <typename T, typename Share>
 __device__ __forceinline__ void attend(const FwdParams& params, SharedStorage<T>& shared, const RowTile& rows,
@@ -496,30 +475,58 @@ __device__ __forceinline__ void attend(const FwdParams& params, SharedStorage<T>
     } else {
         attend_second(params, shared, rows, me, segment, phases, softmax, rO);
     }
-    float lse_log2[2];
-    normalise(softmax, rO, lse_log2);
+    float scale[2], lse_log2[2];
+    normaliser(softmax, scale, lse_log2);
     // This warpgroup's half of the V that it used last is its own until it is released.
     const int stage = (segment.end - segment.begin - 1) % 2;
     void* staging = shared.sK[stage][warpgroup * kHalfSlices];
     ptx::named_barrier(kWarpgroupOf + warpgroup, kWarpgroup);  // all four warps' wgmmas are done
+    const auto free_staging = [&] {
+        cuda::ptx::fence_proxy_async(cuda::ptx::space_shared);
+        ptx::named_barrier(kWarpgroupOf + warpgroup, kWarpgroup);
+        release(me, &shared.freed[stage][stage == warpgroup ? kOwnHalf : kOtherHalf]);
+    };
     bool whole = segment.place < 0;
     if constexpr (std::is_same_v<Share, Unit>) {
-        whole = merge_unit(params, rows, me, segment, warpgroup, lse_log2, rO, staging);
-    } else if (!whole) {
-        const int pair = rows.uneven ? -1 : pair_of(params, shared.parts, segment);
-        if (pair < 0) {
-            store_share(params, rows, me, segment.place, warpgroup, lse_log2, rO);
-        } else if (finds_other_share(params, shared, rows, me, segment, pair, warpgroup, lse_log2, rO)) {
-            const int other = segment.place == last_place(pair) ? first_place(pair + 1) : last_place(pair);
-            const int64_t tile = tile_at(params, other, rows.index());
-            add_share(params, rows, me, tile, share_lse(params, tile), warpgroup, lse_log2, rO, staging);
-            whole = true;
+        whole = makes_row(segment);
+        if (whole && segment.merges == 0) {
+            normalise(scale, rO);
+        } else {
+            // before the stores: its fence would wait for them; as soon as nothing has to be merged
+            if (segment.merges == 0) free_staging();
+            float power[2];
+            make_node<T>(scale, rO, power);
+            int node = segment.nodes;
+#pragma unroll 1
+            for (int left = segment.merges; left > 0; --left) {
+                const int64_t tile = tile_of_node(params, rows, segment, --node);
+                add_node<T>(params, rows, me, tile, warpgroup, lse_log2, power, rO, staging);
+            }
+            if (!whole) {
+                if (segment.merges > 0) free_staging();
+                const int64_t tile = tile_of_node(params, rows, segment, node);
+                store_node<T>(params, rows, me, tile, warpgroup, lse_log2, power, rO);
+                if (rows.index() == 0 && threadIdx.x == 0) list_node(params, segment, node);
+                return;
+            }
+            unmake_node<T>(power, rO);
+        }
+    } else {
+        normalise(scale, rO);
+        if (!whole) {
+            const int pair = rows.uneven ? -1 : pair_of(params, shared.parts, segment);
+            if (pair < 0) {
+                store_share(params, rows, me, segment.place, warpgroup, lse_log2, rO);
+            } else if (finds_other_share(params, shared, rows, me, segment, pair, warpgroup, lse_log2, rO)) {
+                const int other = segment.place == last_place(pair) ? first_place(pair + 1) : last_place(pair);
+                const int64_t tile = tile_at(params, other, rows.index());
+                add_share(params, rows, me, tile, share_lse(params, tile), warpgroup, lse_log2, rO, staging);
+                whole = true;
+            }
         }
     }
     if (whole) store_rows<T>(params, rows, me, segment.row, warpgroup, lse_log2, rO, staging);
-    cuda::ptx::fence_proxy_async(cuda::ptx::space_shared);
-    ptx::named_barrier(kWarpgroupOf + warpgroup, kWarpgroup);
-    release(me, &shared.freed[stage][stage == warpgroup ? kOwnHalf : kOtherHalf]);
+    free_staging();
 }
 
 // ------------------------------------------------------------------------------------------------------------ kernel
@@ -561,10 +568,10 @@ __global__ void __launch_bounds__(kThreads, 1)
         ptx::decrease_registers<kProducerRegisters>();
         const int producer = warp - kConsumerWarps;
         const auto is_producer = [](int i) { return ptx::thread() / 32 == kConsumerWarps + i; };
-        for_each_share<kUneven, kInvariant>(params, shared.parts, rows,
-                                            [&](const Segment& segment, const RowTile& rows) {
-                                                load(params, cache, shared, rows, segment, producer, phases);
-                                            });
+        for_each_share<kUneven, kInvariant, true>(params, shared.parts, rows,
+                                                  [&](const Segment& segment, const RowTile& rows) {
+                                                      load(params, cache, shared, rows, segment, producer, phases);
+                                                  });
         if (!kInvariant && is_producer(0) && blockIdx.x == 0) list_split_rows<kUneven>(params, shared.parts);
         if constexpr (kUneven) {
             if (is_producer(1)) store_unclaimed<T>(params);

@@ -56,12 +56,6 @@ struct ByRows {
     __device__ static int row(int group, int) { return group; }
     __device__ static int column(int v, int lane) { return v * kColumnStep + lane * 4; }
     __device__ static constexpr int row_of(int) { return 0; }  // a value's
-    __device__ static void unpack(const uint4& v, float (&x)[kValues]) {
-        x[0] = __uint_as_float(v.x);
-        x[1] = __uint_as_float(v.y);
-        x[2] = __uint_as_float(v.z);
-        x[3] = __uint_as_float(v.w);
-    }
     struct Heads {
         const float* lse;
         int64_t stride;  // from a place to the next
@@ -82,15 +76,6 @@ struct ByAccumulators {
     __device__ static int row(int group, int lane) { return group * kGroup + lane / 4; }      // and 8 further
     __device__ static int column(int v, int lane) { return v * kColumnStep + lane % 4 * 2; }  // and the next; 8 further
     __device__ static constexpr int row_of(int i) { return i / 2 % 2; }
-    __device__ static void unpack(const uint4& v, float (&x)[kValues]) {
-        const uint32_t pairs[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const float2 pair = __half22float2(*reinterpret_cast<const __half2*>(&pairs[i]));
-            x[2 * i] = pair.x;
-            x[2 * i + 1] = pair.y;
-        }
-    }
     struct Heads {
         const float2* head;
         int64_t stride;
@@ -217,7 +202,7 @@ __device__ __forceinline__ Merged<Layout, kVectors> merge_shares(const FwdParams
 #pragma unroll
             for (int v = 0; v < kVectors; ++v) {
                 float x[Layout::kValues];
-                Layout::unpack(loaded[i][v], x);
+                unpack(loaded[i][v], x);
                 merged.add(v, weight, x);
             }
         }

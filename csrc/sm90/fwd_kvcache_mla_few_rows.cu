@@ -15,12 +15,13 @@
 // Query rows are a thread's columns here: a warpgroup's accumulators give it the rows 8 j + 2 (lane % 4) + {0, 1}, and
 // of what runs along the 64 rows of the product (keys; columns of V) the two at warp * 16 + lane / 4 + {0, 8}.
 
-// Under a batch-invariant plan (units.cuh) it serves up to 16 heads a key head whatever s_q is, in row tiles of 16
-// rows.
+// Under a batch-invariant plan (units.cuh) it serves up to 16 heads a key head whatever s_q is, in row tiles of 16 rows
+// or, of more rows, of 32: a row's bits are the same in either.
 
 #include <cuda/ptx>
 
 #include "fwd_kvcache_mla.cuh"
+#include "nodes.cuh"
 #include "row_tile.cuh"
 #include "tma.h"
 #include "units.cuh"
@@ -31,7 +32,6 @@ namespace {
 
 // ------------------------------------------------------------------------------------------------------------ config
 
-constexpr int kRows = kFewRows;  // 16
 constexpr int kPortionSlices = 3;
 constexpr int kPortions = kSlices / kPortionSlices;  // of a tile
 constexpr int kPortionBytes = kPortionSlices * wgmma::kSliceBytes;
@@ -41,22 +41,26 @@ constexpr int kConsumerWarps = 8;
 constexpr int kConsumers = 32 * kConsumerWarps;
 constexpr int kQueryWarps = 3;
 constexpr int kThreads = kConsumers + 32 * (1 + kQueryWarps);
+constexpr int kConsumerRegisters = 232, kProducerRegisters = 40;  // of more than kFewRows; else what there is
 
-constexpr int kRing = 8;  // portions
-
-template <typename T>
+// kRows: of a row tile, kFewRows or 2 * kFewRows.
+template <typename T, int kRows>
 struct SharedStorage {
+    static constexpr int kRing = kRows == kFewRows ? 8 : 7;  // portions
+
     alignas(1024) T ring[kRing][kPortionSlices][64 * 64];
     alignas(1024) T sQ[kSlices][kRows * 64];
     alignas(1024) T sP[2][kRows * 64];    // of each warpgroup: P [rows, keys]; at a row's end 64 columns of results
     Part parts[kMaxParts];                // the plan
     alignas(16) float high[2][4][kRows];  // of each warpgroup's warps: the rows' maxima in the tile
     alignas(16) float sum[2][4][kRows];   // and their sums in the segment
+    alignas(16) float greatest[2][4][kRows];  // of a unit's results
     uint64_t landed[kRing], freed[kRing];
     uint64_t queries_landed, queries_freed;
 };
 
 // A place in the ring, and the phase of its barriers there.
+template <int kRing>
 struct Place {
     int slot = 0;
     uint32_t phase = 0;
@@ -72,15 +76,16 @@ struct Place {
 // ----------------------------------------------------------------------------------------------- producers (4 warps)
 
 // One warp: the segment's tiles, each as soon as there is room for it.
-template <typename T>
-__device__ __forceinline__ void load_keys(const FwdParams& params, const CUtensorMap& cache, SharedStorage<T>& shared,
-                                          const RowTile& rows, const Segment& segment, Place& place) {
+template <typename T, int kRows, int kRing>
+__device__ __forceinline__ void load_keys(const FwdParams& params, const CUtensorMap& cache,
+                                          SharedStorage<T, kRows>& shared, const RowTile& rows, const Segment& segment,
+                                          Place<kRing>& place) {
     const Pages pages(params, segment);
     int page = pages.page_of(segment.begin), next_page = pages.page_of(segment.begin + 1);
     for (int tile = segment.begin; tile < segment.end; ++tile) {
         const int page_after = pages.page_of(tile + 2);  // looked up two tiles ahead
         const int token = pages.token_of(tile);
-        Place last = place;
+        auto last = place;
         for (int portion = 0; portion < kPortions; ++portion, last.next())
             wait(&shared.freed[last.slot], last.phase ^ 1);
         // all at once: memory serves the three thirds of a page 3 % faster together than one now and then
@@ -102,9 +107,9 @@ __device__ __forceinline__ void load_keys(const FwdParams& params, const CUtenso
 
 // kQueryWarps warps: the segment's queries, and the next row's to L2: while all of the machine streams, what comes from
 // memory takes 6 us.
-template <typename T>
-__device__ __forceinline__ void load_queries(const FwdParams& params, SharedStorage<T>& shared, const RowTile& rows,
-                                             const Segment& segment, int warp, uint32_t& phase) {
+template <typename T, int kRows>
+__device__ __forceinline__ void load_queries(const FwdParams& params, SharedStorage<T, kRows>& shared,
+                                             const RowTile& rows, const Segment& segment, int warp, uint32_t& phase) {
     if (segment.begin == segment.end || !segment.starts) return;
     const int lane = threadIdx.x % 32, chunk = lane % 8;
     wait(&shared.queries_freed, phase ^ 1);
@@ -135,6 +140,7 @@ __device__ __forceinline__ int row_of(int lane, int h) { return h / 2 * 8 + lane
 __device__ __forceinline__ constexpr int element(int h, int i) { return h / 2 * 4 + i * 2 + h % 2; }
 
 // The running softmax of a thread's query rows.
+template <int kRows>
 struct ColumnSoftmax {
     float base[kRows / 4], sum[kRows / 4];  // the greatest scaled score so far, base 2; sum over this thread's keys
 
@@ -148,8 +154,8 @@ struct ColumnSoftmax {
 };
 
 // S^T = K Q^T, portion by portion as they land.
-template <typename T>
-__device__ __forceinline__ void score(SharedStorage<T>& shared, Place place, float (&rS)[kRows / 2]) {
+template <typename T, int kRows, int kRing>
+__device__ __forceinline__ void score(SharedStorage<T, kRows>& shared, Place<kRing> place, float (&rS)[kRows / 2]) {
 #pragma unroll 1
     for (int portion = 0; portion < kPortions; ++portion, place.next()) {
         wait(&shared.landed[place.slot], place.phase);
@@ -160,8 +166,8 @@ __device__ __forceinline__ void score(SharedStorage<T>& shared, Place place, flo
             const uint64_t q = wgmma::k_major(shared.sQ[portion * kPortionSlices + i]);
 #pragma unroll
             for (int step = 0; step < 4; ++step) {
-                wgmma::m64n16k16<T, false>(rS, wgmma::advance(k, step * wgmma::kStepBytesKMajor),
-                                           wgmma::advance(q, step * wgmma::kStepBytesKMajor), portion + i + step > 0);
+                wgmma::m64k16<T, false>(rS, wgmma::advance(k, step * wgmma::kStepBytesKMajor),
+                                        wgmma::advance(q, step * wgmma::kStepBytesKMajor), portion + i + step > 0);
             }
         }
         wgmma::commit();
@@ -171,15 +177,16 @@ __device__ __forceinline__ void score(SharedStorage<T>& shared, Place place, flo
 }
 
 // Scales the scores of tile `tile`, and sets those of keys that a query row does not see to -inf.
+template <int kScores>
 __device__ __forceinline__ void scale_and_mask(const FwdParams& params, const RowTile& rows, const Consumer& me,
-                                               const Segment& segment, int tile, float (&rS)[kRows / 2]) {
+                                               const Segment& segment, int tile, float (&rS)[kScores]) {
     // an instruction of its own: fused with the subtraction of the base, the greatest exponent would not be 0
 #pragma unroll
-    for (int k = 0; k < kRows / 2; ++k) rS[k] = __fmul_rn(rS[k], params.softmax_scale_log2);
+    for (int k = 0; k < kScores; ++k) rS[k] = __fmul_rn(rS[k], params.softmax_scale_log2);
     const int seen_by_all = params.causal ? segment.length - rows.num_queries(params) + 1 : segment.length;
     if (!__any_sync(~0u, (tile + 1) * kTile > seen_by_all)) return;
 #pragma unroll
-    for (int h = 0; h < kRows / 4; ++h) {
+    for (int h = 0; h < kScores / 2; ++h) {
         const QueryRow row(params, rows.first_row + row_of(me.lane, h));
         const int visible = min(segment.length, params.causal ? seen_by_all + row.s : segment.length);
 #pragma unroll
@@ -200,7 +207,7 @@ __device__ __forceinline__ void over_lanes(float (&x)[kCount], Combine&& combine
 }
 
 // And over the warpgroup's four warps, in their order, by way of `exchange`. Contains a barrier of the warpgroup.
-template <typename Combine>
+template <int kRows, typename Combine>
 __device__ __forceinline__ void over_warps(const Consumer& me, int warpgroup, float (&exchange)[4][kRows],
                                            float (&x)[kRows / 4], Combine&& combine) {
     if (me.lane < 4) {
@@ -222,10 +229,10 @@ __device__ __forceinline__ void over_warps(const Consumer& me, int warpgroup, fl
 }
 
 // A [64, rows] product in T to a slice [rows, 64].
-template <typename T>
-__device__ __forceinline__ void store_transposed(const Consumer& me, const float (&x)[kRows / 2], T* slice) {
+template <typename T, int kValues>
+__device__ __forceinline__ void store_transposed(const Consumer& me, const float (&x)[kValues], T* slice) {
 #pragma unroll
-    for (int j = 0; j < kRows / 8; j += 2) {
+    for (int j = 0; j < kValues / 4; j += 2) {
         const int row = 8 * (j + me.lane / 16) + me.lane % 8, chunk = 2 * me.warp + me.lane / 8 % 2;
         ptx::stmatrix_x4_trans(ptx::shared_address(slice) + wgmma::swizzled(row, chunk),
                                pack<T>(x[4 * j], x[4 * j + 1]), pack<T>(x[4 * j + 2], x[4 * j + 3]),
@@ -247,9 +254,9 @@ __device__ __forceinline__ void zero_values(const Consumer& me, T* const (&slice
 }
 
 // From scores to P, in the warpgroup's sP. rescale(factor) is what becomes of O.
-template <typename T, typename Rescale>
-__device__ __forceinline__ void softmax_of(SharedStorage<T>& shared, const Consumer& me, int warpgroup,
-                                           float (&rS)[kRows / 2], ColumnSoftmax& softmax, Rescale&& rescale) {
+template <typename T, int kRows, typename Rescale>
+__device__ __forceinline__ void softmax_of(SharedStorage<T, kRows>& shared, const Consumer& me, int warpgroup,
+                                           float (&rS)[kRows / 2], ColumnSoftmax<kRows>& softmax, Rescale&& rescale) {
     constexpr int kCount = kRows / 4;
     float high[kCount], factor[kCount];
 #pragma unroll
@@ -277,11 +284,12 @@ __device__ __forceinline__ void softmax_of(SharedStorage<T>& shared, const Consu
 }
 
 // Multiplies a warpgroup's O by a factor for each query row.
-__device__ __forceinline__ void scale(float (&rO)[kBlocks][kRows / 2], const float (&factor)[kRows / 4]) {
+template <int kValues, int kCount>
+__device__ __forceinline__ void scale(float (&rO)[kBlocks][kValues], const float (&factor)[kCount]) {
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b) {
 #pragma unroll
-        for (int h = 0; h < kRows / 4; ++h) {
+        for (int h = 0; h < kCount; ++h) {
             rO[b][element(h, 0)] *= factor[h];
             rO[b][element(h, 1)] *= factor[h];
         }
@@ -289,9 +297,9 @@ __device__ __forceinline__ void scale(float (&rO)[kBlocks][kRows / 2], const flo
 }
 
 // The result of rows, from registers: by way of the warpgroup's sP to out.
-template <typename T>
+template <typename T, int kValues>
 __device__ __forceinline__ void store_rows(const FwdParams& params, const RowTile& rows, const Consumer& me,
-                                           int batch_row, int warpgroup, const float (&rO)[kBlocks][kRows / 2],
+                                           int batch_row, int warpgroup, const float (&rO)[kBlocks][kValues],
                                            T* staging) {
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b) {
@@ -309,12 +317,13 @@ __device__ __forceinline__ void store_rows(const FwdParams& params, const RowTil
 }
 
 // A share of rows, from registers to its place in the workspace, row by row. 8 lanes have 8 columns of a row at once.
+template <int kValues>
 __device__ __forceinline__ void store_share(const FwdParams& params, const RowTile& rows, const Consumer& me, int place,
-                                            int warpgroup, const float (&rO)[kBlocks][kRows / 2]) {
+                                            int warpgroup, const float (&rO)[kBlocks][kValues]) {
     float* share = params.partial_out + (int64_t{place} * params.row_tiles + rows.index()) * (kRowTile * kDimV) +
                    warpgroup * kBlocks * 64;
 #pragma unroll
-    for (int h = 0; h < kRows / 4; ++h) {
+    for (int h = 0; h < kValues / 2; ++h) {
         const int row = row_of(me.lane, h);
         if (row >= rows.count(params)) continue;
 #pragma unroll
@@ -325,77 +334,128 @@ __device__ __forceinline__ void store_share(const FwdParams& params, const RowTi
     }
 }
 
-// Where a thread has its accumulators of a node (units.cuh): [tile, warpgroup, 8, 128 threads] of four floats.
-__device__ __forceinline__ float4* node_at(const FwdParams& params, const Consumer& me, int64_t tile, int warpgroup) {
-    return reinterpret_cast<float4*>(params.partial_out) + (2 * tile + warpgroup) * (kRows * kDimV / 8) + me.warp * 32 +
-           me.lane;
+// Where a thread has its accumulators of a node: [warpgroup, block of 64 columns, 16 query rows, kNodeVectors, 128
+// threads].
+template <typename T, int kRows>
+__device__ __forceinline__ uint4* node_at(const FwdParams& params, const Consumer& me, int64_t tile, int warpgroup) {
+    constexpr int kVectors = kBlocks * (kRows / 16) * kNodeVectors<T>;
+    return node_values<T, kRows>(params, tile) + warpgroup * (kVectors * kWarpgroup) + me.warp * 32 + me.lane;
+}
+
+// A unit's result becomes a node.
+template <typename T, int kRows>
+__device__ __forceinline__ void make_node(SharedStorage<T, kRows>& shared, const Consumer& me, int warpgroup,
+                                          float (&rO)[kBlocks][kRows / 2], float (&power)[kRows / 4]) {
+    constexpr int kCount = kRows / 4;
+#pragma unroll
+    for (int h = 0; h < kCount; ++h) power[h] = 1.f;
+    if constexpr (!kHalfNodes<T>) return;
+    float high[kCount] = {}, factor[kCount];
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b) {
+#pragma unroll
+        for (int h = 0; h < kCount; ++h) {
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                const float magnitude = fabsf(rO[b][element(h, i)]);
+                high[h] = fmaxf(high[h], magnitude < INFINITY ? magnitude : 0.f);
+            }
+        }
+    }
+    const auto greatest = [](float a, float b) { return fmaxf(a, b); };
+    over_lanes(high, greatest);
+    over_warps(me, warpgroup, shared.greatest[warpgroup], high, greatest);
+#pragma unroll
+    for (int h = 0; h < kCount; ++h) {
+        power[h] = greatest_power(high[h]);
+        factor[h] = inverse_power(power[h]);
+    }
+    scale(rO, factor);
+}
+
+// Merges the node in a tile of the workspace into the one in registers.
+template <typename T, int kRows>
+__device__ __forceinline__ void add_node(const FwdParams& params, const Consumer& me, int64_t tile, int warpgroup,
+                                         float (&lse_log2)[kRows / 4], float (&power)[kRows / 4],
+                                         float (&rO)[kBlocks][kRows / 2]) {
+    constexpr int kVectors = kRows / 16 * kNodeVectors<T>, kValues = 8 / kNodeVectors<T>;
+    const uint4* from = node_at<T, kRows>(params, me, tile, warpgroup);
+    uint4 loaded[kBlocks][kVectors];
+    Head other[kRows / 4];
+    load_heads(node_heads<kRows / 4>(params, tile, 4 * warpgroup + me.warp, me.lane), other);
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b) {
+#pragma unroll
+        for (int i = 0; i < kVectors; ++i) loaded[b][i] = __ldcg(from + (b * kVectors + i) * kWarpgroup);
+    }
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b) round_node<T>(rO[b]);
+#pragma unroll
+    for (int h = 0; h < kRows / 4; ++h) {
+        const NodeWeights weights({lse_log2[h], power[h]}, other[h]);
+        lse_log2[h] = weights.lse_log2;
+        power[h] = weights.power;
+#pragma unroll
+        for (int b = 0; b < kBlocks; ++b) {
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                float x[kValues];
+                const int k = element(h, i);
+                unpack(loaded[b][k / kValues], x);
+                rO[b][k] = weights.of(rO[b][k], x[k % kValues]);
+            }
+        }
+    }
+}
+
+template <typename T, int kRows>
+__device__ __forceinline__ void store_node(const FwdParams& params, const Consumer& me, int64_t tile, int warpgroup,
+                                           const float (&lse_log2)[kRows / 4], const float (&power)[kRows / 4],
+                                           const float (&rO)[kBlocks][kRows / 2]) {
+    uint4* to = node_at<T, kRows>(params, me, tile, warpgroup);
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b) {
+#pragma unroll
+        for (int j = 0; j < kRows / 16; ++j, to += kNodeVectors<T> * kWarpgroup) store_values<T>(to, rO[b] + 8 * j);
+    }
+    store_heads(node_heads<kRows / 4>(params, tile, 4 * warpgroup + me.warp, me.lane), lse_log2, power);
 }
 
 // Of a unit: merges it with the nodes that it completes, and stores what that gives unless it is the whole row.
 // Whether it is.
-__device__ __forceinline__ bool merge_unit(const FwdParams& params, const RowTile& rows, const Consumer& me,
-                                           const Unit& unit, int warpgroup, float (&lse_log2)[kRows / 4],
-                                           float (&rO)[kBlocks][kRows / 2]) {
+template <typename T, int kRows>
+__device__ __forceinline__ bool merge_unit(const FwdParams& params, SharedStorage<T, kRows>& shared,
+                                           const RowTile& rows, const Consumer& me, const Unit& unit, int warpgroup,
+                                           float (&lse_log2)[kRows / 4], float (&rO)[kBlocks][kRows / 2]) {
+    if (makes_row(unit) && unit.merges == 0) return true;
+    float power[kRows / 4];
+    make_node(shared, me, warpgroup, rO, power);
     int node = unit.nodes;
 #pragma unroll 1
     for (int left = unit.merges; left > 0; --left) {
         const int64_t tile = tile_of_node(params, rows, unit, --node);
-        const float4* from = node_at(params, me, tile, warpgroup);
-        const float* lse = node_lse(params, tile) + (warpgroup * 4 + me.warp) * kRows;
-        float4 loaded[kBlocks][2];
-#pragma unroll
-        for (int b = 0; b < kBlocks; ++b) {
-#pragma unroll
-            for (int j = 0; j < 2; ++j) loaded[b][j] = __ldcg(from + (2 * b + j) * kWarpgroup);
-        }
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-            const float2 other = __ldcg(reinterpret_cast<const float2*>(lse + row_of(me.lane, 2 * j)));
-            const Weights first(lse_log2[2 * j], other.x), second(lse_log2[2 * j + 1], other.y);
-            lse_log2[2 * j] = first.lse_log2;
-            lse_log2[2 * j + 1] = second.lse_log2;
-#pragma unroll
-            for (int b = 0; b < kBlocks; ++b) {
-                float* o = rO[b] + 4 * j;
-                o[0] = first.of(o[0], loaded[b][j].x);
-                o[1] = second.of(o[1], loaded[b][j].y);
-                o[2] = first.of(o[2], loaded[b][j].z);
-                o[3] = second.of(o[3], loaded[b][j].w);
-            }
-        }
+        add_node<T, kRows>(params, me, tile, warpgroup, lse_log2, power, rO);
     }
-    if (unit.ends && unit.leaves == 0) return true;
-    const int64_t tile = tile_of_node(params, rows, unit, node);
-    float4* to = node_at(params, me, tile, warpgroup);
-#pragma unroll
-    for (int b = 0; b < kBlocks; ++b) {
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-            const float* o = rO[b] + 4 * j;
-            __stcg(to + (2 * b + j) * kWarpgroup, make_float4(o[0], o[1], o[2], o[3]));
-        }
+    if (makes_row(unit)) {
+        scale(rO, power);
+        return true;
     }
-    if (me.lane < 4) {
-        float* lse = node_lse(params, tile) + (warpgroup * 4 + me.warp) * kRows;
-#pragma unroll
-        for (int h = 0; h < kRows / 4; ++h) __stcg(lse + row_of(me.lane, h), lse_log2[h]);
-    }
-    node_stored();
+    store_node<T, kRows>(params, me, tile_of_node(params, rows, unit, node), warpgroup, lse_log2, power, rO);
     if (rows.index() == 0 && threadIdx.x == 0) list_node(params, unit, node);
     return false;
 }
 
 // One segment, or one unit, from its queries to its result.
-template <typename T, typename Share>
-__device__ __forceinline__ void attend(const FwdParams& params, SharedStorage<T>& shared, const RowTile& rows,
-                                       const Share& segment, int warpgroup, Place& place, uint32_t& phase) {
+template <typename T, int kRows, int kRing, typename Share>
+__device__ __forceinline__ void attend(const FwdParams& params, SharedStorage<T, kRows>& shared, const RowTile& rows,
+                                       const Share& segment, int warpgroup, Place<kRing>& place, uint32_t& phase) {
     if (segment.begin == segment.end) return sm90::store_nothing<T, kConsumers>(params, rows, segment);
     const Consumer me = {__shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32 % 4, 0), ptx::lane()};
     const auto release = [&](uint64_t* barrier) {
         if (me.lane == 0) cuda::ptx::mbarrier_arrive(barrier);
     };
     float rO[kBlocks][kRows / 2] = {};  // [256 columns of V, rows]
-    ColumnSoftmax softmax;
+    ColumnSoftmax<kRows> softmax;
     wait(&shared.queries_landed, phase);
     if (segment.ends) phase ^= 1;
 #pragma unroll 1
@@ -416,7 +476,7 @@ __device__ __forceinline__ void attend(const FwdParams& params, SharedStorage<T>
                                        : shared.ring[slots[second]][(kBlocks + b) % kPortionSlices];
         }
         scale_and_mask(params, rows, me, segment, tile, rS);
-        softmax_of<T>(shared, me, warpgroup, rS, softmax, [&](const float (&factor)[kRows / 4]) { scale(rO, factor); });
+        softmax_of(shared, me, warpgroup, rS, softmax, [&](const float (&factor)[kRows / 4]) { scale(rO, factor); });
         const int valid = segment.length - tile * kTile;
         if (__any_sync(~0u, valid < kTile)) zero_values(me, values, valid);
         cuda::ptx::fence_proxy_async(cuda::ptx::space_shared);
@@ -431,8 +491,8 @@ __device__ __forceinline__ void attend(const FwdParams& params, SharedStorage<T>
             const uint64_t v = wgmma::mn_major(values[b]);
 #pragma unroll
             for (int step = 0; step < 4; ++step) {
-                wgmma::m64n16k16<T, true>(rO[b], wgmma::advance(v, step * wgmma::kStepBytesMNMajor),
-                                          wgmma::advance(p, step * wgmma::kStepBytesKMajor), true);
+                wgmma::m64k16<T, true>(rO[b], wgmma::advance(v, step * wgmma::kStepBytesMNMajor),
+                                       wgmma::advance(p, step * wgmma::kStepBytesKMajor), true);
             }
         }
         wgmma::commit();
@@ -457,7 +517,7 @@ __device__ __forceinline__ void attend(const FwdParams& params, SharedStorage<T>
     scale(rO, factor);
     const bool has_lse = warpgroup == 0 && me.warp == 0 && me.lane < 4;
     if constexpr (std::is_same_v<Share, Unit>) {
-        if (!merge_unit(params, rows, me, segment, warpgroup, lse_log2, rO)) return;
+        if (!merge_unit(params, shared, rows, me, segment, warpgroup, lse_log2, rO)) return;
     } else if (segment.place >= 0) {
         store_share(params, rows, me, segment.place, warpgroup, rO);
 #pragma unroll
@@ -480,12 +540,14 @@ __device__ __forceinline__ void attend(const FwdParams& params, SharedStorage<T>
 
 // ------------------------------------------------------------------------------------------------------------ kernel
 
-template <typename T, bool kUneven, bool kInvariant>
+template <typename T, int kRows, bool kUneven, bool kInvariant>
 __global__ void __launch_bounds__(kThreads, 1)
     fwd_kvcache_mla_few_rows_kernel(const __grid_constant__ FwdParams params,
                                     const __grid_constant__ CUtensorMap cache) {
     extern __shared__ __align__(1024) uint8_t shared_bytes[];
-    SharedStorage<T>& shared = *reinterpret_cast<SharedStorage<T>*>(shared_bytes);
+    using Shared = SharedStorage<T, kRows>;
+    Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
+    constexpr int kRing = Shared::kRing;
     const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // uniform, and known to be
     RowTile rows(params, kRows, kInvariant ? params.first_row_tile : 0);
     if (!kInvariant) rows.first_row = 0;  // a head has one row tile
@@ -505,21 +567,28 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (warp >= kConsumerWarps) prefetch_tables<kUneven>(params, threadIdx.x - kConsumers, kThreads - kConsumers);
     read_plan<kUneven, kInvariant>(params, shared.parts);
 
+    if constexpr (kRows > kFewRows) {  // 64 for O, 32 for a node that it is merged with, in fp16 calls 64
+        if (warp < kConsumerWarps) {
+            ptx::increase_registers<kConsumerRegisters>();
+        } else {
+            ptx::decrease_registers<kProducerRegisters>();
+        }
+    }
     if (warp < kConsumerWarps) {
-        Place place;
+        Place<kRing> place;
         uint32_t phase = 0;
         for_each_share<kUneven, kInvariant>(params, shared.parts, rows, [&](const auto& segment, const RowTile& rows) {
             attend(params, shared, rows, segment, warp / (kConsumerWarps / 2), place, phase);
         });
     } else if (warp == kConsumerWarps) {
-        Place place;
-        for_each_share<kUneven, kInvariant>(params, shared.parts, rows,
-                                            [&](const Segment& segment, const RowTile& rows) {
-                                                load_keys(params, cache, shared, rows, segment, place);
-                                            });
+        Place<kRing> place;
+        for_each_share<kUneven, kInvariant, true>(params, shared.parts, rows,
+                                                  [&](const Segment& segment, const RowTile& rows) {
+                                                      load_keys(params, cache, shared, rows, segment, place);
+                                                  });
     } else {
         uint32_t phase = 0;
-        for_each_share<kUneven, kInvariant>(
+        for_each_share<kUneven, kInvariant, true>(
             params, shared.parts, rows, [&](const Segment& segment, const RowTile& rows) {
                 load_queries(params, shared, rows, segment, warp - kConsumerWarps - 1, phase);
             });
@@ -534,10 +603,10 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 // ---------------------------------------------------------------------------------------------------------- launcher
 
-template <typename T, bool kUneven, bool kInvariant>
+template <typename T, int kRows, bool kUneven, bool kInvariant>
 void launch(const FwdParams& params, cudaStream_t stream) {
-    constexpr auto kKernel = fwd_kvcache_mla_few_rows_kernel<T, kUneven, kInvariant>;
-    constexpr int kSharedBytes = sizeof(SharedStorage<T>);
+    constexpr auto kKernel = fwd_kvcache_mla_few_rows_kernel<T, kRows, kUneven, kInvariant>;
+    constexpr int kSharedBytes = sizeof(SharedStorage<T, kRows>);
     static_assert(kSharedBytes <= 227 * 1024);
     // no page, no key: every length is then 0, and nothing reads through the map
     const CUtensorMap cache = params.max_len > 0 ? paged_cache_map(params, kSlices, kPortionSlices) : CUtensorMap{};
@@ -549,8 +618,12 @@ void launch(const FwdParams& params, cudaStream_t stream) {
 
 template <typename T>
 void launch(const FwdParams& params, cudaStream_t stream) {
-    if (params.batch_invariant) return launch<T, false, true>(params, stream);
-    params.cu_seqlens_q != nullptr ? launch<T, true, false>(params, stream) : launch<T, false, false>(params, stream);
+    if (params.batch_invariant) {
+        return params.tile_rows > kFewRows ? launch<T, 2 * kFewRows, false, true>(params, stream)
+                                           : launch<T, kFewRows, false, true>(params, stream);
+    }
+    params.cu_seqlens_q != nullptr ? launch<T, kFewRows, true, false>(params, stream)
+                                   : launch<T, kFewRows, false, false>(params, stream);
 }
 
 }  // namespace

@@ -485,8 +485,9 @@ template <typename Out, typename T>
 __device__ __forceinline__ void store(const FwdParams& params, SharedStorage<T>& shared, const RowTile& rows,
                                       const Consumer& me, const Segment& segment, int warpgroup, float out_scale,
                                       Place& place, Softmax& softmax, float (&rO)[128]) {
-    float lse_log2[2];
-    normalise(softmax, rO, lse_log2);
+    float scale[2], lse_log2[2];
+    normaliser(softmax, scale, lse_log2);
+    normalise(scale, rO);
     if (out_scale != 1.f) {
 #pragma unroll
         for (int k = 0; k < 128; ++k) rO[k] *= out_scale;

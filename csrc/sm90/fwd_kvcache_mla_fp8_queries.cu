@@ -317,8 +317,9 @@ __device__ __forceinline__ Values attend_follower(SharedStorage& shared, const C
 __device__ __forceinline__ void store(const FwdParams& params, SharedStorage& shared, const RowTile& rows,
                                       const Consumer& me, const Segment& segment, int warpgroup, float out_scale,
                                       const Values& values, Softmax& softmax, float (&rO)[128]) {
-    float lse_log2[2];
-    normalise(softmax, rO, lse_log2);
+    float scale[2], lse_log2[2];
+    normaliser(softmax, scale, lse_log2);
+    normalise(scale, rO);
     if (out_scale != 1.f) {
 #pragma unroll
         for (int k = 0; k < 128; ++k) rO[k] *= out_scale;

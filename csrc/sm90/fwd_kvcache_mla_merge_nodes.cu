@@ -1,17 +1,19 @@
 // Under a batch-invariant plan: merges the nodes that parts left of the rows that they share, in the tree that the
-// row's length fixes (units.cuh), to the bits that the decode kernel gives a row which one part has alone.
+// row's length fixes (units.cuh, nodes.cuh), to the bits that the decode kernel gives a row which one part has alone.
 //
 // The nodes of a row lie in places that follow each other, in the order of its units; the decode kernel has listed each
 // one's row, and where in the row it ends.
 //
-// Grid: as many CTAs as fit at once, which share the rows' items. An item is kThreads vectors of a row's tile, one a
-// thread, as decode kernels' threads stored them: four floats, two query rows x two columns. A thread brings a few
-// nodes at a time to shared memory, goes through them, and keeps those that wait for their sibling in a stack of its
-// own. Loops stay loops: what takes long otherwise is to fetch instructions.
+// Grid: as many CTAs as fit at once, which share the rows' items. An item is 32 of the 8-value vectors of a row's tile,
+// one a lane, as decode kernels' threads stored them. A warp merges it; or, where items are few and rows have many
+// nodes, all of a CTA's 16 warps: each the nodes of a sixteenth of the tree, then two by two what they have. A warp
+// brings a few nodes at a time to shared memory, goes through them, and keeps those that wait for their sibling in a
+// stack. Loops stay loops: what takes long otherwise is to fetch instructions.
 
 #include <algorithm>
 
 #include "fwd_kvcache_mla.cuh"
+#include "nodes.cuh"
 #include "ptx.cuh"
 #include "row_tile.cuh"
 #include "units.cuh"
@@ -19,49 +21,56 @@
 namespace flashmla::sm90 {
 namespace {
 
-constexpr int kThreads = 128;
-constexpr int kWarps = kThreads / 32;
-constexpr int kAtOnce = 8;  // nodes that a thread loads
-constexpr int kCtasPerSm = 4;
+constexpr int kAtOnce = 4;  // nodes that a lane loads
+constexpr int kMany = 16;   // warps that merge an item together
 
-// A layout tells which query rows of a row tile and which columns a vector has.
+// A layout tells which query rows of a row tile and which columns the vectors [vector, lane] of an item have.
 
-// fwd_kvcache_mla.cu's (row_tile.cuh): [warpgroup, 32, warp, lane], two columns of a row, then of the other.
+// fwd_kvcache_mla.cu's: [warpgroup, 16, warp, lane], four columns of two rows.
 struct ByRows {
-    static constexpr int kTileRows = kRowTile;
+    static constexpr int kTileRows = kRowTile, kRows = 2, kGroups = 1;
 
-    __device__ static int row(int v, int i) { return v / 32 % 4 * 16 + v % 32 / 4 + i / 2 * 8; }  // i: of the four
-    __device__ static int column(int v, int i) {
-        return v / (kTileRows * kDimV / 8) * kHalfV + v / 128 % 32 * 8 + v % 4 * 2 + i % 2;
+    __device__ static int row(int v, int lane, int r) { return v % 4 * 16 + lane / 4 + 8 * r; }
+    __device__ static int column(int v, int lane, int k) {
+        return v / 64 * kHalfV + v / 4 % 16 * 16 + k / 4 * 8 + lane % 4 * 2 + k % 2;
     }
-    __device__ static constexpr int head(int i) { return i / 2; }  // which of the two rows
-    // where the lse of those that stored it begins
-    __device__ static int lse(int v) { return v / (kTileRows * kDimV / 8) * kTileRows; }
+    __device__ static constexpr int row_of(int k) { return k / 2 % 2; }  // of the lane's rows
+    __device__ static int group(int) { return 0; }
 };
 
-// fwd_kvcache_mla_few_rows.cu's: [warpgroup, block of 64 columns, 2, warp, lane], a column of both rows, then another.
+// fwd_kvcache_mla_few_rows.cu's: [warpgroup, block of 64 columns, 16 query rows, warp, lane], two columns of four rows.
+template <int kTileRows_>
 struct ByColumns {
-    static constexpr int kTileRows = kFewRows;
+    static constexpr int kTileRows = kTileRows_, kRows = 4, kGroups = kTileRows / 16;
 
-    __device__ static int row(int v, int i) { return v / 128 % 2 * 8 + v % 4 * 2 + i % 2; }
-    __device__ static int column(int v, int i) {
-        return v / (kTileRows * kDimV / 8) * kHalfV + v / 256 % 4 * 64 + v / 32 % 4 * 16 + v % 32 / 4 + i / 2 * 8;
+    __device__ static int row(int v, int lane, int r) { return group(v) * 16 + r / 2 * 8 + lane % 4 * 2 + r % 2; }
+    __device__ static int column(int v, int lane, int k) {
+        return v / kTileRows * kHalfV + v / (4 * kGroups) % 4 * 64 + v % 4 * 16 + lane / 4 + k / 2 % 2 * 8;
     }
-    __device__ static constexpr int head(int i) { return i % 2; }
-    __device__ static int lse(int v) { return (v / (kTileRows * kDimV / 8) * 4 + v / 32 % 4) * kTileRows; }
+    __device__ static constexpr int row_of(int k) { return k / 4 * 2 + k % 2; }
+    __device__ static int group(int v) { return v / 4 % kGroups; }  // which of the lane's rows
 };
 
-// What a thread has of a node.
+// What a lane has of a node.
+template <typename Layout>
 struct Node {
-    float4 out;
-    float2 lse_log2;  // of its two rows
+    float x[8];
+    Head heads[Layout::kRows];
 };
 
+// The same of a warp, in memory.
+template <typename T, typename Layout>
+struct Stored {
+    uint4 vectors[kNodeVectors<T>][32];
+    Head heads[Layout::kRows][32];
+};
+
+template <typename T, typename Layout, int kTogether>
 struct SharedStorage {
-    float4 out[kAtOnce][kThreads];
-    float lse_log2[kAtOnce][2][kThreads];
-    float4 stack[kOwnPlaces][kThreads];
-    float2 stack_lse[kOwnPlaces][kThreads];
+    static constexpr int kWarps = kTogether == 1 ? 4 : kTogether;
+    static constexpr int kDepth = kTogether == 1 ? kOwnPlaces : 2;  // of a stack: log2 of a warp's units
+
+    Stored<T, Layout> landed[kWarps][kAtOnce], stack[kWarps][kDepth];
     uint16_t first[kWorkspaceTiles + 1];  // places where rows begin, and the end
     uint8_t ends[kWorkspaceTiles];        // units of the row up to the end of the node in each place
     int begun[kWarps];
@@ -70,11 +79,13 @@ struct SharedStorage {
 // ---------------------------------------------------------------------------------------------------- device helpers
 
 // Fills shared.first and shared.ends, and returns the number of rows.
+template <typename SharedStorage>
 __device__ int list_rows(const FwdParams& params, SharedStorage& shared, int places) {
+    constexpr int kWarps = SharedStorage::kWarps;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     int rows = 0;
 #pragma unroll 1
-    for (int base = 0; base < places; base += kThreads) {
+    for (int base = 0; base < places; base += 32 * kWarps) {
         const int place = base + threadIdx.x;
         bool begins = false;
         if (place < places) {
@@ -86,6 +97,7 @@ __device__ int list_rows(const FwdParams& params, SharedStorage& shared, int pla
         if (lane == 0) shared.begun[warp] = __popc(votes);
         __syncthreads();
         int before = rows;
+#pragma unroll 1
         for (int w = 0; w < kWarps; ++w) {
             if (w < warp) before += shared.begun[w];
             rows += shared.begun[w];
@@ -98,119 +110,232 @@ __device__ int list_rows(const FwdParams& params, SharedStorage& shared, int pla
     return rows;
 }
 
-// Brings the thread's vectors of `count` nodes from `place` on to shared memory.
-template <typename Layout>
-__device__ __forceinline__ void load_nodes(const FwdParams& params, SharedStorage& shared, int place, int count,
-                                           int row_tile, int v) {
-    const int64_t tile = tile_at(params, place, row_tile);
-    const float4* out =
-        reinterpret_cast<const float4*>(params.partial_out) + tile * (Layout::kTileRows * kDimV / 4) + v;
-    const float* lse = node_lse(params, tile) + Layout::lse(v);
+template <typename T, typename Layout>
+__device__ __forceinline__ void read(const Stored<T, Layout>& stored, Node<Layout>& node) {
+    constexpr int kVectors = kNodeVectors<T>, kValues = 8 / kVectors;
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+        float x[kValues];
+        unpack(stored.vectors[i][lane], x);
+#pragma unroll
+        for (int k = 0; k < kValues; ++k) node.x[i * kValues + k] = x[k];
+    }
+#pragma unroll
+    for (int r = 0; r < Layout::kRows; ++r) node.heads[r] = stored.heads[r][lane];
+}
+
+template <typename T, typename Layout>
+__device__ __forceinline__ void write(const Node<Layout>& node, Stored<T, Layout>& stored) {
+    const int lane = threadIdx.x % 32;
+    const float* x = node.x;
+    if constexpr (kHalfNodes<T>) {
+        stored.vectors[0][lane] = {pack_halves(x[0], x[1]), pack_halves(x[2], x[3]), pack_halves(x[4], x[5]),
+                                   pack_halves(x[6], x[7])};
+    } else {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            stored.vectors[i][lane] = {__float_as_uint(x[4 * i]), __float_as_uint(x[4 * i + 1]),
+                                       __float_as_uint(x[4 * i + 2]), __float_as_uint(x[4 * i + 3])};
+        }
+    }
+#pragma unroll
+    for (int r = 0; r < Layout::kRows; ++r) stored.heads[r][lane] = node.heads[r];
+}
+
+template <typename T, typename Layout>
+__device__ __forceinline__ void merge(Node<Layout>& node, const Stored<T, Layout>& stored) {
+    Node<Layout> other;
+    read(stored, other);
+    round_node<T>(node.x);
+#pragma unroll
+    for (int r = 0; r < Layout::kRows; ++r) {
+        const NodeWeights weights(node.heads[r], other.heads[r]);
+        node.heads[r] = weights.head();
+#pragma unroll
+        for (int k = 0; k < 8; ++k) {
+            if (Layout::row_of(k) == r) node.x[k] = weights.of(node.x[k], other.x[k]);
+        }
+    }
+}
+
+// Brings the lane's part of `count` nodes from `place` on to shared memory.
+template <typename T, typename Layout>
+__device__ __forceinline__ void load_nodes(const FwdParams& params, Stored<T, Layout> (&landed)[kAtOnce], int place,
+                                           int count, int row_tile, int v) {
+    const int lane = threadIdx.x % 32;
+    __syncwarp();  // those before have been read
 #pragma unroll 1
     for (int i = 0; i < count; ++i) {
-        ptx::cp_async_16(ptx::shared_address(&shared.out[i][threadIdx.x]), out);
-        ptx::cp_async_4(ptx::shared_address(&shared.lse_log2[i][0][threadIdx.x]), lse + Layout::row(v, 0));
-        ptx::cp_async_4(ptx::shared_address(&shared.lse_log2[i][1][threadIdx.x]), lse + Layout::row(v, 3));
-        out += int64_t{params.row_tiles} * (Layout::kTileRows * kDimV / 4);
-        lse += int64_t{params.row_tiles} * kNodeLse;
+        const int64_t tile = tile_at(params, place + i, row_tile);
+        // a thread's vectors are 128 apart in memory, and a warp of four has the same one of each block of them
+        const uint4* from =
+            node_values<T, Layout::kTileRows>(params, tile) + (v / 4 * kNodeVectors<T> * 4 + v % 4) * 32 + lane;
+        const int warp = v / Layout::kTileRows * 4 + v % 4;  // that stored them
+        const Head* heads = node_heads<Layout::kRows * Layout::kGroups>(params, tile, warp, lane) +
+                            Layout::group(v) * Layout::kRows * 32;
+#pragma unroll
+        for (int j = 0; j < kNodeVectors<T>; ++j) {
+            ptx::cp_async_16(ptx::shared_address(&landed[i].vectors[j][lane]), from + 128 * j);
+        }
+#pragma unroll
+        for (int r = 0; r < Layout::kRows; ++r) {
+            ptx::cp_async_8(ptx::shared_address(&landed[i].heads[r][lane]), heads + 32 * r);
+        }
     }
     ptx::cp_async_wait_all();
 }
 
-template <typename Layout>
-__device__ __forceinline__ void merge(Node& node, const Node& left) {
-    const Weights weights[2] = {Weights(node.lse_log2.x, left.lse_log2.x), Weights(node.lse_log2.y, left.lse_log2.y)};
-    node.lse_log2 = {weights[0].lse_log2, weights[1].lse_log2};
-    node.out.x = weights[Layout::head(0)].of(node.out.x, left.out.x);
-    node.out.y = weights[Layout::head(1)].of(node.out.y, left.out.y);
-    node.out.z = weights[Layout::head(2)].of(node.out.z, left.out.z);
-    node.out.w = weights[Layout::head(3)].of(node.out.w, left.out.w);
-}
-
-// The row whose nodes lie in places begin .. end - 1, for vector v of a row tile.
-template <typename Layout>
-__device__ __forceinline__ Node merge_row(const FwdParams& params, SharedStorage& shared, int begin, int end,
-                                          int row_tile, int v) {
-    Node node;
+// Merges the nodes in places begin .. end - 1, which begin in the row's units first .. first + units - 1.
+template <typename T, typename Layout, typename SharedStorage>
+__device__ __forceinline__ Node<Layout> merge_nodes(const FwdParams& params, SharedStorage& shared, int begin, int end,
+                                                    int first, int units, int row_tile, int v) {
+    const int warp = threadIdx.x / 32;
+    Node<Layout> node;
     int depth = 0;
 #pragma unroll 1
     for (int place = begin; place < end; ++place) {
         const int i = (place - begin) % kAtOnce;
-        if (i == 0) load_nodes<Layout>(params, shared, place, min(kAtOnce, end - place), row_tile, v);
-        node.out = shared.out[i][threadIdx.x];
-        node.lse_log2 = {shared.lse_log2[i][0][threadIdx.x], shared.lse_log2[i][1][threadIdx.x]};
-        const int nodes = count_nodes(0, shared.ends[place]);
+        if (i == 0) load_nodes(params, shared.landed[warp], place, min(kAtOnce, end - place), row_tile, v);
+        if (place > begin) {
+            write(node, shared.stack[warp][min(depth, SharedStorage::kDepth - 1)]);  // less: a plan of other lengths
+            ++depth;
+        }
+        read(shared.landed[warp][i], node);
+        const int nodes = count_nodes(first, min(shared.ends[place], first + units));
 #pragma unroll 1
         while (depth >= nodes && depth > 0) {
             --depth;
-            merge<Layout>(node, {shared.stack[depth][threadIdx.x], shared.stack_lse[depth][threadIdx.x]});
+            merge(node, shared.stack[warp][min(depth, SharedStorage::kDepth - 1)]);
         }
-        depth = min(depth, kOwnPlaces - 1);  // as it is, but for a plan of other lengths
-        shared.stack[depth][threadIdx.x] = node.out;
-        shared.stack_lse[depth++][threadIdx.x] = node.lse_log2;
     }
+    return node;
+}
+
+// Of the nodes in places begin .. end - 1 of a row those that begin in units first .. first + units - 1: where they
+// begin, and their number.
+template <typename SharedStorage>
+__device__ __forceinline__ int2 nodes_of(const SharedStorage& shared, int begin, int end, int first, int units) {
+    int before = 0, count = 0;
+#pragma unroll 1
+    for (int base = begin; base < end; base += 32) {
+        const int place = base + threadIdx.x % 32;
+        const int at = place == begin ? 0 : place < end ? shared.ends[place - 1] : INT_MAX;
+        before += __popc(__ballot_sync(~0u, at < first));
+        count += __popc(__ballot_sync(~0u, at >= first && at < first + units));
+    }
+    return {begin + before, count};
+}
+
+// The row whose nodes lie in places begin .. end - 1, by all warps; the first one has the result.
+template <typename T, typename Layout, typename SharedStorage>
+__device__ __forceinline__ Node<Layout> merge_together(const FwdParams& params, SharedStorage& shared, int begin,
+                                                       int end, int row_tile, int v) {
+    constexpr int kWarps = SharedStorage::kWarps;
+    const int warp = threadIdx.x / 32;
+    const int padded = shared.ends[end - 1];  // the row's last node ends where its tree does
+    const int units = max(padded / kWarps, 1);
+    const int2 mine = nodes_of(shared, begin, end, warp * units, units);
+    Node<Layout> node = merge_nodes<T, Layout>(params, shared, mine.x, mine.x + mine.y, warp * units, units, row_tile, v);
+#pragma unroll 1
+    for (int step = 1; step < kWarps && step * units < padded; step *= 2) {
+        const bool left = warp % (2 * step) == 0;
+        if (warp % (2 * step) == step) write(node, shared.stack[warp][0]);
+        // a node that is there has another one to its left
+        const bool there = nodes_of(shared, begin, end, (warp + step) * units, step * units).y > 0;
+        __syncthreads();
+        if (left && there) merge(node, shared.stack[warp + step][0]);
+    }
+    __syncthreads();  // what others have of this item has been read
     return node;
 }
 
 template <typename T, typename Layout>
 __device__ __forceinline__ void store_row(const FwdParams& params, int batch_row, int row_tile, int v,
-                                          const Node& node) {
+                                          const Node<Layout>& node) {
+    const int lane = threadIdx.x % 32;
     const HeadTile in_head(params, row_tile);
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-        const int at = in_head.tile * Layout::kTileRows + Layout::row(v, 3 * r);
+    for (int r = 0; r < Layout::kRows; ++r) {
+        const int at = in_head.tile * Layout::kTileRows + Layout::row(v, lane, r);
         if (at >= params.rows) continue;
         const QueryRow row(params, at);
-        const int h = in_head.head * params.group + row.g, column = Layout::column(v, r);
+        const int h = in_head.head * params.group + row.g;
+        const auto [lse, power] = node.heads[r];
         T* to = static_cast<T*>(params.out) + ((int64_t{batch_row} * params.s_q + row.s) * params.h_q + h) * kDimV;
-        if constexpr (Layout::head(1) == 0) {
-            *reinterpret_cast<uint32_t*>(to + Layout::column(v, 2 * r)) =
-                r == 0 ? pack<T>(node.out.x, node.out.y) : pack<T>(node.out.z, node.out.w);
-        } else {
-            to[column] = static_cast<T>(r == 0 ? node.out.x : node.out.y);
-            to[Layout::column(v, r + 2)] = static_cast<T>(r == 0 ? node.out.z : node.out.w);
+#pragma unroll
+        for (int k = 0; k < 8; ++k) {
+            if (Layout::row_of(k) != r) continue;
+            if constexpr (Layout::row_of(1) != 0) {
+                to[Layout::column(v, lane, k)] = static_cast<T>(node.x[k] * power);
+            } else if (k % 2 == 0) {
+                *reinterpret_cast<uint32_t*>(to + Layout::column(v, lane, k)) =
+                    pack<T>(node.x[k] * power, node.x[k + 1] * power);
+            }
         }
-        if (Layout::column(v, 0) != 0) continue;
-        const float lse = r == 0 ? node.lse_log2.x : node.lse_log2.y;
-        params.lse[(int64_t{batch_row} * params.h_q + h) * params.s_q + row.s] =
-            lse == -INFINITY ? INFINITY : lse * kLn2;
+        if (Layout::column(v, lane, 0) == 0) {
+            params.lse[(int64_t{batch_row} * params.h_q + h) * params.s_q + row.s] =
+                lse == -INFINITY ? INFINITY : lse * kLn2;
+        }
     }
 }
 
 // ------------------------------------------------------------------------------------------------------------ kernel
 
-template <typename T, typename Layout>
-__global__ void __launch_bounds__(kThreads, kCtasPerSm) fwd_kvcache_mla_merge_nodes_kernel(const FwdParams params) {
-    __shared__ SharedStorage shared;
+template <typename T, typename Layout, int kTogether>
+__global__ void __launch_bounds__(32 * SharedStorage<T, Layout, kTogether>::kWarps)
+    fwd_kvcache_mla_merge_nodes_kernel(const FwdParams params) {
+    extern __shared__ __align__(16) uint8_t shared_bytes[];
+    using Shared = SharedStorage<T, Layout, kTogether>;
+    Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
     cudaTriggerProgrammaticLaunchCompletion();  // what is launched early waits for the end of this grid
     cudaGridDependencySynchronize();
     const int used = flagged_place(params, kMaxParts), places = used <= params.places ? used : 0;
     if (places == 0) return;
-    constexpr int kPerTile = Layout::kTileRows * kDimV / 4 / kThreads;
+    constexpr int kPerTile = Layout::kTileRows * kDimV / 8 / 32, kItemsAtOnce = Shared::kWarps / kTogether;
     const int items = list_rows(params, shared, places) * params.row_tiles * kPerTile;
+    const int first_item = blockIdx.x * kItemsAtOnce + threadIdx.x / 32 / kTogether;
 #pragma unroll 1
-    for (int item = blockIdx.x; item < items; item += gridDim.x) {
-        const int v = item % kPerTile * kThreads + threadIdx.x, row_tile = item / kPerTile % params.row_tiles;
-        const int row = item / kPerTile / params.row_tiles, first = shared.first[row];
-        const int batch_row = __ldcg(params.nodes + first).x;
+    for (int item = first_item; item < items; item += gridDim.x * kItemsAtOnce) {
+        const int v = item % kPerTile, row_tile = item / kPerTile % params.row_tiles;
+        const int row = item / kPerTile / params.row_tiles, begin = shared.first[row], end = shared.first[row + 1];
+        const int batch_row = __ldcg(params.nodes + begin).x;
         if (batch_row < 0 || batch_row >= params.b) continue;  // a plan of other lengths
-        const Node node = merge_row<Layout>(params, shared, first, shared.first[row + 1], row_tile, v);
-        store_row<T, Layout>(params, batch_row, row_tile, v, node);
+        if constexpr (kTogether == 1) {
+            const auto node = merge_nodes<T, Layout>(params, shared, begin, end, 0, kMaxUnits, row_tile, v);
+            store_row<T>(params, batch_row, row_tile, v, node);
+        } else {
+            const auto node = merge_together<T, Layout>(params, shared, begin, end, row_tile, v);
+            if (threadIdx.x < 32) store_row<T>(params, batch_row, row_tile, v, node);
+        }
     }
 }
 
 // ---------------------------------------------------------------------------------------------------------- launcher
 
+template <typename T, typename Layout, int kTogether>
+void launch(const FwdParams& params, cudaStream_t stream) {
+    using Shared = SharedStorage<T, Layout, kTogether>;
+    constexpr auto kKernel = fwd_kvcache_mla_merge_nodes_kernel<T, Layout, kTogether>;
+    constexpr int kThreads = 32 * Shared::kWarps, kSharedBytes = sizeof(Shared);
+    constexpr int kCtasPerSm = std::max(1, std::min(220 * 1024 / kSharedBytes, 1024 / kThreads));
+    allow_shared_bytes<kKernel>(kSharedBytes, "fwd_kvcache_mla_merge_nodes: shared memory");
+    const dim3 grid(kCtasPerSm * multiprocessors());
+    cuda_check(launch_dependent(kKernel, grid, kThreads, kSharedBytes, stream, params), "fwd_kvcache_mla_merge_nodes");
+}
+
 template <typename T, typename Layout>
 void launch(const FwdParams& params, cudaStream_t stream) {
-    const auto kernel = fwd_kvcache_mla_merge_nodes_kernel<T, Layout>;
-    const dim3 grid(kCtasPerSm * multiprocessors());
-    cuda_check(launch_dependent(kernel, grid, kThreads, 0, stream, params), "fwd_kvcache_mla_merge_nodes");
+    // all of a CTA's warps for an item where CTAs then have no more than two
+    const int64_t items = int64_t{std::min(params.b, params.grid_parts)} * params.row_tiles * Layout::kTileRows * 2;
+    items <= 2 * multiprocessors() ? launch<T, Layout, kMany>(params, stream) : launch<T, Layout, 1>(params, stream);
 }
 
 template <typename T>
 void launch(const FwdParams& params, cudaStream_t stream) {
-    params.few_rows ? launch<T, ByColumns>(params, stream) : launch<T, ByRows>(params, stream);
+    if (!params.few_rows) return launch<T, ByRows>(params, stream);
+    params.tile_rows > kFewRows ? launch<T, ByColumns<2 * kFewRows>>(params, stream)
+                                : launch<T, ByColumns<kFewRows>>(params, stream);
 }
 
 }  // namespace

@@ -42,9 +42,9 @@ __device__ __forceinline__ void cp_async_16(uint32_t to, const void* from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
 
-// The same, 4 bytes.
-__device__ __forceinline__ void cp_async_4(uint32_t to, const void* from) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
+// The same, 8 bytes.
+__device__ __forceinline__ void cp_async_8(uint32_t to, const void* from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(to), "l"(from) : "memory");
 }
 
 // Makes a group of the thread's cp.async so far; waits until kUnderWay groups are left, the youngest.
@@ -122,11 +122,11 @@ __device__ __forceinline__ void prefetch_bulk_l2(const void* pointer, uint32_t b
 }
 
 // 16 bytes, which L2 keeps rather than others. "st", "createpolicy"
-__device__ __forceinline__ void store_evict_last(float4* to, const float4& value) {
+__device__ __forceinline__ void store_evict_last(uint4* to, const uint4& value) {
     uint64_t policy;
     asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
-    asm volatile("st.global.L2::cache_hint.v4.f32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(to), "f"(value.x), "f"(value.y),
-                 "f"(value.z), "f"(value.w), "l"(policy)
+    asm volatile("st.global.L2::cache_hint.v4.b32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(to), "r"(value.x), "r"(value.y),
+                 "r"(value.z), "r"(value.w), "l"(policy)
                  : "memory");
 }
 

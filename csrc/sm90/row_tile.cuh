@@ -233,11 +233,10 @@ struct Weights {
 };
 
 // A share's values in fp16, 8 to a vector: the thread's accumulators 8 j .. 8 j + 7. What they are multiplied by is
-// such that a row's greatest one of a warpgroup has the exponent kGreatest: an element is rounded to 11 bits if it is
-// not less than that one by a factor of 2^28, and the combine kernel's result to no more than out's 8 or 11.
+// such that a row's greatest one of a warpgroup has the exponent 14 (greatest_power): an element is rounded to 11 bits if it
+// is not less than that one by a factor of 2^28, and the combine kernel's result to no more than out's 8 or 11.
 struct PackedShare {
     static constexpr int kVectors = kRowTile * kDimV / 8;
-    static constexpr int kGreatest = 14;
 
     uint4 values[kVectors];      // [warpgroup, 16, 128 threads]
     float2 heads[2 * kRowTile];  // [warpgroup, row]: its lse, base 2, and what its values are to be multiplied by
@@ -256,6 +255,36 @@ __device__ __forceinline__ bool has_rows(const FwdParams& params, const RowTile&
 __device__ __forceinline__ uint32_t pack_halves(float low, float high) {
     const __half2 pair = __floats2half2_rn(low, high);
     return *reinterpret_cast<const uint32_t*>(&pair);
+}
+__device__ __forceinline__ float2 unpack_halves(uint32_t packed) {
+    return __half22float2(*reinterpret_cast<const __half2*>(&packed));
+}
+
+// 16 bytes of values, in fp32 or in halves.
+__device__ __forceinline__ void unpack(const uint4& v, float (&x)[4]) {
+    x[0] = __uint_as_float(v.x);
+    x[1] = __uint_as_float(v.y);
+    x[2] = __uint_as_float(v.z);
+    x[3] = __uint_as_float(v.w);
+}
+__device__ __forceinline__ void unpack(const uint4& v, float (&x)[8]) {
+    const uint32_t pairs[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const float2 pair = unpack_halves(pairs[i]);
+        x[2 * i] = pair.x;
+        x[2 * i + 1] = pair.y;
+    }
+}
+
+// What a row's values in fp16 are relative to, by its greatest one: a power of two. And what they are multiplied by.
+__device__ __forceinline__ float greatest_power(float greatest) {
+    constexpr int kGreatest = 14;  // the exponent that it then has
+    const int exponent = max(static_cast<int>(__float_as_uint(greatest) >> 23), kGreatest + 1);
+    return __uint_as_float((exponent - kGreatest) << 23);
+}
+__device__ __forceinline__ float inverse_power(float power) {
+    return __uint_as_float((254u << 23) - __float_as_uint(power));
 }
 
 // The greatest finite magnitude of each of the thread's two rows, among the four threads that have them.
@@ -286,13 +315,9 @@ __device__ __forceinline__ void store_share(const FwdParams& params, const RowTi
     greatest_finite(rO, factor);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-        const int exponent = max(static_cast<int>(__float_as_uint(factor[i]) >> 23), PackedShare::kGreatest + 1);
-        const int scale = exponent - PackedShare::kGreatest;  // biased, like exponent
-        factor[i] = __uint_as_float((254 - scale) << 23);
-        if (me.lane % 4 == 0) {
-            __stcg(&share.heads[warpgroup * kRowTile + me.row(i)],
-                   make_float2(lse_log2[i], __uint_as_float(scale << 23)));
-        }
+        const float power = greatest_power(factor[i]);
+        factor[i] = inverse_power(power);
+        if (me.lane % 4 == 0) __stcg(&share.heads[warpgroup * kRowTile + me.row(i)], make_float2(lse_log2[i], power));
     }
     uint4* values = share.values + warpgroup * (PackedShare::kVectors / 2) + me.warp * 32 + me.lane;
 #pragma unroll
@@ -308,8 +333,7 @@ __device__ __forceinline__ void store_share(const FwdParams& params, const RowTi
 }
 
 // A share of a pair, as it is, to a tile of the workspace, and its lse [64 rows]: either share may be in registers when
-// they are merged, to the same bits. kKeep: L2 is to keep it.
-template <bool kKeep = false>
+// they are merged, to the same bits.
 __device__ __forceinline__ void store_pair_share(const FwdParams& params, const RowTile& rows, const Consumer& me,
                                                  int64_t tile, float* lse, int warpgroup, const float (&lse_log2)[2],
                                                  const float (&rO)[128]) {
@@ -317,8 +341,7 @@ __device__ __forceinline__ void store_pair_share(const FwdParams& params, const 
     float4* share = share_of(params, tile, warpgroup, me);
 #pragma unroll
     for (int j = 0; j < 32; ++j) {
-        const float4 values = make_float4(rO[4 * j], rO[4 * j + 1], rO[4 * j + 2], rO[4 * j + 3]);
-        kKeep ? ptx::store_evict_last(share + j * 128, values) : __stcg(share + j * 128, values);
+        __stcg(share + j * 128, make_float4(rO[4 * j], rO[4 * j + 1], rO[4 * j + 2], rO[4 * j + 3]));
     }
     // by both warpgroups, the same bits: who merges one's half has synchronised with that one only
     if (me.lane % 4 == 0) {
@@ -327,46 +350,66 @@ __device__ __forceinline__ void store_pair_share(const FwdParams& params, const 
     }
 }
 
-// Adds the share of a pair in a tile of the workspace to the one in registers. Either may be there: product, product
-// and sum are rounded one by one, so that the bits are the same. `staging`: 32 KB of the warpgroup's.
-__device__ __forceinline__ void add_share(const FwdParams& params, const RowTile& rows, const Consumer& me,
-                                          int64_t tile, const float* other_lse, int warpgroup, float (&lse_log2)[2],
-                                          float (&rO)[128], void* staging) {
-    if (!has_rows(params, rows, me)) return;
-    const float4* share = share_of(params, tile, warpgroup, me);
+// Merges 64 rows x 256 columns that lie in memory as a warpgroup's threads stored them into the accumulators: in fp32,
+// or in halves as in PackedShare. weights() is called once they are on their way. `staging`: 32 KB of the warpgroup's.
+struct RowWeights {
+    Weights of_row[2];  // of a thread's two rows
+};
+template <bool kHalves, typename Weigh>
+__device__ __forceinline__ void merge_stored(const Consumer& me, const uint4* from, float (&rO)[128], void* staging,
+                                             Weigh&& weigh) {
     // Through shared memory, each thread its own values, a group while others are on their way: registers are short,
     // and L2 takes its time to answer.
-    constexpr int kGroup = 8, kGroups = 32 / kGroup, kUnderWay = 2;
-    const float4* landed = static_cast<const float4*>(staging) + me.warp * 32 * kGroup * kUnderWay + me.lane;
+    constexpr int kGroups = 4, kGroup = (kHalves ? 16 : 32) / kGroups, kUnderWay = kHalves ? 4 : 2;
+    const uint4* landed = static_cast<const uint4*>(staging) + me.warp * 32 * kGroup * kUnderWay + me.lane;
+    static_assert(sizeof(uint4) * 32 * kGroup * kUnderWay == 16 * 512);  // the warp's own, as copy_rows has it
     const auto request = [&](int group) {
-        const float4* to = landed + group % kUnderWay * kGroup * 32;
+        const uint4* to = landed + group % kUnderWay * kGroup * 32;
 #pragma unroll 1
-        for (int j = 0; j < kGroup; ++j, share += 128) ptx::cp_async_16(ptx::shared_address(to + j * 32), share);
+        for (int j = 0; j < kGroup; ++j, from += 128) ptx::cp_async_16(ptx::shared_address(to + j * 32), from);
         ptx::cp_async_commit();
     };
-    const float other[2] = {__ldcg(other_lse + me.row(0)), __ldcg(other_lse + me.row(1))};
-    request(0);
-    request(1);
-    const Weights weights[2] = {Weights(lse_log2[0], other[0]), Weights(lse_log2[1], other[1])};
 #pragma unroll
-    for (int i = 0; i < 2; ++i) lse_log2[i] = weights[i].lse_log2;
+    for (int group = 0; group < kUnderWay; ++group) request(group);
+    const auto weights = weigh();
 #pragma unroll
     for (int group = 0; group < kGroups; ++group) {
-        group + 1 < kGroups ? ptx::cp_async_wait<1>() : ptx::cp_async_wait<0>();
+        const int later = min(kGroups - 1 - group, kUnderWay - 1);  // groups that were asked for after this one
+        if (later == 3) ptx::cp_async_wait<3>();
+        if (later == 2) ptx::cp_async_wait<2>();
+        if (later == 1) ptx::cp_async_wait<1>();
+        if (later == 0) ptx::cp_async_wait<0>();
         wgmma::keep(rO);  // or it multiplies them earlier, and spills
         __syncwarp();     // or ptxas loads them all at once, and spills
 #pragma unroll
         for (int j = 0; j < kGroup; ++j) {
-            const float4 loaded = landed[(group % kUnderWay * kGroup + j) * 32];
-            float* o = rO + 4 * (group * kGroup + j);
-            o[0] = weights[0].of(o[0], loaded.x);
-            o[1] = weights[0].of(o[1], loaded.y);
-            o[2] = weights[1].of(o[2], loaded.z);
-            o[3] = weights[1].of(o[3], loaded.w);
+            const uint4 loaded = landed[(group % kUnderWay * kGroup + j) * 32];
+            constexpr int kValues = kHalves ? 8 : 4;
+            float* o = rO + kValues * (group * kGroup + j);
+            float x[kValues];
+            unpack(loaded, x);
+#pragma unroll
+            for (int k = 0; k < kValues; ++k) o[k] = weights.of_row[k / 2 % 2].of(o[k], x[k]);
         }
         if (group + kUnderWay < kGroups) request(group + kUnderWay);
     }
     __syncwarp();
+}
+
+// Adds the share of a pair in a tile of the workspace to the one in registers. Either may be there: product, product
+// and sum are rounded one by one, so that the bits are the same.
+__device__ __forceinline__ void add_share(const FwdParams& params, const RowTile& rows, const Consumer& me,
+                                          int64_t tile, const float* other_lse, int warpgroup, float (&lse_log2)[2],
+                                          float (&rO)[128], void* staging) {
+    if (!has_rows(params, rows, me)) return;
+    const float other[2] = {__ldcg(other_lse + me.row(0)), __ldcg(other_lse + me.row(1))};
+    const uint4* share = reinterpret_cast<const uint4*>(share_of(params, tile, warpgroup, me));
+    merge_stored<false>(me, share, rO, staging, [&] {
+        const RowWeights weights = {{Weights(lse_log2[0], other[0]), Weights(lse_log2[1], other[1])}};
+#pragma unroll
+        for (int i = 0; i < 2; ++i) lse_log2[i] = weights.of_row[i].lse_log2;
+        return weights;
+    });
 }
 
 // -------------------------------------------------------------------------------------------------------- whole rows

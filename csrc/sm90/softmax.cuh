@@ -123,9 +123,9 @@ __device__ __forceinline__ void rescale(const float (&factor)[2], float (&rO)[12
     for (int k = 0; k < 128; ++k) rO[k] *= factor[k / 2 % 2];
 }
 
-// O becomes normalised; its log-sum-exp, base 2, is that of the thread's two rows, -inf where no key was seen.
-__device__ __forceinline__ void normalise(const Softmax& softmax, float (&rO)[128], float (&lse_log2)[2]) {
-    float scale[2];
+// What O is to be multiplied by to be normalised; its log-sum-exp, base 2, is that of the thread's two rows, -inf where
+// no key was seen.
+__device__ __forceinline__ void normaliser(const Softmax& softmax, float (&scale)[2], float (&lse_log2)[2]) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
         const float sum = quad_sum(softmax.sum[i]);
@@ -133,6 +133,9 @@ __device__ __forceinline__ void normalise(const Softmax& softmax, float (&rO)[12
         scale[i] = nothing ? 0.f : 1.f / sum;
         lse_log2[i] = nothing ? -INFINITY : softmax.base[i] + log2f(sum);
     }
+}
+
+__device__ __forceinline__ void normalise(const float (&scale)[2], float (&rO)[128]) {
 #pragma unroll
     for (int k = 0; k < 128; ++k) rO[k] *= scale[k / 2 % 2];
 }

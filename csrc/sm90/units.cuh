@@ -6,8 +6,8 @@
 // in its units, as a stack. A new unit is merged with those that it completes. What is left at the end of its share of
 // a row are nodes for fwd_kvcache_mla_merge_nodes.cu, which does the same over all parts.
 //
-// A node is a normalised output in fp32 and its lse, base 2, in the workspace: those that are left in the places that
-// the plan gives the part, others in places of the CTA's own. All as it lay in registers: a thread reads what it wrote.
+// Nodes (nodes.cuh) are in the workspace: those that are left in the places that the plan gives the part, others in
+// places of the CTA's own. All as it lay in registers: a thread reads what it wrote.
 #pragma once
 
 #include <algorithm>
@@ -31,7 +31,7 @@ struct Units {
     int each, count, padded;
 
     __device__ explicit Units(int tiles) {
-        each = max(max(kUnitTiles, min(2 * kUnitTiles, (tiles + 15) / 16)), (tiles + kMaxUnits - 1) / kMaxUnits);
+        each = unit_tiles(tiles);
         count = (tiles + each - 1) / each;
         padded = count <= 1 ? 1 : 1 << (32 - __clz(count - 1));
     }
@@ -53,8 +53,10 @@ struct Unit : Segment {
     int leaf;      // in the places of the plan
 };
 
-// Calls body(unit) for the units of the CTA's parts, in order.
-template <typename Body>
+// Calls body(unit) for the units of the CTA's parts, in order. kTogether: for all units of a part's share of a row at
+// once, which is all that who loads needs to know: a unit has an even number of tiles, so that tiles alternate between
+// two places, but for the row's last one.
+template <bool kTogether, typename Body>
 __device__ __forceinline__ void for_each_unit(const FwdParams& params, const Part (&parts)[kMaxParts], Body&& body) {
     for (int index = blockIdx.y; index < params.plan_parts; index += gridDim.y) {
         const Part& p = parts[index];
@@ -72,6 +74,12 @@ __device__ __forceinline__ void for_each_unit(const FwdParams& params, const Par
             const int end_tile = unit.more ? tiles : min(p.last_tile, tiles);
             const int end = (end_tile + units.each - 1) / units.each;
             const int first = p.continues(unit.row) ? p.first_tile / units.each : 0;
+            if constexpr (kTogether) {
+                unit.begin = min(first * units.each, tiles);
+                unit.end = min(max(first, end) * units.each, tiles);
+                body(unit);
+                continue;
+            }
             const bool whole = first == 0 && end == units.count;
             unit.leaves = whole ? 0 : count_nodes(first, units.end_of_nodes(first, end));
             unit.leaves = min(unit.leaves, max(params.places - unit.leaf, 0));  // fewer: a plan of other lengths
@@ -100,32 +108,14 @@ __device__ __forceinline__ int64_t tile_of_node(const FwdParams& params, const R
     return int64_t{params.places} * params.row_tiles + (block * kOwnPlaces + own) * gridDim.x + blockIdx.x;
 }
 
-// Where a node's lse is. Every warpgroup has its own (of the few rows' kernel every warp): one may have gone on to
-// merge it, and to leave the result's in the same tile, when another reads it.
-constexpr int kNodeLse = 2 * kRowTile;  // of a tile
-
-__device__ __forceinline__ float* node_lse(const FwdParams& params, int64_t tile) {
-    return params.partial_lse + tile * kNodeLse;
-}
-
-// Lists a node that is left, for fwd_kvcache_mla_merge_nodes.cu. One thread of all row tiles'.
-__device__ __forceinline__ void list_node(const FwdParams& params, const Unit& unit, int index) {
-    if (index < unit.leaves) params.nodes[unit.leaf + index] = make_int2(unit.row, unit.end_unit);
-}
-
-// After a thread's stores of a node, which the warp reads later.
-__device__ __forceinline__ void node_stored() {
-    __threadfence_block();
-    __syncwarp();
-}
-
-// Calls body(share, row tile) for the segments or units of the CTA's parts, in order. `rows`: the CTA's.
-template <bool kUneven, bool kInvariant, typename Body>
+// Calls body(share, row tile) for the segments or units of the CTA's parts, in order. `rows`: the CTA's. kTogether: see
+// for_each_unit.
+template <bool kUneven, bool kInvariant, bool kTogether = false, typename Body>
 __device__ __forceinline__ void for_each_share(const FwdParams& params, const Part (&parts)[kMaxParts],
                                                const RowTile& rows, Body&& body) {
     static_assert(!kUneven || !kInvariant);
     if constexpr (kInvariant) {
-        for_each_unit(params, parts, [&](const Unit& unit) {
+        for_each_unit<kTogether>(params, parts, [&](const Unit& unit) {
             body(unit, RowTile(params, rows.size, ptx::anew(params.first_row_tile)));
         });
     } else {

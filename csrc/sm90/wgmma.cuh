@@ -85,6 +85,15 @@ __device__ __forceinline__ void keep(uint32_t (&a)[kCount]) {
         : FLASHMLA_4(d, 0), FLASHMLA_4(d, 4)                                          \
         : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)))
 
+#define FLASHMLA_WGMMA_M64N32K16(TYPE, TRANSPOSED)                                                                 \
+    asm volatile(                                                                                                  \
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %18, 0;\n"                                                               \
+        "wgmma.mma_async.sync.aligned.m64n32k16.f32." TYPE "." TYPE                                                \
+        " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, %16, %17, p, 1, 1, " TRANSPOSED \
+        ", 0;\n}\n"                                                                                                \
+        : FLASHMLA_16(d, 0)                                                                                        \
+        : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)))
+
 #define FLASHMLA_WGMMA_M64N64K16(TYPE)                                                       \
     asm volatile(                                                                            \
         "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"                                         \
@@ -132,19 +141,25 @@ __device__ __forceinline__ void keep(uint32_t (&a)[kCount]) {
           FLASHMLA_16(d, 80), FLASHMLA_16(d, 96), FLASHMLA_16(d, 112)                                        \
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)))
 
-// d [64, 16] = a [64, 16] b [16, 16]^T (+ d): both operands in shared memory, b K-major, a too or, if kMNMajor,
-// MN-major.
-template <typename T, bool kMNMajor>
-__device__ __forceinline__ void m64n16k16(float (&d)[8], uint64_t a, uint64_t b, bool accumulate) {
-    if constexpr (std::is_same_v<T, __nv_bfloat16> && kMNMajor) {
-        FLASHMLA_WGMMA_M64N16K16("bf16", "1");
-    } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-        FLASHMLA_WGMMA_M64N16K16("bf16", "0");
-    } else if constexpr (kMNMajor) {
-        FLASHMLA_WGMMA_M64N16K16("f16", "1");
-    } else {
-        FLASHMLA_WGMMA_M64N16K16("f16", "0");
+// d [64, kN] = a [64, 16] b [kN, 16]^T (+ d), kN 16 or 32: both operands in shared memory, b K-major, a too or, if
+// kMNMajor, MN-major.
+#define FLASHMLA_ALL_TYPES(WGMMA)                                    \
+    if constexpr (std::is_same_v<T, __nv_bfloat16> && kMNMajor) {    \
+        WGMMA("bf16", "1");                                          \
+    } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {         \
+        WGMMA("bf16", "0");                                          \
+    } else if constexpr (kMNMajor) {                                 \
+        WGMMA("f16", "1");                                           \
+    } else {                                                         \
+        WGMMA("f16", "0");                                           \
     }
+template <typename T, bool kMNMajor>
+__device__ __forceinline__ void m64k16(float (&d)[8], uint64_t a, uint64_t b, bool accumulate) {
+    FLASHMLA_ALL_TYPES(FLASHMLA_WGMMA_M64N16K16)
+}
+template <typename T, bool kMNMajor>
+__device__ __forceinline__ void m64k16(float (&d)[16], uint64_t a, uint64_t b, bool accumulate) {
+    FLASHMLA_ALL_TYPES(FLASHMLA_WGMMA_M64N32K16)
 }
 
 // d [64, 64] = a [64, 16] b [64, 16]^T (+ d): both operands in shared memory, K-major.
@@ -193,7 +208,9 @@ __device__ __forceinline__ void m64n256k16(float (&d)[128], const uint32_t* a, u
 #undef FLASHMLA_WGMMA_M64N256K16_RS
 #undef FLASHMLA_WGMMA_M64N256K16
 #undef FLASHMLA_WGMMA_M64N64K16
+#undef FLASHMLA_WGMMA_M64N32K16
 #undef FLASHMLA_WGMMA_M64N16K16
+#undef FLASHMLA_ALL_TYPES
 #undef FLASHMLA_16
 #undef FLASHMLA_4
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..kv_cache import BYTE_DTYPES
-from ..plan import MAX_PARTS, make_invariant_plan, max_parts, places, row_cost, row_tiles
+from ..plan import MAX_PARTS, max_parts, places, row_tiles
 from . import values
 
 PACKAGE = Path(__file__).resolve().parent.parent
@@ -146,9 +146,10 @@ def get_mla_metadata(
     parts = _parts(cache_seqlens.device, num_heads_per_head_k, num_heads_k)
     plan = tile_scheduler_metadata, num_splits
     if batch_invariant:
-        room, cost = places(row_tiles(num_heads_per_head_k, num_heads_k)), row_cost(num_heads_per_head_k)
-        for to, made in zip(plan, make_invariant_plan(cache_seqlens, parts, room, cost), strict=True):
-            to.copy_(made)
+        room = places(row_tiles(num_heads_per_head_k, num_heads_k))
+        torch.ops.flashmla_sm90.get_mla_metadata_invariant.default(
+            *plan, cache_seqlens, parts, room, num_heads_per_head_k
+        )
         return
     torch.ops.flashmla_sm90.get_mla_metadata.default(
         *plan, cache_seqlens, parts, num_heads_per_head_k, cu_seqlens_q, max_seqlen_q or 0

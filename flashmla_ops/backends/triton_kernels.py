@@ -26,6 +26,7 @@ FLAGS = tl.constexpr(_plan.FLAGS)
 FIRST_ROW_TILE = tl.constexpr(_plan.FIRST_ROW_TILE)
 LAST_ROW_TILE = tl.constexpr(_plan.LAST_ROW_TILE)
 MIN_TILES = tl.constexpr(_plan.MIN_TILES)
+FEWEST_TILES = tl.constexpr(_plan.FEWEST_TILES)
 UNIT_TILES = tl.constexpr(_plan.UNIT_TILES)
 MAX_UNITS = tl.constexpr(_plan.MAX_UNITS)
 OWN_PLACES = tl.constexpr(_plan.MAX_UNITS.bit_length() - 1)  # nodes of a row that wait at once for one that is to come
@@ -353,8 +354,10 @@ def _length_of(cache_seqlens, row, max_len):
 @triton.jit
 def _units_of(tiles):
     """Of a row: the tiles of a unit, and the units."""
-    each = tl.maximum(tl.minimum((tiles + 15) // 16, 2 * UNIT_TILES), UNIT_TILES)
+    each = tl.maximum(tl.minimum((tiles + 3) // 4, UNIT_TILES), FEWEST_TILES)
+    each = tl.maximum(each, tl.minimum((tiles + 15) // 16, 2 * UNIT_TILES))
     each = tl.maximum(each, (tiles + MAX_UNITS - 1) // MAX_UNITS)
+    each += each % 2
     return each, (tiles + each - 1) // each
 
 

@@ -1,0 +1,230 @@
+// get_mla_metadata with batch_invariant: deals rows to parts that begin and end between units (flashmla_ops/plan.py).
+//
+// The rows lie end to end on two lines. On that of cost, get_mla_metadata.cu's, cut p stands at floor(p * total /
+// parts); what a row costs beside its tiles lies before its first unit. On that of units a row has as many as it is
+// cut into, one if it has no tiles, and cut p stands at p * ceil(total / num_parts). A cut in a row that has `unit`
+// whole units before it is rounded down to a multiple of g of them. Cuts that have become equal are one, and part i
+// begins at the i-th of those that are left. Between two cuts lie the end of one row, whole rows, and the beginning of
+// another one, or a piece of one row; these ends and pieces leave nodes. g is for each line the least power of two with
+// which all parts leave at most `places` of them. The plan is that of the line whose greatest load of a part is then
+// less.
+//
+// Grid: one CTA, each thread with as many consecutive rows as it takes. A scan gives each thread's rows their place on
+// the lines. Each line then has one half of the threads. A thread a cut finds its row: by bisection the thread that has
+// it, and row by row from there. All cuts lie in shared memory before any is rounded, with all that rounding needs: the
+// nodes that parts leave with every g are counted at once, then loads are compared, and a last scan numbers the parts,
+// splits and places of the line that is chosen. Any architecture.
+
+#include <bit>
+
+#include "check.h"
+#include "get_mla_metadata.cuh"
+#include "params.h"
+
+namespace flashmla {
+namespace {
+
+constexpr int kThreads = 1024;  // a power of two, for the bisection
+constexpr int kLines = 2, kCost = 0, kUnits = 1;
+constexpr int kLineThreads = kThreads / kLines;
+constexpr int kLevels = std::bit_width(unsigned{kMaxUnits});  // powers of two for g; with the last all rows are whole
+constexpr int kInvariant = 1;                                 // bit of the flags
+
+struct Row {
+    int tiles, each, units;  // `each` tiles make a unit
+
+    __device__ Row(const MetadataParams& params, int row)
+        : tiles(num_tiles(params, row)), each(unit_tiles(tiles)), units((tiles + each - 1) / each) {}
+    __device__ int length(const MetadataParams& params, int line) const {
+        return line == kCost ? params.row_cost + tiles : max(units, 1);
+    }
+};
+
+// Where a cut stands: before `unit` of `row`, which has so many `units` of so many tiles `each` and begins at `begin`
+// on the line of cost. At the end row b.
+struct alignas(16) Cut {
+    int row, unit, units, each;
+    int64_t begin;
+
+    __device__ Cut at(int level) const { return {row, unit >> level << level, units, each, begin}; }
+    __device__ bool operator==(const Cut& other) const { return row == other.row && unit == other.unit; }
+};
+
+struct SharedStorage {
+    int64_t sums[kLines + 1][32];         // of the warps
+    int64_t begin[kLines][kThreads];      // where on the lines each thread's rows begin
+    Cut cuts[kLines][kMaxParts + 1];      // as they are before they are rounded
+    int left[kLines][kLevels];            // nodes, by all parts
+    unsigned long long greatest[kLines];  // load of a part
+    int splits_before[kMaxParts + 1];     // cuts before this one that stand inside a row
+};
+
+// What the last scan sums, of 16 bits each.
+struct Counts {
+    int parts, splits, nodes;
+
+    __device__ Counts(bool part, bool splits, int nodes) : parts(part), splits(splits), nodes(nodes) {}
+    __device__ explicit Counts(int64_t packed)
+        : parts(packed & 0xffff), splits(packed >> 16 & 0xffff), nodes(packed >> 32 & 0xffff) {}
+    __device__ int64_t packed() const { return parts | int64_t{splits} << 16 | int64_t{nodes} << 32; }
+};
+static_assert(kMaxParts * 2 * kLevels < 1 << 16);
+
+// ---------------------------------------------------------------------------------------------------- device helpers
+
+// Cut p of a line of this length.
+__device__ int64_t cut_position(const MetadataParams& params, int line, int64_t total, int p) {
+    if (line == kUnits) return min(p * ((total + params.num_parts - 1) / params.num_parts), total);
+    const int64_t worth = total / (kMinTiles + params.row_cost);  // parts
+    const int parts = static_cast<int>(max(min(worth, int64_t{params.num_parts}), int64_t{1}));
+    return min(p, parts) * total / parts;
+}
+
+// The cut at `position`, which is below the line's end.
+__device__ Cut find_cut(const MetadataParams& params, const SharedStorage& shared, int per_thread, int line,
+                        int64_t position) {
+    int thread = 0;  // the last one whose rows begin there or before
+    for (int step = kThreads / 2; step > 0; step /= 2) {
+        if (shared.begin[line][thread + step] <= position) thread += step;
+    }
+    int row = thread * per_thread;
+    Row here(params, row);
+    int64_t inside = position - shared.begin[line][thread], begin = shared.begin[kCost][thread];
+    while (inside >= here.length(params, line)) {
+        inside -= here.length(params, line);
+        begin += here.length(params, kCost);
+        here = Row(params, ++row);
+    }
+    const int rest = static_cast<int>(inside);
+    const int unit = line == kUnits ? rest : max(rest - params.row_cost, 0) / here.each;
+    return {row, unit, here.units, here.each, begin};
+}
+
+__device__ int64_t warp_max(int64_t value) {
+    for (int offset = 1; offset < 32; offset *= 2) value = max(value, __shfl_xor_sync(~0u, value, offset));
+    return value;
+}
+
+// The first of a line's cuts in or after a row, which may be row b.
+__device__ int first_cut(const Cut (&cuts)[kMaxParts + 1], int row) {
+    int before = 0;
+    for (int step = kMaxParts; step > 0; step /= 2) {
+        if (before + step <= kMaxParts && cuts[before + step - 1].row < row) before += step;
+    }
+    return before;
+}
+
+// Nodes that units begin .. end - 1 leave, the greatest that lie in them: up to the last multiple of the greatest power
+// of two that the range crosses, and from there on, one for each bit of the distance.
+__device__ int count_nodes(int begin, int end) {
+    const int bit = 31 - __clz(begin ^ end), middle = end >> bit << bit;
+    return __popc(middle - begin) + __popc(end - middle);
+}
+
+// The same up to the end of a row of `units`, begin > 0: there the last node is whole, however few units it has.
+__device__ int count_last_nodes(int begin, int units) {
+    const int bit = 31 - __clz((begin - 1) ^ (units - 1)), middle = (units - 1) >> bit << bit;
+    return __popc(middle - begin) + 1;
+}
+
+// Nodes that lie between two cuts.
+__device__ int count_nodes(const Cut& from, const Cut& to) {
+    if (from == to) return 0;
+    if (from.row == to.row) return count_nodes(from.unit, to.unit);
+    return (from.unit > 0 ? count_last_nodes(from.unit, from.units) : 0) + __popc(to.unit);
+}
+
+// Tiles between two cuts, and a row's cost for each row that they touch. Of cuts that are one a row's cost at most.
+__device__ int64_t load(const MetadataParams& params, const Cut& from, const Cut& to) {
+    const int64_t end = to.begin + (to.unit > 0 ? params.row_cost + to.unit * to.each : 0);
+    return end - (from.begin + from.unit * from.each);
+}
+
+// ------------------------------------------------------------------------------------------------------------ kernel
+
+__global__ void __launch_bounds__(kThreads)
+    get_mla_metadata_invariant_kernel(const MetadataParams params, int per_thread) {
+    __shared__ SharedStorage shared;
+    const int index = threadIdx.x, line = index / kLineThreads;
+    const int part = index % kLineThreads;  // and the cut before it, before cuts become one
+    const int first_row = min(index * per_thread, params.b), end_row = min(first_row + per_thread, params.b);
+    int64_t lengths[kLines] = {}, totals[kLines];
+#pragma unroll 4
+    for (int row = first_row; row < end_row; ++row) {
+        const Row here(params, row);
+#pragma unroll
+        for (int i = 0; i < kLines; ++i) lengths[i] += here.length(params, i);
+    }
+    if (part < kLevels) shared.left[line][part] = 0;
+    if (part == 0) shared.greatest[line] = 0;
+#pragma unroll
+    for (int i = 0; i < kLines; ++i) shared.begin[i][index] = sum_before(lengths[i], shared.sums[i], totals[i]);
+    __syncthreads();
+
+    const Cut end_cut = {params.b, 0, 0, 1, totals[kCost]};
+    if (part <= kMaxParts) {
+        const int64_t total = line == kUnits ? totals[kUnits] : totals[kCost];
+        const int64_t position = cut_position(params, line, total, part);
+        shared.cuts[line][part] = position < total ? find_cut(params, shared, per_thread, line, position) : end_cut;
+    }
+    __syncthreads();
+
+    for (int i = part; i < kLevels * kMaxParts; i += kLineThreads) {
+        const int level = i / kMaxParts;
+        const Cut* cut = shared.cuts[line] + i % kMaxParts;
+        const int left = warp_sum(count_nodes(cut[0].at(level), cut[1].at(level)));
+        if (index % 32 == 0) atomicAdd(&shared.left[line][level], left);
+    }
+    __syncthreads();
+
+    int level = 0;  // nodes become fewer from one to the next
+    while (level < kLevels - 1 && shared.left[line][level] > params.places) ++level;
+    Cut from = end_cut, to = end_cut;
+    if (part < kMaxParts) {
+        from = shared.cuts[line][part].at(level);
+        to = shared.cuts[line][part + 1].at(level);
+        const int64_t greatest = warp_max(load(params, from, to));
+        if (index % 32 == 0) atomicMax(&shared.greatest[line], static_cast<unsigned long long>(greatest));
+    }
+    __syncthreads();
+
+    const int chosen = shared.greatest[kUnits] <= shared.greatest[kCost] ? kUnits : kCost;
+    const Cut(&cuts)[kMaxParts + 1] = shared.cuts[chosen];
+    const bool is_part = line == chosen && from != to, splits = is_part && from.unit > 0;
+    const int nodes = is_part ? count_nodes(from, to) : 0;
+    int64_t packed_all;
+    const Counts before(sum_before(Counts(is_part, splits, nodes).packed(), shared.sums[kLines], packed_all));
+    const Counts all(packed_all);
+    if (line == chosen && part <= kMaxParts) shared.splits_before[part] = before.splits;
+    __syncthreads();
+
+    if (is_part) {
+        const bool whole = to.unit == 0;  // the next part starts with a row of its own
+        const int last_row = whole ? to.row - 1 : to.row;
+        const int last_tile = whole ? num_tiles(params, last_row) : to.unit * to.each;
+        const int first_split = splits ? before.splits + 1 - shared.splits_before[first_cut(cuts, from.row)] : 0;
+        write_part(params, before.parts, {from.row, from.unit * from.each, last_row, last_tile}, first_split, 0, 0,
+                   kInvariant + 2 * before.nodes);
+    }
+    if (index >= all.parts && index < kMaxParts) write_part(params, index, kNoWork, 0);
+    if (index == kMaxParts) {
+        write_part(params, kMaxParts, kNoWork, 0, 0, 0, kInvariant + 2 * all.nodes);
+        params.num_splits[params.b] = params.b + all.splits;
+    }
+    int cut = first_cut(cuts, first_row);
+    for (int row = first_row; row < end_row; ++row) {
+        while (cuts[cut].row < row) ++cut;
+        params.num_splits[row] = row + shared.splits_before[cut];
+    }
+}
+
+}  // namespace
+
+// ---------------------------------------------------------------------------------------------------------- launcher
+
+void get_mla_metadata_invariant(const MetadataParams& params, cudaStream_t stream) {
+    get_mla_metadata_invariant_kernel<<<1, kThreads, 0, stream>>>(params, (params.b + kThreads - 1) / kThreads);
+    cuda_check(cudaGetLastError(), "get_mla_metadata");
+}
+
+}  // namespace flashmla
