@@ -130,7 +130,8 @@ void fwd_kvcache_mla_invariant(FwdParams params, const Tensor& like, cudaStream_
     const int64_t own = int64_t{std::min(params.row_tiles, kLaunchRowTiles)} * params.grid_parts * kOwnPlaces;
     const int64_t tiles = int64_t{params.places} * params.row_tiles + own;
     // partial_out, in halves of bf16 calls; partial_lse, heads of two floats; nodes (sm90/nodes.cuh): in floats
-    const int64_t values = tile_rows * kDimV / (params.dtype == DType::kBF16 ? 2 : 1), heads = 2 * 8 * 32 * (params.few_rows ? tile_rows / 4 : 2);
+    const int64_t values = tile_rows * kDimV / (params.dtype == DType::kBF16 ? 2 : 1),
+                  heads = 2 * 8 * 32 * (params.few_rows ? tile_rows / 4 : 2);
     Tensor workspace = new_empty({tiles * (values + heads) + 2 * params.places}, ScalarType::Float, like);
     params.partial_out = static_cast<float*>(workspace.data_ptr());
     params.partial_lse = params.partial_out + tiles * values;

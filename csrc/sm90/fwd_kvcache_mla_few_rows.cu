@@ -50,10 +50,10 @@ struct SharedStorage {
 
     alignas(1024) T ring[kRing][kPortionSlices][64 * 64];
     alignas(1024) T sQ[kSlices][kRows * 64];
-    alignas(1024) T sP[2][kRows * 64];    // of each warpgroup: P [rows, keys]; at a row's end 64 columns of results
-    Part parts[kMaxParts];                // the plan
-    alignas(16) float high[2][4][kRows];  // of each warpgroup's warps: the rows' maxima in the tile
-    alignas(16) float sum[2][4][kRows];   // and their sums in the segment
+    alignas(1024) T sP[2][kRows * 64];        // of each warpgroup: P [rows, keys]; at a row's end 64 columns of results
+    Part parts[kMaxParts];                    // the plan
+    alignas(16) float high[2][4][kRows];      // of each warpgroup's warps: the rows' maxima in the tile
+    alignas(16) float sum[2][4][kRows];       // and their sums in the segment
     alignas(16) float greatest[2][4][kRows];  // of a unit's results
     uint64_t landed[kRing], freed[kRing];
     uint64_t queries_landed, queries_freed;

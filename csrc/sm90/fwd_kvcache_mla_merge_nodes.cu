@@ -236,7 +236,8 @@ __device__ __forceinline__ Node<Layout> merge_together(const FwdParams& params, 
     const int padded = shared.ends[end - 1];  // the row's last node ends where its tree does
     const int units = max(padded / kWarps, 1);
     const int2 mine = nodes_of(shared, begin, end, warp * units, units);
-    Node<Layout> node = merge_nodes<T, Layout>(params, shared, mine.x, mine.x + mine.y, warp * units, units, row_tile, v);
+    Node<Layout> node =
+        merge_nodes<T, Layout>(params, shared, mine.x, mine.x + mine.y, warp * units, units, row_tile, v);
 #pragma unroll 1
     for (int step = 1; step < kWarps && step * units < padded; step *= 2) {
         const bool left = warp % (2 * step) == 0;

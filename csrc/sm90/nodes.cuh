@@ -3,10 +3,10 @@
 // one comes from memory and the other may have been there, or in fwd_kvcache_mla_merge_nodes.cu.
 //
 // Of calls in bf16 a node is rounded to fp16, in registers too: stores and loads of nodes are what a unit costs beside
-// its tiles (csrc/NOTES.md). Its values are relative to a power of two for each query row and warpgroup (greatest_power): by
-// the greatest value of a unit, and of two nodes the greater one. So a rounding is to 11 bits of values down to 2^-28
-// of the greatest, and those below come out averaged: less than the result's own rounding to 8. In fp16 that would
-// show; there nodes are in fp32, and the power is 1.
+// its tiles (csrc/NOTES.md). Its values are relative to a power of two for each query row and warpgroup
+// (greatest_power): by the greatest value of a unit, and of two nodes the greater one. So a rounding is to 11 bits of
+// values down to 2^-28 of the greatest, and those below come out averaged: less than the result's own rounding to 8. In
+// fp16 that would show; there nodes are in fp32, and the power is 1.
 #pragma once
 
 #include <type_traits>
@@ -60,8 +60,8 @@ template <typename T>
 __device__ __forceinline__ void store_values(uint4* to, const float* x) {
     // L2 keeps nodes longer than keys: they are read again a unit later (csrc/NOTES.md)
     if constexpr (kHalfNodes<T>) {
-        ptx::store_evict_last(to, {pack_halves(x[0], x[1]), pack_halves(x[2], x[3]), pack_halves(x[4], x[5]),
-                                   pack_halves(x[6], x[7])});
+        ptx::store_evict_last(
+            to, {pack_halves(x[0], x[1]), pack_halves(x[2], x[3]), pack_halves(x[4], x[5]), pack_halves(x[6], x[7])});
     } else {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
@@ -107,7 +107,7 @@ __device__ __forceinline__ bool makes_row(const Unit& unit) { return unit.ends &
 // Where a thread has its accumulators of a node: [warpgroup, 16, kNodeVectors, 128 threads].
 template <typename T>
 __device__ __forceinline__ uint4* node_of(const FwdParams& params, int64_t tile, int warpgroup, const Consumer& me) {
-    return node_values<T, kRowTile>(params, tile) + warpgroup * (16 * 128 * kNodeVectors<T>) + me.warp * 32 + me.lane;
+    return node_values<T, kRowTile>(params, tile) + warpgroup * (16 * 128 * kNodeVectors<T>)+me.warp * 32 + me.lane;
 }
 
 // A unit's result, which is to be multiplied by `scale` to be normalised, becomes a node.

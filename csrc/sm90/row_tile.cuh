@@ -233,8 +233,8 @@ struct Weights {
 };
 
 // A share's values in fp16, 8 to a vector: the thread's accumulators 8 j .. 8 j + 7. What they are multiplied by is
-// such that a row's greatest one of a warpgroup has the exponent 14 (greatest_power): an element is rounded to 11 bits if it
-// is not less than that one by a factor of 2^28, and the combine kernel's result to no more than out's 8 or 11.
+// such that a row's greatest one of a warpgroup has the exponent 14 (greatest_power): an element is rounded to 11 bits
+// if it is not less than that one by a factor of 2^28, and the combine kernel's result to no more than out's 8 or 11.
 struct PackedShare {
     static constexpr int kVectors = kRowTile * kDimV / 8;
 

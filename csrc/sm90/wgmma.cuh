@@ -85,13 +85,13 @@ __device__ __forceinline__ void keep(uint32_t (&a)[kCount]) {
         : FLASHMLA_4(d, 0), FLASHMLA_4(d, 4)                                          \
         : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)))
 
-#define FLASHMLA_WGMMA_M64N32K16(TYPE, TRANSPOSED)                                                                 \
-    asm volatile(                                                                                                  \
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %18, 0;\n"                                                               \
-        "wgmma.mma_async.sync.aligned.m64n32k16.f32." TYPE "." TYPE                                                \
+#define FLASHMLA_WGMMA_M64N32K16(TYPE, TRANSPOSED)                                                                \
+    asm volatile(                                                                                                 \
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %18, 0;\n"                                                              \
+        "wgmma.mma_async.sync.aligned.m64n32k16.f32." TYPE "." TYPE                                               \
         " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, %16, %17, p, 1, 1, " TRANSPOSED \
-        ", 0;\n}\n"                                                                                                \
-        : FLASHMLA_16(d, 0)                                                                                        \
+        ", 0;\n}\n"                                                                                               \
+        : FLASHMLA_16(d, 0)                                                                                       \
         : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)))
 
 #define FLASHMLA_WGMMA_M64N64K16(TYPE)                                                       \
@@ -143,15 +143,15 @@ __device__ __forceinline__ void keep(uint32_t (&a)[kCount]) {
 
 // d [64, kN] = a [64, 16] b [kN, 16]^T (+ d), kN 16 or 32: both operands in shared memory, b K-major, a too or, if
 // kMNMajor, MN-major.
-#define FLASHMLA_ALL_TYPES(WGMMA)                                    \
-    if constexpr (std::is_same_v<T, __nv_bfloat16> && kMNMajor) {    \
-        WGMMA("bf16", "1");                                          \
-    } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {         \
-        WGMMA("bf16", "0");                                          \
-    } else if constexpr (kMNMajor) {                                 \
-        WGMMA("f16", "1");                                           \
-    } else {                                                         \
-        WGMMA("f16", "0");                                           \
+#define FLASHMLA_ALL_TYPES(WGMMA)                                 \
+    if constexpr (std::is_same_v<T, __nv_bfloat16> && kMNMajor) { \
+        WGMMA("bf16", "1");                                       \
+    } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {      \
+        WGMMA("bf16", "0");                                       \
+    } else if constexpr (kMNMajor) {                              \
+        WGMMA("f16", "1");                                        \
+    } else {                                                      \
+        WGMMA("f16", "0");                                        \
     }
 template <typename T, bool kMNMajor>
 __device__ __forceinline__ void m64k16(float (&d)[8], uint64_t a, uint64_t b, bool accumulate) {
