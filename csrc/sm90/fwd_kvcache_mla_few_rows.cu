@@ -6,9 +6,10 @@
 //
 // Grid: (row tiles, parts at work at once), as there. 1 CTA a multiprocessor.
 //
-// Warp roles. Warps 0-3 and 4-7 are two warpgroups that know nothing of each other: each scores every tile of 64 keys
-// and accumulates P V for its half of the 512 output columns. So nothing is handed over, at the
-// price of scoring twice: the tensor cores have time. Warp 8 loads keys, warps 9-11 load queries.
+// Warp roles. Warps 0-3 and 4-7 are two warpgroups that share all work on a tile of 64 keys, and none of it is done
+// twice: scores by slices of keys and queries (one the slices 0-4, the other 5-8), the softmax by query rows, O^T by
+// columns of V. So a tile is done with soon, and its place can be loaded again. Warp 8 loads keys, warps 9-11 load
+// queries.
 //
 // Shared memory: a ring of 8 portions, each three slices of 64 keys x 64 values (24 KB). A tile is three portions.
 //
@@ -50,14 +51,19 @@ struct SharedStorage {
 
     alignas(1024) T ring[kRing][kPortionSlices][64 * 64];
     alignas(1024) T sQ[kSlices][kRows * 64];
-    alignas(1024) T sP[2][kRows * 64];        // of each warpgroup: P [rows, keys]; at a row's end 64 columns of results
-    Part parts[kMaxParts];                    // the plan
-    alignas(16) float high[2][4][kRows];      // of each warpgroup's warps: the rows' maxima in the tile
-    alignas(16) float sum[2][4][kRows];       // and their sums in the segment
-    alignas(16) float greatest[2][4][kRows];  // of a unit's results
+    alignas(1024) T sP[2][kRows * 64];  // P [rows, keys], and a place; at a row's end each warpgroup's results
+    alignas(16) float4 partial[2][kRows / 16][kWarpgroup];  // the other warpgroup's share of each one's rows' scores
+    alignas(16) float factor[kRows];                        // what O is to be multiplied by before a tile is added
+    alignas(16) float scale[kRows], lse_log2[kRows];        // and at a row's end, to be normalised
+    Part parts[kMaxParts];                                  // the plan
+    alignas(16) float high[2][4][kRows];                    // of each warpgroup's warps: the rows' maxima in the tile
+    alignas(16) float sum[2][4][kRows];  // and their sums in the segment; then a unit's greatest results
     uint64_t landed[kRing], freed[kRing];
     uint64_t queries_landed, queries_freed;
 };
+
+// Named barriers of the consumers, by event; 0 is __syncthreads's.
+enum Barrier { kWarpgroupOf = 1 /* + warpgroup */, kScored = 3, kStored, kSummed };
 
 // A place in the ring, and the phase of its barriers there.
 template <int kRing>
@@ -65,9 +71,10 @@ struct Place {
     int slot = 0;
     uint32_t phase = 0;
 
-    __device__ void next() {
-        if (++slot == kRing) {
-            slot = 0;
+    __device__ void next(int count = 1) {
+        slot += count;
+        if (slot >= kRing) {
+            slot -= kRing;
             phase ^= 1;
         }
     }
@@ -139,55 +146,92 @@ __device__ __forceinline__ void load_queries(const FwdParams& params, SharedStor
 __device__ __forceinline__ int row_of(int lane, int h) { return h / 2 * 8 + lane % 4 * 2 + h % 2; }
 __device__ __forceinline__ constexpr int element(int h, int i) { return h / 2 * 4 + i * 2 + h % 2; }
 
-// The running softmax of a thread's query rows.
+// A warpgroup's softmax is of half of the rows: kRows / 8 of a thread's, from `first` on.
 template <int kRows>
 struct ColumnSoftmax {
-    float base[kRows / 4], sum[kRows / 4];  // the greatest scaled score so far, base 2; sum over this thread's keys
+    static constexpr int kCount = kRows / 8;
+    int first;
+    float base[kCount], sum[kCount];  // the greatest scaled score so far, base 2; sum over this thread's keys
 
-    __device__ ColumnSoftmax() {
+    __device__ explicit ColumnSoftmax(int warpgroup) : first(warpgroup * kCount) {
 #pragma unroll
-        for (int h = 0; h < kRows / 4; ++h) {
+        for (int h = 0; h < kCount; ++h) {
             base[h] = -INFINITY;
             sum[h] = 0.f;
         }
     }
+    __device__ int row(int lane, int h) const { return row_of(lane, first + h); }
 };
 
-// S^T = K Q^T, portion by portion as they land.
-template <typename T, int kRows, int kRing>
-__device__ __forceinline__ void score(SharedStorage<T, kRows>& shared, Place<kRing> place, float (&rS)[kRows / 2]) {
-#pragma unroll 1
-    for (int portion = 0; portion < kPortions; ++portion, place.next()) {
-        wait(&shared.landed[place.slot], place.phase);
-        wgmma::fence();
+// Starts S^T += K Q^T of slices kFrom .. kTo - 1 of a portion, once that has landed.
+template <int kFrom, int kTo, typename T, int kRows, int kRing>
+__device__ __forceinline__ void score_slices(SharedStorage<T, kRows>& shared, Place<kRing> place, int portion,
+                                             bool begins, float (&rS)[kRows / 2]) {
+    place.next(portion);
+    wait(&shared.landed[place.slot], place.phase);
+    wgmma::fence();
 #pragma unroll
-        for (int i = 0; i < kPortionSlices; ++i) {
-            const uint64_t k = wgmma::k_major(shared.ring[place.slot][i]);
-            const uint64_t q = wgmma::k_major(shared.sQ[portion * kPortionSlices + i]);
+    for (int i = kFrom; i < kTo; ++i) {
+        const uint64_t k = wgmma::k_major(shared.ring[place.slot][i]);
+        const uint64_t q = wgmma::k_major(shared.sQ[portion * kPortionSlices + i]);
 #pragma unroll
-            for (int step = 0; step < 4; ++step) {
-                wgmma::m64k16<T, false>(rS, wgmma::advance(k, step * wgmma::kStepBytesKMajor),
-                                        wgmma::advance(q, step * wgmma::kStepBytesKMajor), portion + i + step > 0);
-            }
+        for (int step = 0; step < 4; ++step) {
+            wgmma::m64k16<T, false>(rS, wgmma::advance(k, step * wgmma::kStepBytesKMajor),
+                                    wgmma::advance(q, step * wgmma::kStepBytesKMajor), !begins || i + step > kFrom);
         }
-        wgmma::commit();
+    }
+    wgmma::commit();
+}
+
+// The scores of the warpgroup's rows: each warpgroup adds up half of the slices for all rows, and gives the other one
+// what it has of that one's rows. Contains a barrier of all consumers.
+template <typename T, int kRows, int kRing>
+__device__ __forceinline__ void score(SharedStorage<T, kRows>& shared, const Consumer& me, int warpgroup,
+                                      Place<kRing> place, float (&mine)[kRows / 4]) {
+    float rS[kRows / 2];
+    if (warpgroup == 0) {
+        score_slices<0, 3>(shared, place, 0, true, rS);
+        score_slices<0, 2>(shared, place, 1, false, rS);
+    } else {
+        score_slices<2, 3>(shared, place, 1, true, rS);
+        score_slices<0, 3>(shared, place, 2, false, rS);
     }
     wgmma::wait<0>();
     wgmma::keep(rS);
+    const int thread = me.warp * 32 + me.lane;
+#pragma unroll
+    for (int j = 0; j < kRows / 16; ++j) {
+        const auto half = [&](int of) {
+            const float* x = rS + of * (kRows / 4) + 4 * j;
+            return make_float4(x[0], x[1], x[2], x[3]);
+        };
+        shared.partial[1 - warpgroup][j][thread] = warpgroup == 0 ? half(1) : half(0);
+    }
+    ptx::named_barrier(kScored, kConsumers);
+#pragma unroll
+    for (int j = 0; j < kRows / 16; ++j) {
+        const float4 other = shared.partial[warpgroup][j][thread];
+        const float others[4] = {other.x, other.y, other.z, other.w};
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+            mine[4 * j + k] = (warpgroup == 0 ? rS[4 * j + k] : rS[kRows / 4 + 4 * j + k]) + others[k];
+        }
+    }
 }
 
 // Scales the scores of tile `tile`, and sets those of keys that a query row does not see to -inf.
-template <int kScores>
+template <int kRows>
 __device__ __forceinline__ void scale_and_mask(const FwdParams& params, const RowTile& rows, const Consumer& me,
-                                               const Segment& segment, int tile, float (&rS)[kScores]) {
+                                               const Segment& segment, const ColumnSoftmax<kRows>& softmax, int tile,
+                                               float (&rS)[kRows / 4]) {
     // an instruction of its own: fused with the subtraction of the base, the greatest exponent would not be 0
 #pragma unroll
-    for (int k = 0; k < kScores; ++k) rS[k] = __fmul_rn(rS[k], params.softmax_scale_log2);
+    for (int k = 0; k < kRows / 4; ++k) rS[k] = __fmul_rn(rS[k], params.softmax_scale_log2);
     const int seen_by_all = params.causal ? segment.length - rows.num_queries(params) + 1 : segment.length;
     if (!__any_sync(~0u, (tile + 1) * kTile > seen_by_all)) return;
 #pragma unroll
-    for (int h = 0; h < kScores / 2; ++h) {
-        const QueryRow row(params, rows.first_row + row_of(me.lane, h));
+    for (int h = 0; h < kRows / 8; ++h) {
+        const QueryRow row(params, rows.first_row + softmax.row(me.lane, h));
         const int visible = min(segment.length, params.causal ? seen_by_all + row.s : segment.length);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
@@ -206,37 +250,45 @@ __device__ __forceinline__ void over_lanes(float (&x)[kCount], Combine&& combine
     }
 }
 
-// And over the warpgroup's four warps, in their order, by way of `exchange`. Contains a barrier of the warpgroup.
-template <int kRows, typename Combine>
-__device__ __forceinline__ void over_warps(const Consumer& me, int warpgroup, float (&exchange)[4][kRows],
-                                           float (&x)[kRows / 4], Combine&& combine) {
+// And over the warpgroup's four warps, in their order, by way of `exchange`: x[h] is of a thread's query row first + h.
+// Contains a barrier of the warpgroup.
+template <int kRows, int kCount, typename Combine>
+__device__ __forceinline__ void over_warps(const Consumer& me, int warpgroup, float (&exchange)[4][kRows], int first,
+                                           float (&x)[kCount], Combine&& combine) {
     if (me.lane < 4) {
 #pragma unroll
-        for (int h = 0; h < kRows / 4; h += 2) {
-            *reinterpret_cast<float2*>(&exchange[me.warp][row_of(me.lane, h)]) = make_float2(x[h], x[h + 1]);
+        for (int h = 0; h < kCount; h += 2) {
+            *reinterpret_cast<float2*>(&exchange[me.warp][row_of(me.lane, first + h)]) = make_float2(x[h], x[h + 1]);
         }
     }
-    ptx::named_barrier(1 + warpgroup, kWarpgroup);
+    ptx::named_barrier(kWarpgroupOf + warpgroup, kWarpgroup);
 #pragma unroll
-    for (int h = 0; h < kRows / 4; h += 2) {
+    for (int h = 0; h < kCount; h += 2) {
 #pragma unroll
         for (int w = 0; w < 4; ++w) {
-            const float2 other = *reinterpret_cast<const float2*>(&exchange[w][row_of(me.lane, h)]);
+            const float2 other = *reinterpret_cast<const float2*>(&exchange[w][row_of(me.lane, first + h)]);
             x[h] = w == 0 ? other.x : combine(x[h], other.x);
             x[h + 1] = w == 0 ? other.y : combine(x[h + 1], other.y);
         }
     }
 }
 
-// A [64, rows] product in T to a slice [rows, 64].
+// A product [64, 2 * kValues rows] in T to a slice [rows, 64], from row `first` on.
 template <typename T, int kValues>
-__device__ __forceinline__ void store_transposed(const Consumer& me, const float (&x)[kValues], T* slice) {
+__device__ __forceinline__ void store_transposed(const Consumer& me, const float (&x)[kValues], T* slice,
+                                                 int first = 0) {
+    const int chunk = 2 * me.warp + me.lane / 8 % 2;
+    if constexpr (kValues == 4) {
+        ptx::stmatrix_x2_trans(ptx::shared_address(slice) + wgmma::swizzled(first + me.lane % 8, chunk),
+                               pack<T>(x[0], x[1]), pack<T>(x[2], x[3]));
+    } else {
 #pragma unroll
-    for (int j = 0; j < kValues / 4; j += 2) {
-        const int row = 8 * (j + me.lane / 16) + me.lane % 8, chunk = 2 * me.warp + me.lane / 8 % 2;
-        ptx::stmatrix_x4_trans(ptx::shared_address(slice) + wgmma::swizzled(row, chunk),
-                               pack<T>(x[4 * j], x[4 * j + 1]), pack<T>(x[4 * j + 2], x[4 * j + 3]),
-                               pack<T>(x[4 * j + 4], x[4 * j + 5]), pack<T>(x[4 * j + 6], x[4 * j + 7]));
+        for (int j = 0; j < kValues / 4; j += 2) {
+            const int row = first + 8 * (j + me.lane / 16) + me.lane % 8;
+            ptx::stmatrix_x4_trans(ptx::shared_address(slice) + wgmma::swizzled(row, chunk),
+                                   pack<T>(x[4 * j], x[4 * j + 1]), pack<T>(x[4 * j + 2], x[4 * j + 3]),
+                                   pack<T>(x[4 * j + 4], x[4 * j + 5]), pack<T>(x[4 * j + 6], x[4 * j + 7]));
+        }
     }
 }
 
@@ -253,25 +305,25 @@ __device__ __forceinline__ void zero_values(const Consumer& me, T* const (&slice
     }
 }
 
-// From scores to P, in the warpgroup's sP. rescale(factor) is what becomes of O.
-template <typename T, int kRows, typename Rescale>
+// From the scores of the warpgroup's rows to P and to what O is to be multiplied by, both in shared memory. Contains a
+// barrier of the warpgroup.
+template <typename T, int kRows>
 __device__ __forceinline__ void softmax_of(SharedStorage<T, kRows>& shared, const Consumer& me, int warpgroup,
-                                           float (&rS)[kRows / 2], ColumnSoftmax<kRows>& softmax, Rescale&& rescale) {
-    constexpr int kCount = kRows / 4;
-    float high[kCount], factor[kCount];
+                                           float (&rS)[kRows / 4], ColumnSoftmax<kRows>& softmax) {
+    constexpr int kCount = kRows / 8;
+    float high[kCount];
 #pragma unroll
     for (int h = 0; h < kCount; ++h) high[h] = fmaxf(rS[element(h, 0)], rS[element(h, 1)]);
     const auto greatest = [](float a, float b) { return fmaxf(a, b); };
     over_lanes(high, greatest);
-    over_warps(me, warpgroup, shared.high[warpgroup], high, greatest);
-    bool changed = false;
+    over_warps(me, warpgroup, shared.high[warpgroup], softmax.first, high, greatest);
 #pragma unroll
     for (int h = 0; h < kCount; ++h) {
         const float base = fmaxf(high[h], softmax.base[h]), from = base_of(base);
-        factor[h] = ptx::exp2_approx(softmax.base[h] - from);
-        changed |= factor[h] != 1.f;
+        const float factor = ptx::exp2_approx(softmax.base[h] - from);
+        if (me.warp == 0 && me.lane < 4) shared.factor[softmax.row(me.lane, h)] = factor;
         softmax.base[h] = base;
-        softmax.sum[h] *= factor[h];
+        softmax.sum[h] *= factor;
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             float& s = rS[element(h, i)];
@@ -279,8 +331,40 @@ __device__ __forceinline__ void softmax_of(SharedStorage<T, kRows>& shared, cons
             softmax.sum[h] += s;
         }
     }
-    store_transposed<T>(me, rS, shared.sP[warpgroup]);
-    if (__any_sync(~0u, changed)) rescale(factor);
+    store_transposed<T>(me, rS, shared.sP[0], warpgroup * (kRows / 2));
+}
+
+// The thread's query rows' values.
+template <int kRows>
+__device__ __forceinline__ void load_rows(const Consumer& me, const float (&from)[kRows], float (&x)[kRows / 4]) {
+#pragma unroll
+    for (int h = 0; h < kRows / 4; h += 2) {
+        const float2 two = *reinterpret_cast<const float2*>(&from[row_of(me.lane, h)]);
+        x[h] = two.x;
+        x[h + 1] = two.y;
+    }
+}
+
+// What O is to be multiplied by to be normalised, and its log-sum-exp, base 2, of all of a thread's query rows.
+// Contains a barrier of all consumers, after which nobody has use for P.
+template <typename T, int kRows>
+__device__ __forceinline__ void normaliser(SharedStorage<T, kRows>& shared, const Consumer& me, int warpgroup,
+                                           ColumnSoftmax<kRows>& softmax, float (&factor)[kRows / 4],
+                                           float (&lse_log2)[kRows / 4]) {
+    const auto add = [](float a, float b) { return a + b; };
+    over_lanes(softmax.sum, add);
+    over_warps(me, warpgroup, shared.sum[warpgroup], softmax.first, softmax.sum, add);
+#pragma unroll
+    for (int h = 0; h < kRows / 8; ++h) {
+        const float sum = softmax.sum[h];
+        const bool nothing = sum == 0.f;
+        if (me.warp != 0 || me.lane >= 4) continue;
+        shared.scale[softmax.row(me.lane, h)] = nothing ? 0.f : 1.f / sum;
+        shared.lse_log2[softmax.row(me.lane, h)] = nothing ? -INFINITY : softmax.base[h] + log2f(sum);
+    }
+    ptx::named_barrier(kSummed, kConsumers);
+    load_rows(me, shared.scale, factor);
+    load_rows(me, shared.lse_log2, lse_log2);
 }
 
 // Multiplies a warpgroup's O by a factor for each query row.
@@ -304,7 +388,7 @@ __device__ __forceinline__ void store_rows(const FwdParams& params, const RowTil
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b) {
         store_transposed<T>(me, rO[b], staging);
-        ptx::named_barrier(1 + warpgroup, kWarpgroup);
+        ptx::named_barrier(kWarpgroupOf + warpgroup, kWarpgroup);
         for (int i = me.warp * 32 + me.lane; i < rows.count(params) * 8; i += kWarpgroup) {
             const QueryRow row(params, rows.first_row + i / 8);
             const int64_t h = rows.head * params.group + row.g, chunk = i % 8;
@@ -312,7 +396,7 @@ __device__ __forceinline__ void store_rows(const FwdParams& params, const RowTil
             reinterpret_cast<int4*>(to + (warpgroup * kBlocks + b) * 64)[chunk] =
                 *reinterpret_cast<const int4*>(reinterpret_cast<const char*>(staging) + wgmma::swizzled(i / 8, chunk));
         }
-        ptx::named_barrier(1 + warpgroup, kWarpgroup);
+        ptx::named_barrier(kWarpgroupOf + warpgroup, kWarpgroup);
     }
 }
 
@@ -364,7 +448,7 @@ __device__ __forceinline__ void make_node(SharedStorage<T, kRows>& shared, const
     }
     const auto greatest = [](float a, float b) { return fmaxf(a, b); };
     over_lanes(high, greatest);
-    over_warps(me, warpgroup, shared.greatest[warpgroup], high, greatest);
+    over_warps(me, warpgroup, shared.sum[warpgroup], 0, high, greatest);  // normaliser has done with it
 #pragma unroll
     for (int h = 0; h < kCount; ++h) {
         power[h] = greatest_power(high[h]);
@@ -455,34 +539,41 @@ __device__ __forceinline__ void attend(const FwdParams& params, SharedStorage<T,
         if (me.lane == 0) cuda::ptx::mbarrier_arrive(barrier);
     };
     float rO[kBlocks][kRows / 2] = {};  // [256 columns of V, rows]
-    ColumnSoftmax<kRows> softmax;
+    float factor[kRows / 4];
+    ColumnSoftmax<kRows> softmax(warpgroup);
     wait(&shared.queries_landed, phase);
     if (segment.ends) phase ^= 1;
 #pragma unroll 1
     for (int tile = segment.begin; tile < segment.end; ++tile) {
-        float rS[kRows / 2];
-        score(shared, place, rS);
         int slots[kPortions];
+        const Place<kRing> first = place;
 #pragma unroll
         for (int portion = 0; portion < kPortions; ++portion, place.next()) slots[portion] = place.slot;
-        release(&shared.freed[warpgroup == 0 ? slots[2] : slots[0]]);  // the one that has none of this half of V
+        release(&shared.freed[warpgroup == 0 ? slots[2] : slots[0]]);  // which it has no use for
+        float rS[kRows / 4];
+        score(shared, me, warpgroup, first, rS);
         if (tile + 1 == segment.end && segment.ends) release(&shared.queries_freed);
 
         T* values[kBlocks];
 #pragma unroll
         for (int b = 0; b < kBlocks; ++b) {
-            const int first = b / kPortionSlices, second = (kBlocks + b) / kPortionSlices;
-            values[b] = warpgroup == 0 ? shared.ring[slots[first]][b % kPortionSlices]
-                                       : shared.ring[slots[second]][(kBlocks + b) % kPortionSlices];
+            const int left = b / kPortionSlices, right = (kBlocks + b) / kPortionSlices;
+            values[b] = warpgroup == 0 ? shared.ring[slots[left]][b % kPortionSlices]
+                                       : shared.ring[slots[right]][(kBlocks + b) % kPortionSlices];
         }
-        scale_and_mask(params, rows, me, segment, tile, rS);
-        softmax_of(shared, me, warpgroup, rS, softmax, [&](const float (&factor)[kRows / 4]) { scale(rO, factor); });
+        scale_and_mask(params, rows, me, segment, softmax, tile, rS);
+        softmax_of(shared, me, warpgroup, rS, softmax);
         const int valid = segment.length - tile * kTile;
         if (__any_sync(~0u, valid < kTile)) zero_values(me, values, valid);
         cuda::ptx::fence_proxy_async(cuda::ptx::space_shared);
-        ptx::named_barrier(1 + warpgroup, kWarpgroup);
+        ptx::named_barrier(kStored, kConsumers);
 
-        const uint64_t p = wgmma::k_major(shared.sP[warpgroup]);
+        load_rows(me, shared.factor, factor);
+        bool changed = false;
+#pragma unroll
+        for (int h = 0; h < kRows / 4; ++h) changed |= factor[h] != 1.f;
+        if (__any_sync(~0u, changed)) scale(rO, factor);
+        const uint64_t p = wgmma::k_major(shared.sP[0]);
 #pragma unroll
         for (int b = 0; b < kBlocks; ++b) wgmma::keep(rO[b]);
         wgmma::fence();
@@ -504,16 +595,8 @@ __device__ __forceinline__ void attend(const FwdParams& params, SharedStorage<T,
     }
 
     constexpr int kCount = kRows / 4;
-    const auto add = [](float a, float b) { return a + b; };
-    over_lanes(softmax.sum, add);
-    over_warps(me, warpgroup, shared.sum[warpgroup], softmax.sum, add);
-    float factor[kCount], lse_log2[kCount];
-#pragma unroll
-    for (int h = 0; h < kCount; ++h) {
-        const bool nothing = softmax.sum[h] == 0.f;
-        factor[h] = nothing ? 0.f : 1.f / softmax.sum[h];
-        lse_log2[h] = nothing ? -INFINITY : softmax.base[h] + log2f(softmax.sum[h]);
-    }
+    float lse_log2[kCount];
+    normaliser(shared, me, warpgroup, softmax, factor, lse_log2);
     scale(rO, factor);
     const bool has_lse = warpgroup == 0 && me.warp == 0 && me.lane < 4;
     if constexpr (std::is_same_v<Share, Unit>) {

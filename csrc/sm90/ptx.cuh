@@ -72,7 +72,13 @@ __device__ __forceinline__ void stmatrix_x4_trans(uint32_t to, uint32_t m0, uint
                  : "memory");
 }
 
-// The same from shared memory. "ldmatrix"
+// The same, two matrices.
+__device__ __forceinline__ void stmatrix_x2_trans(uint32_t to, uint32_t m0, uint32_t m1) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(to), "r"(m0), "r"(m1)
+                 : "memory");
+}
+
+// Four from shared memory. "ldmatrix"
 __device__ __forceinline__ void ldmatrix_x4(uint32_t from, uint32_t (&m)[4]) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
