@@ -10,10 +10,13 @@
 // less.
 //
 // Grid: one CTA, each thread with as many consecutive rows as it takes. A scan gives each thread's rows their place on
-// the lines. Each line then has one half of the threads. A thread a cut finds its row: by bisection the thread that has
-// it, and row by row from there. All cuts lie in shared memory before any is rounded, with all that rounding needs: the
-// nodes that parts leave with every g are counted at once, then loads are compared, and a last scan numbers the parts,
-// splits and places of the line that is chosen. Any architecture.
+// the lines. Then each line has half of the threads, one for every part and the cut before it. The cut's row is found
+// by bisection, for the thread that has it, and row by row from there. All cuts lie in shared memory before any is
+// rounded, with all that rounding needs: nodes are counted with one g after the other (the first will mostly do), loads
+// compared, and a last scan numbers the parts, splits and places of the line that is chosen. Any architecture.
+//
+// No more threads than that, and sums in 32 bits where they fit: a multiprocessor shuffles 32 words in a cycle, and with
+// few rows the scans of 64 bits are most of the shuffles.
 
 #include <bit>
 
@@ -24,9 +27,8 @@
 namespace flashmla {
 namespace {
 
-constexpr int kThreads = 1024;  // a power of two, for the bisection
 constexpr int kLines = 2, kCost = 0, kUnits = 1;
-constexpr int kLineThreads = kThreads / kLines;
+constexpr int kThreads = kLines * kMaxParts;                  // a power of two, for the bisection
 constexpr int kLevels = std::bit_width(unsigned{kMaxUnits});  // powers of two for g; with the last all rows are whole
 constexpr int kInvariant = 1;                                 // bit of the flags
 
@@ -51,24 +53,27 @@ struct alignas(16) Cut {
 };
 
 struct SharedStorage {
-    int64_t sums[kLines + 1][32];         // of the warps
-    int64_t begin[kLines][kThreads];      // where on the lines each thread's rows begin
-    Cut cuts[kLines][kMaxParts + 1];      // as they are before they are rounded
-    int left[kLines][kLevels];            // nodes, by all parts
-    unsigned long long greatest[kLines];  // load of a part
-    int splits_before[kMaxParts + 1];     // cuts before this one that stand inside a row
+    int64_t line_sums[kLines][32];             // of the warps
+    int count_sums[32];                        // of the warps
+    int64_t begin[kLines][kThreads];           // where on the lines each thread's rows begin
+    Cut cuts[kLines][kMaxParts + 1];           // as they are before they are rounded
+    int left[kLines][kLevels];                 // nodes, by all parts
+    int64_t greatest[kLines][kMaxParts / 32];  // load of a part, of the warps
+    int splits_before[kMaxParts + 1];          // cuts before this one that stand inside a row
 };
 
-// What the last scan sums, of 16 bits each.
+// What the last scan sums, in one word.
 struct Counts {
+    static constexpr int kBits = 9, kMask = (1 << kBits) - 1;  // of parts, and of splits
+
     int parts, splits, nodes;
 
     __device__ Counts(bool part, bool splits, int nodes) : parts(part), splits(splits), nodes(nodes) {}
-    __device__ explicit Counts(int64_t packed)
-        : parts(packed & 0xffff), splits(packed >> 16 & 0xffff), nodes(packed >> 32 & 0xffff) {}
-    __device__ int64_t packed() const { return parts | int64_t{splits} << 16 | int64_t{nodes} << 32; }
+    __device__ explicit Counts(int packed)
+        : parts(packed & kMask), splits(packed >> kBits & kMask), nodes(packed >> 2 * kBits) {}
+    __device__ int packed() const { return parts | splits << kBits | nodes << 2 * kBits; }
 };
-static_assert(kMaxParts * 2 * kLevels < 1 << 16);
+static_assert(kMaxParts < 1 << Counts::kBits && kMaxParts * 2 * kLevels < 1 << (31 - 2 * Counts::kBits));
 
 // ---------------------------------------------------------------------------------------------------- device helpers
 
@@ -100,9 +105,11 @@ __device__ Cut find_cut(const MetadataParams& params, const SharedStorage& share
     return {row, unit, here.units, here.each, begin};
 }
 
+// Of values that are not negative.
 __device__ int64_t warp_max(int64_t value) {
-    for (int offset = 1; offset < 32; offset *= 2) value = max(value, __shfl_xor_sync(~0u, value, offset));
-    return value;
+    const unsigned high = value >> 32, low = static_cast<unsigned>(value);
+    const unsigned greatest_high = __reduce_max_sync(~0u, high);
+    return int64_t{greatest_high} << 32 | __reduce_max_sync(~0u, high == greatest_high ? low : 0);
 }
 
 // The first of a line's cuts in or after a row, which may be row b.
@@ -145,57 +152,53 @@ __device__ int64_t load(const MetadataParams& params, const Cut& from, const Cut
 __global__ void __launch_bounds__(kThreads)
     get_mla_metadata_invariant_kernel(const MetadataParams params, int per_thread) {
     __shared__ SharedStorage shared;
-    const int index = threadIdx.x, line = index / kLineThreads;
-    const int part = index % kLineThreads;  // and the cut before it, before cuts become one
+    const int index = threadIdx.x, lane = index % 32;
+    const int line = index / kMaxParts, part = index % kMaxParts;  // before cuts become one
     const int first_row = min(index * per_thread, params.b), end_row = min(first_row + per_thread, params.b);
-    int64_t lengths[kLines] = {}, totals[kLines];
+    int64_t cost = 0, units = 0, total_cost, total_units;
 #pragma unroll 4
     for (int row = first_row; row < end_row; ++row) {
         const Row here(params, row);
-#pragma unroll
-        for (int i = 0; i < kLines; ++i) lengths[i] += here.length(params, i);
+        cost += here.length(params, kCost);
+        units += here.length(params, kUnits);
     }
     if (part < kLevels) shared.left[line][part] = 0;
-    if (part == 0) shared.greatest[line] = 0;
-#pragma unroll
-    for (int i = 0; i < kLines; ++i) shared.begin[i][index] = sum_before(lengths[i], shared.sums[i], totals[i]);
+    shared.begin[kCost][index] = sum_before(cost, shared.line_sums[kCost], total_cost);
+    shared.begin[kUnits][index] = sum_before(units, shared.line_sums[kUnits], total_units);
     __syncthreads();
 
-    const Cut end_cut = {params.b, 0, 0, 1, totals[kCost]};
-    if (part <= kMaxParts) {
-        const int64_t total = line == kUnits ? totals[kUnits] : totals[kCost];
-        const int64_t position = cut_position(params, line, total, part);
-        shared.cuts[line][part] = position < total ? find_cut(params, shared, per_thread, line, position) : end_cut;
-    }
+    const int64_t total = line == kUnits ? total_units : total_cost;
+    const int64_t position = cut_position(params, line, total, part);
+    const Cut end_cut = {params.b, 0, 0, 1, total_cost};
+    Cut* const cut = &shared.cuts[line][part];
+    *cut = position < total ? find_cut(params, shared, per_thread, line, position) : end_cut;
+    if (part == 0) cut[kMaxParts] = end_cut;
     __syncthreads();
 
-    for (int i = part; i < kLevels * kMaxParts; i += kLineThreads) {
-        const int level = i / kMaxParts;
-        const Cut* cut = shared.cuts[line] + i % kMaxParts;
+    for (int level = 0; level < kLevels; ++level) {
         const int left = warp_sum(count_nodes(cut[0].at(level), cut[1].at(level)));
-        if (index % 32 == 0) atomicAdd(&shared.left[line][level], left);
+        if (lane == 0) atomicAdd(&shared.left[line][level], left);
+        __syncthreads();
+        if (max(shared.left[kCost][level], shared.left[kUnits][level]) <= params.places) break;
     }
-    __syncthreads();
-
     int level = 0;  // nodes become fewer from one to the next
     while (level < kLevels - 1 && shared.left[line][level] > params.places) ++level;
-    Cut from = end_cut, to = end_cut;
-    if (part < kMaxParts) {
-        from = shared.cuts[line][part].at(level);
-        to = shared.cuts[line][part + 1].at(level);
-        const int64_t greatest = warp_max(load(params, from, to));
-        if (index % 32 == 0) atomicMax(&shared.greatest[line], static_cast<unsigned long long>(greatest));
-    }
+    const Cut from = cut[0].at(level), to = cut[1].at(level);
+    const int64_t greatest = warp_max(load(params, from, to));
+    if (lane == 0) shared.greatest[line][part / 32] = greatest;
     __syncthreads();
 
-    const int chosen = shared.greatest[kUnits] <= shared.greatest[kCost] ? kUnits : kCost;
+    const int64_t by_cost = warp_max(shared.greatest[kCost][lane % (kMaxParts / 32)]);
+    const int64_t by_units = warp_max(shared.greatest[kUnits][lane % (kMaxParts / 32)]);
+    const int chosen = by_units <= by_cost ? kUnits : kCost;
     const Cut(&cuts)[kMaxParts + 1] = shared.cuts[chosen];
     const bool is_part = line == chosen && from != to, splits = is_part && from.unit > 0;
     const int nodes = is_part ? count_nodes(from, to) : 0;
-    int64_t packed_all;
-    const Counts before(sum_before(Counts(is_part, splits, nodes).packed(), shared.sums[kLines], packed_all));
+    int packed_all;
+    const Counts before(sum_before(Counts(is_part, splits, nodes).packed(), shared.count_sums, packed_all));
     const Counts all(packed_all);
-    if (line == chosen && part <= kMaxParts) shared.splits_before[part] = before.splits;
+    if (line == chosen) shared.splits_before[part] = before.splits;
+    if (index == 0) shared.splits_before[kMaxParts] = all.splits;
     __syncthreads();
 
     if (is_part) {
@@ -207,14 +210,14 @@ __global__ void __launch_bounds__(kThreads)
                    kInvariant + 2 * before.nodes);
     }
     if (index >= all.parts && index < kMaxParts) write_part(params, index, kNoWork, 0);
-    if (index == kMaxParts) {
+    if (index == 0) {
         write_part(params, kMaxParts, kNoWork, 0, 0, 0, kInvariant + 2 * all.nodes);
         params.num_splits[params.b] = params.b + all.splits;
     }
-    int cut = first_cut(cuts, first_row);
+    int next = first_cut(cuts, first_row);  // cut
     for (int row = first_row; row < end_row; ++row) {
-        while (cuts[cut].row < row) ++cut;
-        params.num_splits[row] = row + shared.splits_before[cut];
+        while (cuts[next].row < row) ++next;
+        params.num_splits[row] = row + shared.splits_before[next];
     }
 }
 
