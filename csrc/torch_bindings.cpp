@@ -198,6 +198,7 @@ std::tuple<Tensor, Tensor> fwd_kvcache_mla_op(const Tensor q, const Tensor kv_ca
     const CacheFormat format = kv_cache.element_size() > 1 ? CacheFormat::kPlain
                                : kv_scale.has_value()      ? CacheFormat::kFp8Tensor
                                                            : CacheFormat::kFp8Blocks;
+    const bool few_rows = rows <= (format == CacheFormat::kPlain && !uneven ? 2 * kFewRows : kFewRows);
     const bool mostly_pairs = !uneven && num_parts < b && rows > kRowTile && format == CacheFormat::kPlain;
     const int64_t arrivals = mostly_pairs ? 2 * split_parts * row_tiles : 0;
     // partial_out, partial_lse, arrivals, split_rows, scratch: in floats
@@ -251,7 +252,10 @@ std::tuple<Tensor, Tensor> fwd_kvcache_mla_op(const Tensor q, const Tensor kv_ca
         .split_parts = static_cast<int>(split_parts),
         .softmax_scale_log2 = static_cast<float>(softmax_scale * 1.4426950408889634),
         .causal = causal,
-        .few_rows = rows <= kFewRows,
+        .few_rows = few_rows,
+        .tile_rows = !few_rows         ? kRowTile
+                     : rows > kFewRows ? 2 * kFewRows
+                                       : kFewRows,
         .dtype = dtype_of(out),
         .format = format,
     };

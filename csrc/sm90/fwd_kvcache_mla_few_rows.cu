@@ -701,12 +701,13 @@ void launch(const FwdParams& params, cudaStream_t stream) {
 
 template <typename T>
 void launch(const FwdParams& params, cudaStream_t stream) {
+    const bool more = params.tile_rows > kFewRows;
     if (params.batch_invariant) {
-        return params.tile_rows > kFewRows ? launch<T, 2 * kFewRows, false, true>(params, stream)
-                                           : launch<T, kFewRows, false, true>(params, stream);
+        return more ? launch<T, 2 * kFewRows, false, true>(params, stream)
+                    : launch<T, kFewRows, false, true>(params, stream);
     }
-    params.cu_seqlens_q != nullptr ? launch<T, kFewRows, true, false>(params, stream)
-                                   : launch<T, kFewRows, false, false>(params, stream);
+    if (params.cu_seqlens_q != nullptr) return launch<T, kFewRows, true, false>(params, stream);
+    more ? launch<T, 2 * kFewRows, false, false>(params, stream) : launch<T, kFewRows, false, false>(params, stream);
 }
 
 }  // namespace
