@@ -75,6 +75,7 @@ PLANTED = Path(__file__).resolve().with_name("faults.cu")
 DECODE = PLANTED.parents[1] / "csrc/sm90/fwd_kvcache_mla.cu"
 DECODE_FP8 = DECODE.with_name("fwd_kvcache_mla_fp8.cu")
 DECODE_FP8_FEW_ROWS = DECODE.with_name("fwd_kvcache_mla_fp8_few_rows.cu")
+DECODE_FP8_QUERIES = DECODE.with_name("fwd_kvcache_mla_fp8_queries.cu")
 
 
 class Handover(NamedTuple):
@@ -96,6 +97,7 @@ HANDOVERS = [
     Handover(DECODE, "leave_base", "take_base", alike="leave_value"),
     Handover(DECODE, "leave_probabilities", "take_sum", alike="leave_value"),
     Handover(DECODE_FP8, "leave_probabilities", "take_base_and_sum", alike="leave_value"),
+    Handover(DECODE_FP8_QUERIES, "leave_probabilities", "take_base_and_sum", alike="leave_value"),
     Handover(DECODE_FP8, "e4m3.cuh:leave_unit", "e4m3.cuh:take_unit", alike="leave_chunk"),
     Handover(DECODE_FP8_FEW_ROWS, "e4m3.cuh:leave_unit", "e4m3.cuh:take_unit", alike="leave_chunk"),
     Handover(DECODE_FP8_FEW_ROWS, "store_query_chunk", "take_query_chunk", alike="leave_chunk"),
@@ -272,8 +274,8 @@ def decode_cases() -> Iterator[Case]:
             {"peaked": "last"},
             {"lengths": (0, 0)},
         )
-        # rows of two shares, which the decode kernel merges itself: more rows than half a machine's parts
-        pairs = {"lengths": (130, 70, 0, 200, 64, 257) * 2, "h_k": 2, "h_q": 256, "s_q": 2, "causal": True}
+        # rows of two shares, which the decode kernel merges itself: more rows than the 16 parts of a Hopper
+        pairs = {"lengths": (130, 70, 0, 200, 64, 257) * 3, "h_k": 2, "h_q": 256, "s_q": 2, "causal": True}
         for plan in ("own", 7):
             yield decode_case(pairs | {"dtype": dtype}, plan, plan == "own")
         # the combine kernel's instances on a Hopper, which go by batch and query rows

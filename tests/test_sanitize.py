@@ -80,7 +80,8 @@ def test_the_cases_reach_every_kernel(monkeypatch):
         assert sanitize.run_cases("all", "cuda", "sm90") == 0
         torch.cuda.synchronize()
     launched = kernels("\n".join(event.key for event in profile.key_averages()))
-    assert kernels(library) and not kernels(library) - launched
+    missing = kernels(library) - launched
+    assert launched and not missing, sorted(missing)
 
 
 # -------------------------------------------------------------------------------------------------- racecheck's reports
