@@ -9,7 +9,8 @@ arithmetic cost nothing), and its FLOP at the highest matrix rate seen so far in
 a launch inside a graph, or its bytes at the rate of a copy. benchmark_layer.py has whole steps of a layer.
 
 Decoding of an fp8 cache takes turns with ours of the same values in bf16, and is held against a limit on their ratio.
-So does decoding under a batch-invariant plan, with the plan that one gets otherwise.
+FlashMLA's dense fp8 takes queries in e4m3 only: its rows are those with such queries, of which both multiply the same
+bytes. Decoding takes turns too under a batch-invariant plan, with the plan that one gets otherwise.
 """
 
 import json
@@ -42,14 +43,13 @@ from .benchmark_timing import (
     pages_in_use,
 )
 from .functional import concat_and_cache_mla, fwd_kvcache_mla, get_mla_metadata, merge_attn_states
-from .kv_cache import E4M3_MAX, named_format
+from .kv_cache import named_format
 from .plan import make_plan, max_parts, row_cost, row_tiles
 from .testing import (
     KV_SCALE,
     DecodeCase,
     Expected,
     Fp8DecodeCase,
-    attention,
     check_decode,
     expected,
     make_append_case,
@@ -69,6 +69,8 @@ INVARIANT = "batch invariant"  # the group of decode rows under such plans
 # the most of its time over the balanced plan's: of a row, and of the geometric mean
 INVARIANT_LIMIT, INVARIANT_MEAN = 2.0, 1.3
 PEER_FP8_TOLERANCE = 0.1  # FlashMLA's, which rounds P to e4m3: steps of 2^-4 to 2^-3
+# Ours of queries in e4m3, of out and lse: tensor cores add up such products with 14 bits or so (csrc/NOTES.md).
+E4M3_TOLERANCE = 4e-3
 CHECKOUT = Path(__file__).resolve().parent.parent
 # Paged streaming of 128 and 16384 pages and the matrix rate of sound cards: floors of a slower run do not count.
 STREAM_US = {"H100": (5.5, 393.0), "H200": (5.0, 279.0)}
@@ -87,6 +89,7 @@ class DecodeShape:
     varied: bool
     dtype: torch.dtype = torch.bfloat16
     kv_format: str | None = None  # of an fp8 cache
+    e4m3_queries: bool = False  # over one of one scale
     of_bf16: tuple[float, float] | None = None  # the most of our time over bf16's, on an H100 and on an H200
     over_peer: float | None = None  # the least of FlashMLA's time over ours
     d_qk: int = 576
@@ -96,6 +99,7 @@ class DecodeShape:
     @property
     def name(self) -> str:
         kind = self.kv_format or str(self.dtype).removeprefix("torch.")
+        kind += " q e4m3" if self.e4m3_queries else ""
         dims = f" d{self.d_v}+{self.d_qk - self.d_v}" if (self.d_qk, self.d_v) != (576, 512) else ""
         suffix = f" {self.group}" if self.group in (TRITON, INVARIANT) else ""
         return f"fwd_kvcache_mla b{self.b} h{self.h_q} s{self.s_q} k{self.s_k}{dims} {kind}{suffix}"
@@ -112,7 +116,7 @@ class DecodeShape:
         shape = {"s_q": self.s_q, "h_q": self.h_q, "d_qk": self.d_qk, "d_v": self.d_v, "dtype": self.dtype}
         shape["causal"] = self.s_q > 1
         case = make_decode_case(lengths, **shape, device="cuda", seed=seed, poison=False)
-        return quantized(case, self.kv_format) if self.kv_format else case
+        return quantized(case, self.kv_format, self.e4m3_queries) if self.kv_format else case
 
 
 def _plain_shapes() -> Iterator[DecodeShape]:
@@ -146,8 +150,9 @@ def _shapes() -> Iterator[DecodeShape]:
     ):
         yield DecodeShape(FP8, b, h_q, 1, s_k, varied=b == 128, kv_format="fp8", of_bf16=tuple(of_bf16))
     for b, h_q, s_k in ((128, 16, 8192), (128, 128, 8192), (16, 16, 4096), (1, 128, 8192)):
-        over_peer = 1.05 if h_q == 16 else 1.0
-        yield DecodeShape(FP8, b, h_q, 1, s_k, varied=b == 128, kv_format="fp8_tensor", over_peer=over_peer)
+        shape = DecodeShape(FP8, b, h_q, 1, s_k, varied=b == 128, kv_format="fp8_tensor")
+        yield shape
+        yield replace(shape, e4m3_queries=True, over_peer=1.05 if h_q == 16 else 1.0)
     for b, h_q, s_k, over_peer in (
         (128, 16, 2048, 0.75),
         (128, 16, 8192, 0.75),
@@ -265,30 +270,35 @@ def _peer(case: DecodeCase) -> Callable:
     return lambda: op(*args, *plan)[:2]
 
 
-def _e4m3_q(case: Fp8DecodeCase) -> tuple[Tensor, Tensor]:
-    """q in e4m3 and its scale, which is the cache's."""
-    q = (case.q.float() / case.kv_scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
-    return q, case.kv_scale.view(1)
-
-
 def _peer_fp8(case: Fp8DecodeCase) -> Callable:
-    """FlashMLA's dense fp8 decoding, which takes q in e4m3 too."""
-    ops, (q, scale) = torch.ops.flash_mla_legacy, _e4m3_q(case)
+    """FlashMLA's dense fp8 decoding, of the same bytes."""
+    ops = torch.ops.flash_mla_legacy
     plan = ops.get_mla_decoding_metadata_dense_fp8(*case.plan_args)
-    args = (q, case.kv_cache.view(torch.float8_e4m3fn), case.head_dim_v, case.cache_seqlens, case.block_table)
-    args = (*args, case.softmax_scale, case.causal, *plan[:2], scale, scale)
+    args = (case.q, case.kv_cache.view(torch.float8_e4m3fn), case.head_dim_v, case.cache_seqlens, case.block_table)
+    args = (*args, case.softmax_scale, case.causal, *plan[:2], case.q_scale.view(1), case.kv_scale.view(1))
     return lambda: ops.fwd_kvcache_mla_fp8(*args)[:2]
 
 
-def _check_peer_fp8(case: Fp8DecodeCase, out: Tensor, lse: Tensor, against: Expected | None = None) -> float:
-    """The error of out against float64 of what the peer is given: q is rounded already, so `against` is not it."""
-    q, scale = _e4m3_q(case)
-    error = relative_error(out, attention(replace(case, q=q.float() * scale).dequantized())[0])
+def _check_peer_fp8(case: DecodeCase, out: Tensor, lse: Tensor, against: Expected) -> float:
+    error = relative_error(out, against.out)
     assert error < PEER_FP8_TOLERANCE, f"error {error:.1e} of out"
     return error
 
 
-PEERS = {None: (_peer, check_decode), "fp8_tensor": (_peer_fp8, _check_peer_fp8)}  # by kv_format: the call, its check
+def _check_e4m3(case: DecodeCase, out: Tensor, lse: Tensor, against: Expected) -> float:
+    """Ours of queries in e4m3."""
+    error, lse_error = relative_error(out, against.out), (lse.double() - against.lse).abs().max().item()
+    right = error < E4M3_TOLERANCE and lse_error < E4M3_TOLERANCE  # NaN is not
+    assert right, f"error {error:.1e} of out, {lse_error:.1e} of lse"
+    return error
+
+
+def _peer_of(shape: DecodeShape) -> tuple[Callable, Callable] | tuple[None, None]:
+    """FlashMLA's call of such a shape, and its check, if it has one."""
+    if shape.e4m3_queries:
+        return _peer_fp8, _check_peer_fp8
+    plain = not shape.kv_format and (shape.d_qk, shape.d_v) == (576, 512) and shape.group != INVARIANT
+    return (_peer, check_decode) if plain else (None, None)
 
 
 def _refusal(call: Callable[[DecodeCase], Callable], case: DecodeCase) -> str | None:
@@ -318,14 +328,15 @@ def decode_row(shape: DecodeShape, flush: ColdL2, peer: bool) -> dict:
     first = shape.make(0)
     nodes = nodes_for(DECODE_NODES, DECODE_BYTES, first.bytes_moved())
     invariant = shape.group == INVARIANT
-    peer = peer and (shape.d_qk, shape.d_v) == (576, 512) and not invariant
-    call_peer, check_peer = PEERS.get(shape.kv_format, (None, None)) if peer else (None, None)
+    call_peer, check_peer = _peer_of(shape) if peer else (None, None)
     if peer_wrong := call_peer and _refusal(call_peer, first):
         call_peer = None
     makers: dict[str, Callable[[DecodeCase], Callable]] = {"stream": _stream}
     makers |= {"bf16": _ours} if shape.kv_format else {}
     makers |= {"peer": call_peer} if call_peer else {}
     makers |= {"balanced": _ours, "ours": partial(_ours, batch_invariant=True)} if invariant else {"ours": _ours}
+    checks = {"ours": _check_e4m3 if shape.e4m3_queries else check_decode}
+    checks |= {"bf16": check_decode} if shape.kv_format else {}
     medians: dict[str, list[float]] = {name: [] for name in makers}
     errors: dict[str, list[float]] = {name: [] for name in makers}
     kept = []  # so that the next round's memory is other memory
@@ -338,13 +349,13 @@ def decode_row(shape: DecodeShape, flush: ColdL2, peer: bool) -> dict:
         kept.append(replays)
         for name, us in zip(replays, median_us(list(replays.values()), flush), strict=True):
             medians[name].append(us)
-        for i, case in enumerate(cases):
+        for i in range(nodes):
             against = expected(exact[i])
-            for name in ("ours", "bf16") if shape.kv_format else ("ours",):
-                errors[name].append(check_decode(exact[i], *replays[name].outputs[i], against=against))
+            for name, check in checks.items():
+                errors[name].append(check(exact[i], *replays[name].outputs[i], against=against))
             try:
                 if call_peer:
-                    errors["peer"].append(check_peer(case, *replays["peer"].outputs[i], against=against))
+                    errors["peer"].append(check_peer(exact[i], *replays["peer"].outputs[i], against=against))
             except AssertionError as wrong:
                 peer_wrong = str(wrong)
     row = {
@@ -356,8 +367,8 @@ def decode_row(shape: DecodeShape, flush: ColdL2, peer: bool) -> dict:
         "peer_us": min(medians["peer"]) if call_peer else None,
         "peer_wrong": peer_wrong,
         "medians_us": medians,
-        "flops": case.flops(),
-        "bytes": case.bytes_moved(),
+        "flops": first.flops(),
+        "bytes": first.bytes_moved(),
         "error": max(errors["ours"]),
         "host_us": host_us(kept[-1]["ours"].calls[0]),
         "matmul_tflops": matrix_tflops(flush),
@@ -366,7 +377,7 @@ def decode_row(shape: DecodeShape, flush: ColdL2, peer: bool) -> dict:
     row |= {"balanced_us": statistics.median(medians["balanced"])} if invariant else {}
     if not shape.kv_format:
         return row
-    row |= {"bf16_us": statistics.median(medians["bf16"])}
+    row |= {"bf16_us": statistics.median(medians["bf16"]), "e4m3_queries": shape.e4m3_queries}
     return row | {"peer_error": max(errors.get("peer", ()), default=None)}
 
 
@@ -491,7 +502,8 @@ def complete(row: dict, ceilings: dict) -> None:
     """Adds the rates, the floor and the ratios, and raises the highest matrix rate if this row reached more."""
     us, peer_us = row["us"], row.get("peer_us")
     row["tflops"], row["gbs"] = row["flops"] / us / 1e6, row["bytes"] / us / 1e3
-    reached = [row["tflops"], row.get("matmul_tflops", 0.0)]
+    e4m3 = row.get("e4m3_queries", False)  # such products have twice the matrix rate
+    reached = [row["tflops"] / (1 + e4m3), row.get("matmul_tflops", 0.0)]
     if peer_us and not row["peer_wrong"]:
         if row["group"] == FP8:  # a figure of its own: the peer multiplies in fp8, where matrix rates are twice as high
             row["peer_fp8_over_ours"] = peer_us / us
@@ -507,7 +519,7 @@ def complete(row: dict, ceilings: dict) -> None:
         row["floor_us"] = complete_parts(row["parts"], ceilings)
     else:
         memory_us = row.get("stream_us") or max(ceilings["launch_us"], row["bytes"] / ceilings["copy_gbs"] / 1e3)
-        row["floor_us"] = max(memory_us, row["flops"] / ceilings["matrix_tflops"] / 1e6)
+        row["floor_us"] = max(memory_us, row["flops"] / (ceilings["matrix_tflops"] * (1 + e4m3)) / 1e6)
     row["of_floor"] = row["floor_us"] / us
 
 

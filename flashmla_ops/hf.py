@@ -3,6 +3,7 @@ modules.py's models. `load` and `save` are what DeepseekModel.from_pretrained an
 
 import dataclasses
 import json
+import math
 import re
 import sys
 import typing
@@ -69,10 +70,8 @@ def load(directory, dtype: torch.dtype | None = None, device=None, mesh=None) ->
         raises before any file of weights is opened.
     """
     directory = Path(directory)
-    settings = read_json(directory / "config.json")
-    config = config_from_hf(settings)
-    block = _block_of(settings)
-    dtype = dtype or _dtype_of(settings)
+    config, block, stored = read_config(directory / "config.json")
+    dtype = dtype or stored
     if mesh is not None:
         from .parallel import Layout, parallelize  # which imports modules.py as well
 
@@ -122,6 +121,16 @@ def save(model: DeepseekModel, directory) -> None:
 # ---------------------------------------------------------------------------------------------------------- config
 
 
+def read_config(file: Path) -> tuple[MLAConfig, tuple[int, int], torch.dtype]:
+    """A config.json's model, the rows and columns that share a scale of fp8 weights, and its dtype. What is wrong with
+    a setting raises as from `config_from_hf`, with the file's name before it."""
+    settings = read_json(file)
+    try:
+        return config_from_hf(settings), _block_of(settings), _dtype_of(settings)
+    except RuntimeError as error:  # or its kind, NotImplementedError
+        raise type(error)(f"{file}: {error}") from error
+
+
 def config_from_hf(settings: dict) -> MLAConfig:
     """config.json's content as an MLAConfig; settings that no model of ours needs are ignored."""
     family = settings.get("model_type")
@@ -144,7 +153,7 @@ def config_from_hf(settings: dict) -> MLAConfig:
         value = {**settings, **own}.get(field.name)
         if value is None:
             if field.name not in found and field.default is dataclasses.MISSING:
-                raise RuntimeError(f"{field.name}: expected in config.json, got none")
+                raise RuntimeError(f"{field.name}: expected a value, got none")
             continue
         kinds = typing.get_args(hints[field.name]) or (hints[field.name],)
         fits = type(value) in kinds or (float in kinds and type(value) is int)
@@ -166,7 +175,7 @@ def _object(settings: dict, name: str) -> dict:
 def _dtype_of(settings: dict) -> torch.dtype:
     name = settings.get("dtype") or settings.get("torch_dtype") or "float32"
     if name not in DTYPES:
-        raise RuntimeError(f"dtype: expected one of {', '.join(DTYPES)} in config.json, got {name!r}")
+        raise RuntimeError(f"dtype: expected one of {', '.join(DTYPES)}, got {name!r}")
     return getattr(torch, name)
 
 
@@ -288,7 +297,7 @@ def _check_counts(directory: Path, config: MLAConfig, num_tensors: int) -> None:
 
 def _check_tensors(directory: Path, checkpoint: "_Checkpoint", shapes: dict[str, torch.Size], block) -> None:
     """Raises on a shape that is not the model's and on a dtype that is not read, before the model has any memory. A
-    kv_scale may be [] or [1]."""
+    kv_scale may be [] or [1], and is a finite number above 0."""
 
     def check(name: str, expected: list[int], dtypes: tuple[str, ...]) -> str:
         dtype, shape = checkpoint.dtype(name), checkpoint.shape(name)
@@ -307,6 +316,8 @@ def _check_tensors(directory: Path, checkpoint: "_Checkpoint", shapes: dict[str,
             raise RuntimeError(f"{scale}: expected no scale of a tensor in {dtype}, got one in {directory}")
         if scaled:
             check(scale, [*shape[:-2], *_blocks(shape, block)], STORED)
+        if name.endswith(KV_SCALE) and not 0 < (value := checkpoint.read(name).item()) < math.inf:
+            raise RuntimeError(f"{name}: expected a finite value above 0, got {value} in {directory}")
 
 
 def _blocks(shape: Sequence[int], block: tuple[int, int]) -> list[int]:
@@ -396,10 +407,10 @@ def _open(file: Path):
 
 
 def read_json(file: Path) -> dict:
-    """An object in a JSON file; RuntimeError if it holds none."""
+    """An object in a JSON file; RuntimeError if it holds none, or cannot be read."""
     try:
-        content = json.loads(file.read_text())
-    except (ValueError, RecursionError) as error:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise RuntimeError(f"{file}: expected JSON, got {type(error).__name__}: {error}") from error
     if not isinstance(content, dict):
         raise RuntimeError(f"{file}: expected an object, got {type(content).__name__}")

@@ -33,6 +33,7 @@ from .functional import concat_and_cache_mla, fwd_kvcache_mla, get_mla_metadata
 from .kv_cache import EVERYTHING, CacheFormat, format_of, slots_of
 
 INIT_STD = 0.02  # of all matrices at the start of training
+YARN_NUMBERS = 1e-6, 2**31 - 1  # the least and the most: what checkpoints have lies within, what overflows does not
 # For un-absorbed attention, best first. At 192 / 128 dims on Hopper cuDNN reaches 600 TFLOP/s, the memory-efficient one
 # 145, and flash refuses them.
 CUDA_BACKENDS = [
@@ -100,6 +101,7 @@ class MLAConfig:
             raise RuntimeError(f"rope_theta: expected a number above 1, got {self.rope_theta}")
         if self.rope_scaling:
             _check_yarn(self.rope_scaling)
+        _check_sizes(self)
 
     @property
     def head_dim(self) -> int:
@@ -120,6 +122,33 @@ class MLAConfig:
         return self.n_routed_experts > 0 and layer >= self.first_k_dense_replace
 
 
+def _check_sizes(config: MLAConfig) -> None:
+    """Raises RuntimeError on sizes of nothing, and on choices among experts that there are not."""
+    names = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "kv_lora_rank", "v_head_dim"]
+    names += [] if config.q_lora_rank is None else ["q_lora_rank"]
+    names += ["moe_intermediate_size"] if config.n_routed_experts else []
+    for name in names:
+        _check_range(name, getattr(config, name))
+    if config.qk_rope_head_dim % 2:
+        raise RuntimeError(f"qk_rope_head_dim: expected an even number, got {config.qk_rope_head_dim}")
+    experts = config.n_routed_experts
+    if experts and config.topk_method != "greedy" and config.n_group != 1:
+        each = experts // config.n_group if config.n_group > 0 else 0
+        least = 2 if config.topk_method == "noaux_tc" else 1  # by so many a group is judged
+        if each * config.n_group != experts or each < least:
+            wanted = f"to divide n_routed_experts = {experts} into groups of at least {least}"
+            raise RuntimeError(f"n_group: expected {wanted}, got {config.n_group}")
+        _check_range("topk_group", config.topk_group, config.n_group)
+        experts = each * config.topk_group
+    if experts:
+        _check_range("num_experts_per_tok", config.num_experts_per_tok, experts)
+
+
+def _check_range(name: str, value: int, most: int | None = None) -> None:
+    if value < 1 or (most is not None and value > most):
+        raise RuntimeError(f"{name}: expected {'at least 1' if most is None else f'1 to {most}'}, got {value}")
+
+
 # ------------------------------------------------------------------------------------------------ rotary embedding
 
 
@@ -130,16 +159,15 @@ def _mscale(factor: float, weight: float) -> float:
 
 def _check_yarn(yarn: dict) -> None:
     """Raises RuntimeError on numbers that `rotary_angles` has no use for."""
+    least, most = YARN_NUMBERS
     optional = ("original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor")
     for name in ("factor", *optional, "mscale", "mscale_all_dim"):
         value = yarn.get(name)
         if value is None and name != "factor":
             continue
-        may_be_0 = name.startswith("mscale")
-        if type(value) not in (int, float) or not 0 <= value < math.inf or not (value or may_be_0):
-            raise RuntimeError(
-                f"rope_scaling {name}: expected a number {'from' if may_be_0 else 'above'} 0, got {value!r}"
-            )
+        lowest = 0 if name.startswith("mscale") else least
+        if type(value) not in (int, float) or not lowest <= value <= most:
+            raise RuntimeError(f"rope_scaling {name}: expected a number from {lowest} to {most}, got {value!r}")
     if type(yarn.get("truncate", True)) is not bool:
         raise RuntimeError(f"rope_scaling truncate: expected True or False, got {yarn['truncate']!r}")
 

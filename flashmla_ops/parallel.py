@@ -32,7 +32,7 @@ prints what each rank would hold and send, without GPUs or processes; `plan` com
 
 import argparse
 import json
-import math
+import logging
 import sys
 import weakref
 import zlib
@@ -58,6 +58,8 @@ HEADS = ("tp", "ep", "cp")  # what divides attention heads, MLPs and the vocabul
 EXPERTS = ("dp", "ep")  # what deals experts
 WIDTH = ("tp", "cp")  # what divides each expert
 OWN_PAGE = 64  # tokens; every backend serves this page size
+MOST_LAYERS = 1000  # of a plan, which makes each of them
+LARGEST = 2**31 - 1  # number that the command takes
 
 
 # ------------------------------------------------------------------------------------------------------ where a rank is
@@ -504,6 +506,8 @@ def plan(
     """
     layout = Layout(sizes, dict.fromkeys(sizes, 0))
     layout.check(config)
+    if config.num_hidden_layers > MOST_LAYERS:
+        raise RuntimeError(f"num_hidden_layers: expected at most {MOST_LAYERS}, got {config.num_hidden_layers}")
     for name, value in (("batch", batch), ("s_q", s_q)):
         if value < 1:
             raise RuntimeError(f"{name}: expected at least 1, got {value}")
@@ -617,8 +621,8 @@ def _sizes(text: str) -> dict[str, int]:
 
 
 def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text}")
+    if not text.isdecimal() or len(text) > len(str(LARGEST)) or not 1 <= int(text) <= LARGEST:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 to {LARGEST}, got {text}")
     return int(text)
 
 
@@ -627,13 +631,13 @@ def _gigabytes(text: str) -> float:
         size = float(text)
     except ValueError:
         size = 0.0
-    if not 0 < size < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text}")
+    if not 0 < size <= LARGEST:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, {LARGEST} at most, got {text}")
     return size
 
 
 def main(arguments: list[str] | None = None) -> int:
-    from .hf import config_from_hf, read_json  # which imports this module
+    from .hf import read_config  # which imports this module
 
     parser = argparse.ArgumentParser(
         prog="python -m flashmla_ops.parallel", description="What each rank of a mesh would hold and send."
@@ -647,8 +651,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     parser.add_argument("--kv-cache", metavar="FORMAT", help="bfloat16, fp8, fp8_tensor, ...; the model's dtype")
     args = parser.parse_args(arguments)
+    logger = logging.getLogger(FakeTensorMode.__module__)
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)  # it would log, with a traceback, what is said here in a line
     try:
-        config = config_from_hf(read_json(args.plan))
+        config, *_ = read_config(args.plan)
         planned = plan(
             config,
             args.mesh,
@@ -657,9 +664,11 @@ def main(arguments: list[str] | None = None) -> int:
             dtype=getattr(torch, args.dtype),
             kv_cache_dtype=args.kv_cache,
         )
-    except (RuntimeError, OSError) as error:
-        print(error, file=sys.stderr)
+    except RuntimeError as error:
+        print(str(error).splitlines()[0], file=sys.stderr)
         return 1
+    finally:
+        logger.setLevel(level)
     lines, fits = report(planned, int(args.memory_gb * 1e9), args.batch, args.context)
     print("\n".join(lines))
     return 0 if fits else 1

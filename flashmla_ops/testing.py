@@ -15,11 +15,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .kv_cache import format_of, named_format
+from .kv_cache import E4M3_MAX, format_of, named_format
 from .plan import TILE
 
 BAD_PAGE = 2**31 - 1
-KV_SCALE = 0.0625  # of cases whose format has one scale: a power of two, so that products with it are exact
+# Of cases whose format has one scale, and of queries in e4m3: a power of two, so that products with it are exact.
+KV_SCALE = 0.0625
 FP32_EPS = 2.0**-23
 BLOCK_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}  # working set of one block of rows in `attention`
 
@@ -66,7 +67,8 @@ class DecodeCase(_Case):
         b, s_q, h_q, d_qk = self.q.shape
         _, _, h_k, last_dim = self.kv_cache.shape
         key_bytes = h_k * last_dim * self.kv_cache.itemsize * int(self.cache_seqlens.long().sum())
-        return key_bytes + b * s_q * h_q * ((d_qk + self.head_dim_v) * self.q.itemsize + 4)
+        out_bytes = max(self.q.itemsize, 2) * self.head_dim_v  # of queries in e4m3: bf16
+        return key_bytes + b * s_q * h_q * (d_qk * self.q.itemsize + out_bytes + 4)
 
     def dequantized(self) -> "DecodeCase":
         """The call over the values that its cache stands for."""
@@ -78,12 +80,15 @@ class Fp8DecodeCase(DecodeCase):
     """A call of fwd_kvcache_mla over an fp8 cache, as `quantized` makes it."""
 
     kv_scale: Tensor | None  # of a format of one scale
+    q_scale: Tensor | None = None  # of queries in e4m3
 
     def dequantized(self) -> DecodeCase:
-        d_v, d_rope = self.head_dim_v, self.q.shape[3] - self.head_dim_v
+        q = self.q if self.q_scale is None else (self.q.float() * self.q_scale).bfloat16()  # exactly
+        d_v, d_rope = self.head_dim_v, q.shape[3] - self.head_dim_v
         layout = format_of(self.kv_cache, d_v, d_rope)
-        values = layout.dequantize(self.kv_cache, d_v, d_rope, self.kv_scale, self.q.dtype)
-        return DecodeCase(**{f.name: getattr(self, f.name) for f in fields(DecodeCase)} | {"kv_cache": values})
+        values = layout.dequantize(self.kv_cache, d_v, d_rope, self.kv_scale, q.dtype)
+        changed = {"q": q, "kv_cache": values}
+        return DecodeCase(**{f.name: getattr(self, f.name) for f in fields(DecodeCase)} | changed)
 
 
 @dataclass
@@ -234,13 +239,18 @@ def make_decode_case(
     return DecodeCase(q, kv_cache, block_table.int(), lengths.int(), d_v, scale, causal)
 
 
-def quantized(case: DecodeCase, kv_format: str) -> Fp8DecodeCase:
-    """The case with its cache in the fp8 format of this name."""
+def quantized(case: DecodeCase, kv_format: str, e4m3_queries: bool = False) -> Fp8DecodeCase:
+    """The case with its cache in the fp8 format of this name, and its queries in e4m3 if so asked."""
     layout, d_v = named_format(kv_format), case.head_dim_v
-    kv_scale = torch.tensor(KV_SCALE, device=case.q.device) if layout.scaled else None
+    one_scale = torch.tensor(KV_SCALE, device=case.q.device)
+    kv_scale = one_scale if layout.scaled else None
     kv_c, k_pe = case.kv_cache.flatten(0, 2).tensor_split([d_v], 1)
     kv_cache = layout.quantize(kv_c, k_pe, kv_scale, True).view(*case.kv_cache.shape[:-1], -1)
-    return Fp8DecodeCase(**case.kwargs() | {"kv_cache": kv_cache}, kv_scale=kv_scale)
+    changed = {"kv_cache": kv_cache, "kv_scale": kv_scale}
+    if e4m3_queries:
+        q = (case.q.float() / one_scale).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+        changed |= {"q": q, "q_scale": one_scale}
+    return Fp8DecodeCase(**case.kwargs() | changed)
 
 
 def uneven(case: DecodeCase, queries: Sequence[int], spare: int = 0) -> UnevenDecodeCase:

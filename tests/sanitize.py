@@ -31,6 +31,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from flashmla_ops import (
     backends,
@@ -41,7 +42,17 @@ from flashmla_ops import (
     merge_attn_states,
 )
 from flashmla_ops.kv_cache import BYTE_DTYPES, FORMATS, CacheFormat
-from flashmla_ops.plan import CPU_PARTS, make_plan, max_parts, row_cost, row_tiles
+from flashmla_ops.plan import (
+    CPU_PARTS,
+    WORKSPACE_TILES,
+    make_invariant_plan,
+    make_plan,
+    max_parts,
+    plan_blocks,
+    row_blocks,
+    row_cost,
+    row_tiles,
+)
 from flashmla_ops.testing import (
     BAD_PAGE,
     FP32_EPS,
@@ -52,6 +63,7 @@ from flashmla_ops.testing import (
     make_merge_case,
     quantized,
     relative_error,
+    uneven,
 )
 
 FAULTS = {"memcheck": "overrun", "racecheck": "race", "synccheck": "divergent", "initcheck": "unwritten"}
@@ -63,6 +75,7 @@ PLANTED = Path(__file__).resolve().with_name("faults.cu")
 DECODE = PLANTED.parents[1] / "csrc/sm90/fwd_kvcache_mla.cu"
 DECODE_FP8 = DECODE.with_name("fwd_kvcache_mla_fp8.cu")
 DECODE_FP8_FEW_ROWS = DECODE.with_name("fwd_kvcache_mla_fp8_few_rows.cu")
+DECODE_FP8_QUERIES = DECODE.with_name("fwd_kvcache_mla_fp8_queries.cu")
 
 
 class Handover(NamedTuple):
@@ -84,6 +97,7 @@ HANDOVERS = [
     Handover(DECODE, "leave_base", "take_base", alike="leave_value"),
     Handover(DECODE, "leave_probabilities", "take_sum", alike="leave_value"),
     Handover(DECODE_FP8, "leave_probabilities", "take_base_and_sum", alike="leave_value"),
+    Handover(DECODE_FP8_QUERIES, "leave_probabilities", "take_base_and_sum", alike="leave_value"),
     Handover(DECODE_FP8, "e4m3.cuh:leave_unit", "e4m3.cuh:take_unit", alike="leave_chunk"),
     Handover(DECODE_FP8_FEW_ROWS, "e4m3.cuh:leave_unit", "e4m3.cuh:take_unit", alike="leave_chunk"),
     Handover(DECODE_FP8_FEW_ROWS, "store_query_chunk", "take_query_chunk", alike="leave_chunk"),
@@ -136,25 +150,39 @@ def all_cases(device: str) -> Iterator[Case]:
         yield Case("paged_stream", True, run_paged_stream)
 
 
-# get_mla_metadata: its kernel has two sizes, for few and for many rows
+# get_mla_metadata: its kernels, for even and uneven queries, have two sizes, for few and for many rows
 
 
 def metadata_cases() -> Iterator[Case]:
-    for b in (1, 5, 700, 3000):
-        yield Case(f"get_mla_metadata b={b}", b in (5, 700), lambda device, b=b: run_metadata(b, device))
+    calls = [(b, "even", b in (5, 700)) for b in (1, 5, 700, 3000)]
+    calls += [(5, "uneven", True), (700, "uneven", False), (5, "invariant", False)]
+    for b, kind, quick in calls:
+        yield Case(
+            f"get_mla_metadata {kind} b={b}", quick, lambda device, b=b, kind=kind: run_metadata(b, kind, device)
+        )
 
 
-def run_metadata(b: int, device: str) -> None:
-    heads = 16, 1
+def run_metadata(b: int, kind: str, device: str) -> None:
+    heads, most = (16, 1), 9  # one row tile; queries of a row, at most
     lengths = (torch.arange(b, dtype=torch.int32) * 977) % 1500
     parts = CPU_PARTS
     if device == "cuda":
         parts = max_parts(torch.cuda.get_device_properties(0).multi_processor_count, row_tiles(*heads))
-    expected = make_plan(lengths, parts, row_cost(heads[0]))
+    options = {}
+    if kind == "uneven":
+        cu_seqlens_q = pad((torch.arange(b) * 7 % (most + 1)).cumsum(0), (1, 0)).int()
+        options = {"cu_seqlens_q": moved(cu_seqlens_q, device), "max_seqlen_q": most}
+        blocks = row_blocks(cu_seqlens_q, most, heads[0])
+        expected = plan_blocks(make_plan, lengths, blocks, parts, row_cost(most * heads[0]))
+    elif kind == "invariant":
+        options = {"batch_invariant": True}
+        expected = make_invariant_plan(lengths, parts, WORKSPACE_TILES, row_cost(heads[0]))
+    else:
+        expected = make_plan(lengths, parts, row_cost(heads[0]))
     cache_seqlens = moved(lengths, device)
-    planned = get_mla_metadata(cache_seqlens, *heads)
+    planned = get_mla_metadata(cache_seqlens, *heads, **options)
     in_place = [moved(torch.full_like(t, -7), device) for t in expected]
-    get_mla_metadata_(cache_seqlens, *heads, tile_scheduler_metadata=in_place[0], num_splits=in_place[1])
+    get_mla_metadata_(cache_seqlens, *heads, **options, tile_scheduler_metadata=in_place[0], num_splits=in_place[1])
     for actual in (planned, in_place):
         assert all(torch.equal(a.cpu(), e) for a, e in zip(actual, expected, strict=True)), "another plan"
 
@@ -219,6 +247,8 @@ def merge_cases() -> Iterator[Case]:
 
 LENGTHS = (0, 1, 63, 64, 65, 300, 1000)
 FEW_LENGTHS = (0, 1, 65, 300)
+E4M3_QUERIES = "fp8_tensor q e4m3"  # a cache format, and queries in e4m3
+E4M3_ERROR = 4e-3  # of a score that is a sum of e4m3 products, as the tensor cores add them up
 
 
 def decode_cases() -> Iterator[Case]:
@@ -244,8 +274,8 @@ def decode_cases() -> Iterator[Case]:
             {"peaked": "last"},
             {"lengths": (0, 0)},
         )
-        # rows of two shares, which the decode kernel merges itself: more rows than half a machine's parts
-        pairs = {"lengths": (130, 70, 0, 200, 64, 257) * 2, "h_k": 2, "h_q": 256, "s_q": 2, "causal": True}
+        # rows of two shares, which the decode kernel merges itself: more rows than the 16 parts of a Hopper
+        pairs = {"lengths": (130, 70, 0, 200, 64, 257) * 3, "h_k": 2, "h_q": 256, "s_q": 2, "causal": True}
         for plan in ("own", 7):
             yield decode_case(pairs | {"dtype": dtype}, plan, plan == "own")
         # the combine kernel's instances on a Hopper, which go by batch and query rows
@@ -263,21 +293,59 @@ def decode_cases() -> Iterator[Case]:
                 call = {"lengths": LENGTHS, "h_q": h_q, "s_q": s_q, "h_k": h_k, "causal": s_q > 1, "dtype": dtype}
                 yield decode_case(call, "own", h_q == 128, kv_format)
                 yield decode_case(call, 7, h_q == 16, kv_format)
+        yield from uneven_cases(dtype)
+    for h_q, s_q in ((16, 1), (128, 2)):
+        call = {"lengths": LENGTHS, "h_q": h_q, "s_q": s_q, "causal": True}
+        yield decode_case(call, "own", h_q == 128, E4M3_QUERIES)
+    for h_q, s_q in ((4, 4), (128, 2)):
+        yield uneven_case(4, {"h_q": h_q, "s_q": s_q}, "own", False, E4M3_QUERIES)
 
 
-def decode_case(call: dict, plan: str | int, quick: bool, kv_format: str | None = None) -> Case:
-    """A call of make_decode_case's arguments; the plan: none, the op's own, invariant, or one of so many parts."""
+def uneven_cases(dtype: torch.dtype) -> Iterator[Case]:
+    """Of up to 16 query rows, and of two blocks of 64, each cache format; and the combine kernel's instances on a
+    Hopper, which go by batch and query rows."""
+    for h_q, s_q, batches in ((4, 4, (5, 9, 40)), (20, 5, (2, 7, 16))):
+        for b, kv_format in zip(batches, (None, "fp8", "fp8_tensor"), strict=True):
+            quick = kv_format is None and dtype is torch.bfloat16
+            yield uneven_case(b, {"h_q": h_q, "s_q": s_q, "dtype": dtype}, "none" if quick else "own", quick, kv_format)
+
+
+def uneven_case(b: int, call: dict, plan: str, quick: bool, kv_format: str | None) -> Case:
+    """Rows of 0 to s_q queries, and of 0 to 1000 keys."""
+    queries = [(call["s_q"], 1, 0, 2)[row % 4] for row in range(b)]
+    lengths = tuple((1000, 65, 300, 0, 500)[row % 5] for row in range(b))
+    return decode_case(call | {"lengths": lengths, "causal": True}, plan, quick, kv_format, queries)
+
+
+def decode_case(
+    call: dict, plan: str | int, quick: bool, kv_format: str | None = None, queries: Sequence[int] | None = None
+) -> Case:
+    """A call of make_decode_case's arguments; the plan: none, the op's own, invariant, or one of so many parts.
+    queries: of each row, where these differ."""
 
     def run(device: str) -> None:
-        case = make_decode_case(**call)
-        exact = case
-        if kv_format is not None:
-            case = quantized(case, kv_format)
-            exact = case.dequantized()
-        run_decode(exact, moved_kwargs(case, device), device, plan)
+        run_decode(*make_call(make_decode_case(**call), kv_format, queries, device), device, plan)
 
-    shown = " ".join(f"{name}={value}" for name, value in call.items()) + f" {kv_format or ''}"
-    return Case(f"fwd_kvcache_mla {shown} plan={plan}", quick, run)
+    return Case(f"fwd_kvcache_mla {shown(call, kv_format, queries)} plan={plan}", quick, run)
+
+
+def shown(call: dict, kv_format: str | None, queries: Sequence[int] | None) -> str:
+    words = [f"{name}={value}" for name, value in call.items()]
+    return " ".join([*words, *([kv_format] if kv_format else []), *(["uneven"] if queries else [])])
+
+
+def make_call(
+    case: DecodeCase, kv_format: str | None, queries: Sequence[int] | None, device: str
+) -> tuple[DecodeCase, dict]:
+    """The case as it is to be computed, and the op's arguments on the device: in this format, for rows of so many
+    queries."""
+    if kv_format is not None:
+        case = quantized(case, kv_format.split()[0], e4m3_queries=kv_format == E4M3_QUERIES)
+    exact, call = case.dequantized(), moved_kwargs(case, device)
+    if queries is not None:
+        exact = uneven(exact, queries, spare=3)
+        call |= moved_kwargs(uneven(case, queries, spare=3), device)
+    return exact, call
 
 
 def run_decode(exact: DecodeCase, call: dict, device: str, plan: str | int) -> None:
@@ -285,19 +353,20 @@ def run_decode(exact: DecodeCase, call: dict, device: str, plan: str | int) -> N
     planned = ()
     if plan in ("own", "invariant"):
         _, *heads = exact.plan_args
-        planned = get_mla_metadata(call["cache_seqlens"], *heads, batch_invariant=plan == "invariant")
+        options = {name: call[name] for name in ("cu_seqlens_q", "max_seqlen_q") if name in call}
+        planned = get_mla_metadata(call["cache_seqlens"], *heads, **options, batch_invariant=plan == "invariant")
     elif plan != "none":
         planned = [moved(t, device) for t in make_plan(exact.cache_seqlens, plan)]
     out, lse = fwd_kvcache_mla(**call, **dict(zip(("tile_scheduler_metadata", "num_splits"), planned, strict=False)))
-    check_result(exact, out.cpu(), lse.cpu())
+    check_result(exact, out.cpu(), lse.cpu(), E4M3_ERROR if call.get("q_scale") is not None else 0.0)
 
 
-def check_result(exact: DecodeCase, out: Tensor, lse: Tensor) -> None:
+def check_result(exact: DecodeCase, out: Tensor, lse: Tensor, score_error: float = 0.0) -> None:
     """Looser than check_decode, which compares with PyTorch's error: here a wrong result is one of another tile."""
     exact_out, exact_lse = attention(exact)
     seen = exact_lse.isfinite()
     largest = exact_lse[seen].abs().amax().item() if seen.any() else 0.0
-    floor = 64 * FP32_EPS * (1 + largest)  # an absolute error of a score is a relative one of its exp
+    floor = 64 * FP32_EPS * (1 + largest) + score_error  # a score's absolute error is a relative one of its exp
     error, allowed = relative_error(out, exact_out, -1), 2 * torch.finfo(out.dtype).eps + floor
     assert error <= allowed, f"out: error {error:.2e}, allowed {allowed:.2e}"
     assert torch.equal(lse[~seen].double(), exact_lse[~seen]), "lse: expected +inf where a query sees no key"
@@ -313,31 +382,40 @@ def wrong_value_cases() -> Iterator[Case]:
     for dtype in (torch.bfloat16, torch.float16):
         for h_q in (16, 128):
             for plan in ("none", "own"):
-                quick = plan == "none"
-                yield Case(
-                    f"fwd_kvcache_mla wrong values {dtype} h_q={h_q} plan={plan}",
-                    quick,
-                    lambda device, dtype=dtype, h_q=h_q, plan=plan: run_wrong_values(dtype, h_q, plan, device),
-                )
+                yield wrong_value_case({"h_q": h_q, "dtype": dtype}, plan, plan == "none")
+    for h_q, kv_format in ((4, None), (40, None), (4, "fp8"), (40, E4M3_QUERIES)):
+        yield wrong_value_case({"h_q": h_q, "s_q": 3}, "own", False, kv_format, queries=[2, 1, 3, 3, 0])
 
 
-def run_wrong_values(dtype: torch.dtype, h_q: int, plan: str, device: str) -> None:
-    case = make_decode_case([300, 1, 70, 200, 130], h_q=h_q, dtype=dtype, causal=True, poison=False)
+def wrong_value_case(
+    call: dict, plan: str, quick: bool, kv_format: str | None = None, queries: list[int] | None = None
+) -> Case:
+    return Case(
+        f"fwd_kvcache_mla wrong values {shown(call, kv_format, queries)} plan={plan}",
+        quick,
+        lambda device: run_wrong_values(call, kv_format, queries, plan, device),
+    )
+
+
+def run_wrong_values(call: dict, kv_format: str | None, queries: list[int] | None, plan: str, device: str) -> None:
+    case = make_decode_case([300, 1, 70, 200, 130], causal=True, poison=False, **call)
     num_pages, page_size, *_ = case.kv_cache.shape
     wrong = replace(case, block_table=case.block_table.clone(), cache_seqlens=case.cache_seqlens.clone())
     wrong.block_table[0, 1], wrong.block_table[0, 2] = -1, -(2**31)
     wrong.block_table[2, 0], wrong.block_table[3, 3] = num_pages, BAD_PAGE
     wrong.cache_seqlens[1], wrong.cache_seqlens[3], wrong.cache_seqlens[4] = 2**31 - 1, 100_000, -7
 
-    zeros = torch.zeros_like(case.kv_cache[:1])
+    exact, given = make_call(wrong, kv_format, queries, device)
+    if queries is not None:  # which are those that there are, once clamped to q
+        exact.q, given["q"] = (q[: sum(queries)] for q in (exact.q, given["q"]))
+        first, *inner, last, end = exact.cu_seqlens_q.tolist()
+        cu_seqlens_q = torch.tensor([first - 2**31, *inner, last + 2**30, end + 1], dtype=torch.int32)
+        given["cu_seqlens_q"] = moved(cu_seqlens_q, device)
     outside = (wrong.block_table < 0) | (wrong.block_table >= num_pages)
-    exact = replace(
-        wrong,
-        kv_cache=torch.cat([case.kv_cache, zeros]),
-        block_table=wrong.block_table.masked_fill(outside, num_pages),
-        cache_seqlens=wrong.cache_seqlens.clamp(0, wrong.block_table.shape[1] * page_size),
-    )
-    run_decode(exact, moved_kwargs(wrong, device), device, plan)
+    exact.kv_cache = torch.cat([exact.kv_cache, torch.zeros_like(exact.kv_cache[:1])])
+    exact.block_table = wrong.block_table.masked_fill(outside, num_pages)
+    exact.cache_seqlens = wrong.cache_seqlens.clamp(0, wrong.block_table.shape[1] * page_size)
+    run_decode(exact, given, device, plan)
 
 
 # paged_stream, the benchmark's: it returns nothing

@@ -13,7 +13,7 @@ import torch
 
 from flashmla_ops import benchmark, benchmark_cuda, benchmark_layer, benchmark_sweep, benchmark_tune, fwd_kvcache_mla
 from flashmla_ops.modules import MLAConfig
-from flashmla_ops.testing import make_decode_case, quantized
+from flashmla_ops.testing import check_decode, expected, make_decode_case, quantized
 
 CEILINGS = {
     "matrix_tflops": 700.0,
@@ -63,7 +63,7 @@ def test_groups():
         "h16/32/64": 7,
         "small batch": 12,
         "other": 5,
-        "fp8": 8,
+        "fp8": 12,
         "triton": 5,
         "batch invariant": 32,
     }
@@ -72,6 +72,7 @@ def test_groups():
             continue
         if shape.kv_format:
             assert shape.group == "fp8" and shape.dtype is torch.bfloat16 and shape.varied == (shape.b == 128)
+            assert shape.kv_format == "fp8_tensor" or not shape.e4m3_queries
             continue
         in_group = {
             "b128 h128 s1": (shape.b, shape.h_q, shape.s_q) == (128, 128, 1) and shape.varied,
@@ -84,15 +85,16 @@ def test_groups():
 
 
 def test_fp8_limits():
-    """Issue D, Shows 3; the other fp8 rows are FlashMLA's in kernels.md."""
-    blocks, one_scale = {}, {}
+    """Issue D, Shows 3; the other fp8 rows are FlashMLA's in kernels.md, which takes queries in e4m3."""
+    blocks, one_scale, e4m3_queries = {}, {}, {}
     for shape in benchmark_cuda.DECODE.values():
         h100, h200 = (shape.limits(f"NVIDIA {card}") for card in ("H100 80GB HBM3", "H200"))
         assert h100["peer_limit"] == h200["peer_limit"]
         if shape.kv_format == "fp8":
             blocks[shape.b, shape.h_q, shape.s_k] = h100["limit"], h200["limit"], h100["peer_limit"]
         elif shape.kv_format:
-            one_scale[shape.b, shape.h_q, shape.s_k] = h100["limit"], h200["limit"], h100["peer_limit"]
+            rows = e4m3_queries if shape.e4m3_queries else one_scale
+            rows[shape.b, shape.h_q, shape.s_k] = h100["limit"], h200["limit"], h100["peer_limit"]
         elif shape.group != "triton":
             assert set(h100.values()) == {None}
     assert blocks == {
@@ -101,7 +103,8 @@ def test_fp8_limits():
         (128, 128, 8192): (1.3, 1.3, None),
         (16, 16, 4096): (0.8, 0.8, None),
     }
-    assert one_scale == {
+    assert one_scale == dict.fromkeys(e4m3_queries, (None, None, None))
+    assert e4m3_queries == {
         (128, 16, 8192): (None, None, 1.05),
         (128, 128, 8192): (None, None, 1.0),
         (16, 16, 4096): (None, None, 1.05),
@@ -190,6 +193,17 @@ def test_fp8_rows_are_held_against_bf16_and_count_apart():
     assert "peer/ours, all             geometric mean 2.000 of 1 rows" in text
     assert "peer/ours, fp8             geometric mean 2.000 of 1 rows" in text
     assert "limits of fp8 rows kept: 1 of 2" in text
+
+
+def test_rows_of_queries_in_e4m3_have_twice_the_matrix_rate():
+    """Above the rate of bf16 they raise no ceiling, and their floor is half of what it is there."""
+    row, ceilings = fp8_row(flops=13 * 10**9, stream_us=5.0, e4m3_queries=True), dict(CEILINGS)
+    benchmark_cuda.complete(row, ceilings)
+    assert row["tflops"] == 1300 and ceilings == CEILINGS
+    assert row["floor_us"] == pytest.approx(13e9 / 1400e6)
+    faster = fp8_row(flops=16 * 10**9, e4m3_queries=True)
+    benchmark_cuda.complete(faster, ceilings)
+    assert ceilings["matrix_tflops"] == 800 and faster["floor_us"] == 10.0
 
 
 def test_a_row_says_what_is_wrong_with_its_peer():
@@ -375,7 +389,7 @@ class Eager:
 class TinyDecodeShape(benchmark_cuda.DecodeShape):
     def make(self, seed: int):
         case = make_decode_case([self.s_k] * self.b, h_q=self.h_q, seed=seed, poison=False)
-        return quantized(case, self.kv_format) if self.kv_format else case
+        return quantized(case, self.kv_format, self.e4m3_queries) if self.kv_format else case
 
 
 @pytest.fixture
@@ -393,23 +407,48 @@ def on_cpu(monkeypatch):
 
 def dense_fp8(case):
     """Stands for FlashMLA's."""
-    q, scale = benchmark_cuda._e4m3_q(case)
-    return lambda: fwd_kvcache_mla(**case.kwargs() | {"q": q, "q_scale": scale})
+    assert case.q.dtype is torch.float8_e4m3fn
+    return lambda: fwd_kvcache_mla(**case.kwargs())
 
 
-@pytest.mark.parametrize("kv_format", [None, "fp8", "fp8_tensor"])
+@pytest.mark.parametrize("kv_format", [None, "fp8", "fp8_tensor", "fp8_tensor q e4m3"])
 def test_a_decode_row_from_end_to_end(kv_format, monkeypatch, on_cpu):
-    monkeypatch.setitem(benchmark_cuda.PEERS, "fp8_tensor", (dense_fp8, benchmark_cuda._check_peer_fp8))
-    shape = TinyDecodeShape("fp8", 2, 4, 1, 100, False, kv_format=kv_format, of_bf16=(0.5, 1.5), over_peer=1.05)
-    with_peer = kv_format == "fp8_tensor"
-    row = json.loads(json.dumps({"case": "x", **benchmark_cuda.decode_row(shape, None, with_peer)}))
+    monkeypatch.setattr(benchmark_cuda, "_peer", lambda case: lambda: fwd_kvcache_mla(**case.kwargs()))
+    monkeypatch.setattr(benchmark_cuda, "_peer_fp8", dense_fp8)
+    e4m3 = kv_format == "fp8_tensor q e4m3"
+    limits = {"of_bf16": (0.5, 1.5), "over_peer": 1.05}
+    kv_format = "fp8_tensor" if e4m3 else kv_format
+    shape = TinyDecodeShape("fp8", 2, 4, 1, 100, False, kv_format=kv_format, e4m3_queries=e4m3, **limits)
+    assert shape.name == f"fwd_kvcache_mla b2 h4 s1 k100 {kv_format or 'bfloat16'}" + " q e4m3" * e4m3
+    row = json.loads(json.dumps({"case": "x", **benchmark_cuda.decode_row(shape, None, True)}))
     assert row["us"] == 12.5 and row["nodes"] == 2 and row["peer_wrong"] is None and row["error"] < 4e-3
+    assert (row["peer_us"] is None) == (bool(kv_format) and not e4m3)
     benchmark_cuda.complete(row, dict(CEILINGS))
     text = benchmark_cuda.line(row, True)
     assert ("1.00 x the 12.5 us of bf16 (limit 1.5: kept)" in text) == bool(kv_format)
-    assert ("peer over ours 1.00 (limit 1.05: MISSED)" in text) == with_peer
-    if with_peer:
+    assert ("peer over ours 1.00 (limit 1.05: MISSED)" in text) == e4m3
+    if e4m3:
         assert row["peer_error"] < benchmark_cuda.PEER_FP8_TOLERANCE
+
+
+def test_ours_of_queries_in_e4m3_is_checked(monkeypatch, on_cpu):
+    """Against what the bytes stand for: out and lse."""
+    shape = TinyDecodeShape("fp8", 1, 4, 1, 100, False, kv_format="fp8_tensor", e4m3_queries=True)
+
+    def changed(by_out: float, by_lse: float):
+        def decode(**call):
+            out, lse = fwd_kvcache_mla(**call)
+            return (out * by_out, lse + by_lse) if call["q"].dtype is torch.float8_e4m3fn else (out, lse)
+
+        monkeypatch.setattr(benchmark_cuda, "fwd_kvcache_mla", decode)
+        return benchmark_cuda.decode_row(shape, None, False)
+
+    assert changed(1.0, 1e-3)["error"] < benchmark_cuda.E4M3_TOLERANCE
+    with pytest.raises(AssertionError, match=r"error 2\.0e-02 of out"):
+        changed(1.02, 0.0)
+    for by_lse, shown in ((5e-3, r"5\.0e-03"), (float("nan"), "nan")):
+        with pytest.raises(AssertionError, match=f"{shown} of lse"):
+            changed(1.0, by_lse)
 
 
 def test_a_row_of_the_triton_backend(monkeypatch, on_cpu):
@@ -417,7 +456,6 @@ def test_a_row_of_the_triton_backend(monkeypatch, on_cpu):
     forced = []
     monkeypatch.setattr(benchmark_cuda.backends, "use_backend", forced.append)
     monkeypatch.setattr(benchmark_cuda, "_peer", lambda case: lambda: fwd_kvcache_mla(**case.kwargs()))
-    monkeypatch.setitem(benchmark_cuda.PEERS, None, (benchmark_cuda._peer, benchmark_cuda.check_decode))
     shape = TinyDecodeShape("triton", 2, 4, 1, 100, False, over_peer=0.75, of_stream=1.5)
     assert shape.name == "fwd_kvcache_mla b2 h4 s1 k100 bfloat16 triton"
     row = {"case": shape.name, **benchmark_cuda.decode_row(shape, None, True)}
@@ -464,21 +502,21 @@ def test_a_batch_invariant_row(on_cpu):
 
 def test_an_fp8_peer_that_is_missing_or_wrong(monkeypatch, on_cpu):
     """The row says so, and has our time."""
-    shape = TinyDecodeShape("fp8", 1, 4, 1, 100, False, kv_format="fp8_tensor", over_peer=1.05)
+    shape = TinyDecodeShape("fp8", 1, 4, 1, 100, False, kv_format="fp8_tensor", e4m3_queries=True, over_peer=1.05)
     row = benchmark_cuda.decode_row(shape, None, True)
     assert row["peer_wrong"].startswith("cannot be called: ") and row["peer_us"] is None and row["us"] == 12.5
 
     def wrong(case):
         return lambda: [t * 1.2 for t in dense_fp8(case)()]
 
-    monkeypatch.setitem(benchmark_cuda.PEERS, "fp8_tensor", (wrong, benchmark_cuda._check_peer_fp8))
+    monkeypatch.setattr(benchmark_cuda, "_peer_fp8", wrong)
     row = benchmark_cuda.decode_row(shape, None, True)
     assert row["peer_wrong"] == "error 2.0e-01 of out" and row["us"] == 12.5
 
 
 def test_how_the_fp8_peer_is_called(monkeypatch):
     """As the schemas of sgl-flash-mla 1.0.0 say."""
-    case = quantized(make_decode_case([100, 70], h_q=4, poison=False), "fp8_tensor")
+    case = quantized(make_decode_case([100, 70], h_q=4, poison=False), "fp8_tensor", e4m3_queries=True)
 
     class Peer:
         @staticmethod
@@ -501,12 +539,14 @@ def test_how_the_fp8_peer_is_called(monkeypatch):
             descale_k,
         ):
             assert q.dtype is kcache.dtype is torch.float8_e4m3fn and kcache.shape == case.kv_cache.shape
+            assert q is case.q and kcache.data_ptr() == case.kv_cache.data_ptr()
             assert descale_q.shape == descale_k.shape == (1,) and (metadata, splits) == ("metadata", "splits")
             call = q, kcache, block_table, seqlens_k, head_size_v, softmax_scale, is_causal
             return list(fwd_kvcache_mla(*call, q_scale=descale_q, kv_scale=descale_k))
 
     monkeypatch.setattr(torch.ops, "flash_mla_legacy", Peer, raising=False)
-    assert benchmark_cuda._check_peer_fp8(case, *benchmark_cuda._peer_fp8(case)()) < 1e-2
+    exact = case.dequantized()
+    assert benchmark_cuda._check_peer_fp8(exact, *benchmark_cuda._peer_fp8(case)(), expected(exact)) < 1e-2
 
 
 @pytest.mark.parametrize("kv_format, token", [("bfloat16", 1152), ("fp8", 656), ("fp8_tensor", 576)])
@@ -528,6 +568,18 @@ def test_a_case_over_an_fp8_cache(kv_format, token):
     again = case.dequantized()
     assert type(again) is type(plain) and again.q is plain.q and again.flops() == case.flops() == plain.flops()
     torch.testing.assert_close(again.kv_cache, plain.kv_cache, rtol=2**-4, atol=2**-8)
+
+
+def test_a_case_of_queries_in_e4m3():
+    plain = make_decode_case([100, 70], poison=False)
+    case = quantized(plain, "fp8_tensor", e4m3_queries=True)
+    assert case.q.dtype is torch.float8_e4m3fn and case.q.shape == plain.q.shape
+    assert quantized(plain, "fp8_tensor").bytes_moved() - case.bytes_moved() == case.q.numel()
+    again = case.dequantized()
+    assert again.q.dtype is again.kv_cache.dtype is torch.bfloat16
+    assert torch.equal(again.q.float(), case.q.float() * case.q_scale)
+    torch.testing.assert_close(again.q, plain.q, rtol=2**-4, atol=2**-8)
+    check_decode(again, *fwd_kvcache_mla(**case.kwargs()))
 
 
 class TinyShape(benchmark_layer.LayerShape):

@@ -201,8 +201,7 @@ def test_batch_mates_do_not_matter(target, data):
 
 @st.composite
 def calls_of_pairs(draw, target) -> dict:
-    """More rows than half of the parts that a Hopper has for so many queries: it merges rows of two shares its own
-    way then."""
+    """Often more rows than a Hopper has parts for so many queries: it merges rows of two shares its own way then."""
     lengths = draw(st.lists(st.integers(0, 700), min_size=4, max_size=9)) * 10
     heads = draw(st.sampled_from([{"h_q": 128}, {"h_q": 100, "s_q": 2}, {"h_q": 256, "h_k": 2, "s_q": 2}]))
     dtype = draw(st.sampled_from(target.dtypes))

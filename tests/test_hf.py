@@ -200,7 +200,8 @@ PUBLISHED = {  # the settings of config.json that say what kind of model it is
 @pytest.mark.parametrize("published", PUBLISHED.values(), ids=PUBLISHED)
 def test_what_a_family_leaves_out(published):
     family, settings = published
-    sizes = {name: SIZES[name] for name in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")}
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")
+    sizes = {name: SIZES[name] for name in (*names, "moe_intermediate_size", "num_experts_per_tok")}
     config = hf.config_from_hf({"model_type": family, "num_hidden_layers": 2, "n_group": None, **sizes, **settings})
     assert {name: getattr(config, name) for name in settings} == settings
     kind = (config.scoring_func, config.topk_method, config.norm_topk_prob, config.rope_write_interleaved)

@@ -627,9 +627,9 @@ def test_a_plan_counts_what_is_sent():
     assert cp["all_gather"] == 7 * (5 * 128 * 128 // 8 * 576 * 2) + tp["all_gather"]  # queries
 
 
-def command(*arguments: str) -> tuple[int, list[str]]:
+def command(*arguments: str, config: Path = V3) -> tuple[int, list[str]]:
     """The command's exit status and what it printed."""
-    start = [sys.executable, "-m", "flashmla_ops.parallel", "--plan", V3, *arguments]
+    start = [sys.executable, "-m", "flashmla_ops.parallel", "--plan", str(config), *arguments]
     done = subprocess.run(start, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     return done.returncode, (done.stdout + done.stderr).splitlines()
 
@@ -653,11 +653,15 @@ def test_the_command_says_what_fits(capsys):
         ("--mesh", "pp=2", "expected sizes of .* got pp=2"),
         ("--mesh", "tp=0", "expected sizes of .* got tp=0"),
         ("--mesh", "tp", "expected sizes of .* got tp"),
-        ("--batch", "0", "expected a whole number from 1, got 0"),
-        ("--tokens", "-1", "expected a whole number from 1, got -1"),
-        ("--context", "many", "expected a whole number from 1, got many"),
-        ("--memory-gb", "0", "expected a number above 0, got 0"),
-        ("--memory-gb", "nan", "expected a number above 0, got nan"),
+        ("--batch", "0", "expected a whole number from 1 to 2147483647, got 0"),
+        ("--batch", "9" * 5000, "expected a whole number from 1 to 2147483647, got 9+"),
+        ("--batch", "2147483648", "expected a whole number from 1 to 2147483647, got 2147483648"),
+        ("--tokens", "-1", "expected a whole number from 1 to 2147483647, got -1"),
+        ("--context", "many", "expected a whole number from 1 to 2147483647, got many"),
+        ("--memory-gb", "0", "expected a number above 0, 2147483647 at most, got 0"),
+        ("--memory-gb", "-80", "expected a number above 0, .* got -80"),
+        ("--memory-gb", "nan", "expected a number above 0, .* got nan"),
+        ("--memory-gb", "1e300", "expected a number above 0, .* got 1e300"),
     ],
 )
 def test_the_command_refuses_what_makes_no_sense(option, value, message, capsys):
@@ -673,9 +677,9 @@ def test_the_command_refuses_what_makes_no_sense(option, value, message, capsys)
     [
         ("{", "config.json: expected JSON, got JSONDecodeError"),
         ("[]", "config.json: expected an object, got list"),
-        ("{}", "model_type: expected one of"),
-        ('{"model_type": "deepseek_v3"}', "vocab_size: expected in config.json, got none"),
-        (None, "No such file"),
+        ("{}", "config.json: model_type: expected one of"),
+        ('{"model_type": "deepseek_v3"}', "config.json: vocab_size: expected a value, got none"),
+        (None, "config.json: expected JSON, got FileNotFoundError: .*No such file"),
     ],
 )
 def test_the_command_refuses_a_config_that_is_none(content, message, tmp_path, capsys):
@@ -683,7 +687,25 @@ def test_the_command_refuses_a_config_that_is_none(content, message, tmp_path, c
     if content is not None:
         file.write_text(content)
     assert parallel.main(["--plan", str(file), "--mesh", "tp=8", "--memory-gb", "80"]) == 1
-    assert re.search(message, capsys.readouterr().err)
+    assert re.fullmatch(f"{tmp_path}/{message}.*\n", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    "setting, message",
+    [
+        ({"num_hidden_layers": 0}, "num_hidden_layers: expected at least 1, got 0"),
+        ({"num_hidden_layers": 2**31 - 1}, "num_hidden_layers: expected at most 1000, got 2147483647"),
+        ({"num_experts_per_tok": 0}, "num_experts_per_tok: expected 1 to 128, got 0"),
+        ({"num_experts_per_tok": 129}, "num_experts_per_tok: expected 1 to 128, got 129"),
+        ({"hidden_size": 2**31 - 1}, ".*"),  # what torch says of it
+        ({"rope_scaling": {"type": "yarn", "factor": 10**400}}, "rope_scaling factor: expected a number from 1e-06 to"),
+    ],
+)
+def test_the_command_says_in_a_line_what_is_wrong_with_a_config(setting, message, tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(V3.read_text()) | {"num_hidden_layers": 4} | setting))
+    status, lines = command("--mesh", "tp=8", "--memory-gb", "80", config=file)
+    assert status == 1 and len(lines) == 1 and re.search(message, lines[0])
 
 
 def test_a_plan_needs_rows_and_ranks():

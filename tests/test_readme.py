@@ -91,14 +91,67 @@ def test_the_cpu_table_is_the_committed_result():
     assert {name: us for name, (us, _) in table.items()} == {row["case"]: f"{row['us']:.1f}" for row in rows}
 
 
+def results(name: str) -> tuple[dict[str, dict], dict]:
+    """A committed document's rows by their names without the op's, and the document."""
+    document = json.loads((ROOT / "tests/results" / name).read_text())
+    return {row["case"].removeprefix("fwd_kvcache_mla "): row for row in document["rows"]}, document
+
+
+def says(text: str) -> None:
+    assert text in " ".join(README.split()), text
+
+
 def test_the_gpu_table_is_the_committed_result():
-    document = json.loads((ROOT / "tests/results/h100.json").read_text())
-    rows = {row["case"]: row for row in document["rows"]}
+    rows, document = results("h100.json")
     for name, cells in table_under("| case | us | TFLOP/s | GB/s | floor us | FlashMLA us |").items():
-        row = rows[name]
+        row = rows[name.removeprefix("fwd_kvcache_mla ")]
         rates = [f"{row['us']:.1f}", f"{row['tflops']:.0f}", f"{row['gbs']:.0f}"]
         assert cells == [*rates, f"{row['floor_us']:.1f}", f"{row['peer_us']:.1f}"], name
     ratios = [row["peer_over_ours"] for row in rows.values() if "peer_over_ours" in row and row["group"] != "triton"]
     assert f"geometric mean of {statistics.geometric_mean(ratios):.3f} over the {len(ratios)} rows" in README
     assert f"from {min(ratios):.2f}" in README and f"to {max(ratios):.2f}" in README
     assert all(document["machine"][key] in README for key in ("gpu", "torch", "commit"))
+
+
+def test_what_is_said_below_the_gpu_table_is_the_committed_result():
+    rows, _ = results("h100.json")
+
+    def ratios(figure: str, *names: str) -> list[str]:
+        return [f"{rows[name][figure]:.2f}" for name in names]
+
+    blocks = ratios("of_bf16", *(f"b128 h{h_q} s1 k8192 fp8" for h_q in (16, 64, 128)))
+    one_scale = ratios("of_bf16", *(f"b128 h{h_q} s1 k8192 fp8_tensor" for h_q in (16, 128)))
+    says("takes {}, {} and {} times as long as over bf16".format(*blocks))
+    says("with one scale {} and {} times (16, 128)".format(*one_scale))
+    of_many = [f"b128 {shape} bfloat16 triton" for shape in ("h16 s1 k2048", "h16 s1 k8192", "h128 s1 k8192")]
+    triton = ratios("peer_over_ours", *of_many, "b1 h16 s1 k8192 bfloat16 triton")
+    says(
+        "backend is {}, {} and {} (b128: 16 heads, 2048 and 8192 keys; 128 heads, 8192 keys) and {} (one".format(
+            *triton
+        )
+    )
+    shapes = ("b128 h16 s1 k8192", "b16 h16 s1 k4096", "b128 h128 s1 k8192", "b1 h128 s1 k8192")
+    says("takes {}, {}, {} and {} times".format(*ratios("peer_fp8_over_ours", *(f"{s} fp8_tensor" for s in shapes))))
+
+    before, _ = results("h100_e9ca571.json")
+    both = [(rows[name], row) for name, row in before.items() if row["group"] != "fp8"]
+    for group in {row["group"] for _, row in both}:
+        ratio = [now["of_floor"] / then["of_floor"] for now, then in both if now["group"] == group]
+        assert abs(statistics.geometric_mean(ratio) - 1) < 0.01 and all(abs(r - 1) < 0.02 for r in ratio)
+
+
+def test_what_is_said_of_batch_invariance_is_the_committed_result():
+    rows, document = results("h100_invariant.json")
+    found = {name.removesuffix(" bfloat16 batch invariant"): row["of_balanced"] for name, row in rows.items()}
+    says(f"over the benchmark's {len(found)} rows of bf16 and fp16")
+    says(f"{statistics.geometric_mean(found.values()):.2f} times the balanced plan's time in the geometric mean")
+
+    def span(heads: int, *batches: str) -> str:
+        ratios = [r for name, r in found.items() if name.split()[0] in batches and f" h{heads} " in name]
+        return f"{min(ratios):.2f} to {max(ratios):.2f} for {heads} heads"
+
+    says(f"{span(16, 'b16', 'b128')} in batches of 16 rows and more, {span(128, 'b128')} in batches of 128")
+    says(
+        f"up to {found['b1 h16 s1 k1024']:.2f} for one row of 1024 keys, {found['b64 h16 s4 k8192']:.2f} for 4 queries"
+    )
+    assert document["machine"]["gpu"].startswith("NVIDIA H100")

@@ -1,12 +1,18 @@
 """What `python tests/sanitize.py` does, in short: the planted faults, and all cases under memcheck.
 
-And what it makes of racecheck's reports."""
+That the cases reach every kernel, and what it makes of racecheck's reports."""
+
+import re
+import shutil
+import subprocess
 
 import pytest
 import sanitize
+import torch
 from sanitize import DECODE, HANDOVERS, PLANTED_HANDOVERS, Access, Handover
 
 from flashmla_ops import backends
+from flashmla_ops.backends import sm90
 
 
 @pytest.mark.gpu
@@ -36,6 +42,46 @@ def test_the_cases_are_right_on_the_cpu(capsys):
     for backend in ("sm90", "triton"):
         assert sanitize.main(["--cases", "all", "--device", "cpu", "--backend", backend]) == 0
         assert sanitize.RIGHT.search(capsys.readouterr().out)
+
+
+# ----------------------------------------------------------------------------------------------------- which kernels
+
+
+def kernels(text: str) -> set[str]:
+    """The library's kernels, with their template arguments, of what nm or the profiler calls them."""
+    names = re.findall(r"(\w+_kernel(?:<.+>)?)\((?:(?:flashmla::)?\w*Params|int\*)", text)
+    return {re.sub(r"(?:flashmla|sm90|\(anonymous namespace\))::", "", name) for name in names}
+
+
+def test_kernels_are_told_by_their_instances():
+    inner = "flashmla::sm90::(anonymous namespace)::"
+    text = f"""\
+0004 t void {inner}merge_kernel<__half, {inner}ByRows, 1, (flashmla::CacheFormat)2, true>(flashmla::FwdParams)
+0005 t void {inner}merge_kernel<__half, {inner}ByRows, 8, (flashmla::CacheFormat)2, true>(flashmla::FwdParams) [cold]
+0006 t {inner}clear_kernel(int*, int)
+0007 t __device_stub__ZN8flashmla4sm9051_GLOBAL__12clear_kernelEPii(int*, int)
+0008 b allow<&({inner}other_kernel<true>(flashmla::FwdParams))>(int, char const*)::allowed
+void at::native::some_kernel<int>(int)"""
+    instances = {f"merge_kernel<__half, ByRows, {n}, (CacheFormat)2, true>" for n in (1, 8)}
+    assert kernels(text) == {*instances, "clear_kernel", "other_kernel<true>"}
+
+
+@pytest.mark.gpu
+def test_the_cases_reach_every_kernel(monkeypatch):
+    if (status := sm90.status()) != "ready":
+        pytest.skip(f"sm90: {status}")
+    if (count := torch.cuda.get_device_properties(0).multi_processor_count) != 132:
+        pytest.skip(f"the batches are those at which 132 multiprocessors change kernels, this GPU has {count}")
+    if shutil.which("nm") is None:
+        pytest.skip("needs nm: apt-get install binutils")
+    library = subprocess.run(["nm", "-C", str(sm90.LIBRARY)], capture_output=True, text=True, check=True).stdout
+    monkeypatch.setattr(backends, "in_use", backends.in_use)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        assert sanitize.run_cases("all", "cuda", "sm90") == 0
+        torch.cuda.synchronize()
+    launched = kernels("\n".join(event.key for event in profile.key_averages()))
+    missing = kernels(library) - launched
+    assert launched and not missing, sorted(missing)
 
 
 # -------------------------------------------------------------------------------------------------- racecheck's reports

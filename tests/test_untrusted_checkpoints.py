@@ -1,6 +1,7 @@
 """Checkpoints from anybody: what is damaged, lies or points elsewhere raises with its name, before memory is taken, and
 nothing in a checkpoint is executed."""
 
+import dataclasses
 import json
 import pickle
 import resource
@@ -190,74 +191,118 @@ def test_a_config_that_is_none(checkpoint, content):
 )
 def test_settings_of_a_wrong_type_or_size(checkpoint, name, value):
     configure(checkpoint, **{name: value})
-    refused(checkpoint, rf"{name}: expected \w+.*, numbers from 0 to 2147483647, got ")
+    refused(checkpoint, rf"checkpoint/config.json: {name}: expected \w+.*, numbers from 0 to 2147483647, got ")
 
 
 @pytest.mark.parametrize("name", ["rope_parameters", "rope_scaling", "quantization_config"])
 @pytest.mark.parametrize("value", [[], ["yarn"], "yarn", 1, False])
 def test_containers_of_a_wrong_kind(checkpoint, name, value):
     configure(checkpoint, **{name: value})
-    refused(checkpoint, f"{name}: expected an object, got {type(value).__name__}")
+    refused(checkpoint, f"checkpoint/config.json: {name}: expected an object, got {type(value).__name__}")
 
 
 @pytest.mark.parametrize("value", [["deepseek_v3"], {}, None, 3])
 def test_a_model_type_of_a_wrong_kind(checkpoint, value):
     configure(checkpoint, model_type=value)
-    refused(checkpoint, "model_type: expected one of deepseek_v2, deepseek_v3, kimi_k2, got ")
+    refused(checkpoint, "checkpoint/config.json: model_type: expected one of deepseek_v2, deepseek_v3, kimi_k2, got ")
 
 
 def test_settings_that_have_no_default(checkpoint):
     configure(checkpoint, hidden_size=None)
-    refused(checkpoint, "hidden_size: expected in config.json, got none")
+    refused(checkpoint, "checkpoint/config.json: hidden_size: expected a value, got none")
+
+
+@pytest.mark.parametrize("missing", ["config.json", ""])
+def test_files_that_are_not_there(checkpoint, missing):
+    if missing:
+        (checkpoint / missing).unlink()
+    directory = checkpoint if missing else checkpoint / "none"
+    refused(directory, f"{directory}/config.json: expected JSON, got FileNotFoundError")
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        *(({name: 0}, f"{name}: expected at least 1, got 0") for name in ("num_hidden_layers", "kv_lora_rank")),
+        *(({name: 0}, f"{name}: expected at least 1, got 0") for name in ("q_lora_rank", "moe_intermediate_size")),
+        ({"qk_rope_head_dim": 15}, "qk_rope_head_dim: expected an even number, got 15"),
+        ({"n_group": 0}, "n_group: expected to divide n_routed_experts = 4 into groups of at least 2, got 0"),
+        ({"n_group": 3}, "n_group: expected to divide .*, got 3"),
+        ({"n_group": 4}, "n_group: expected to divide .*, got 4"),  # a group is judged by its two best
+        ({"n_group": 2, "topk_group": 3}, "topk_group: expected 1 to 2, got 3"),
+        ({"n_group": 2, "topk_group": 0}, "topk_group: expected 1 to 2, got 0"),
+        ({"num_experts_per_tok": 5}, "num_experts_per_tok: expected 1 to 4, got 5"),
+        ({"num_experts_per_tok": 0}, "num_experts_per_tok: expected 1 to 4, got 0"),
+        ({"n_group": 2, "num_experts_per_tok": 3}, "num_experts_per_tok: expected 1 to 2, got 3"),
+    ],
+)
+def test_settings_that_no_model_can_have(checkpoint, settings, message):
+    configure(checkpoint, **settings)
+    refused(checkpoint, f"checkpoint/config.json: {message}")
+
+
+def test_groups_that_a_model_can_have(checkpoint):
+    for settings in ({"n_group": 2, "topk_group": 2}, {"n_group": 2, "topk_group": 1, "num_experts_per_tok": 2}):
+        configure(checkpoint, **settings)
+        logits = DeepseekModel.from_pretrained(checkpoint)(torch.zeros(1, 3, dtype=torch.long))
+        assert logits.isfinite().all()
+    dataclasses.replace(CONFIG, n_group=3, topk_method="greedy")  # which has no groups
 
 
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+YARN_NUMBERS = ("original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor")
+NO_FACTORS = (0, -4.0, 1e-320, 1e308, 10**400, float("nan"), float("inf"), "4", None, [4.0])
 
 
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"factor": 0}, "rope_scaling factor: expected a number above 0, got 0"),
-        ({"factor": -4.0}, "rope_scaling factor: expected a number above 0, got -4.0"),
-        ({"factor": float("nan")}, "rope_scaling factor: expected a number above 0, got nan"),
-        ({"factor": float("inf")}, "rope_scaling factor: expected a number above 0, got inf"),
-        ({"factor": "4"}, "rope_scaling factor: expected a number above 0, got '4'"),
-        ({"factor": None}, "rope_scaling factor: expected a number above 0, got None"),
-        ({"original_max_position_embeddings": 0}, "original_max_position_embeddings: expected a number above 0, got 0"),
-        ({"beta_fast": -1}, "rope_scaling beta_fast: expected a number above 0, got -1"),
-        ({"beta_slow": []}, r"rope_scaling beta_slow: expected a number above 0, got \[\]"),
-        ({"mscale": -1}, "rope_scaling mscale: expected a number from 0, got -1"),
-        ({"mscale_all_dim": True}, "rope_scaling mscale_all_dim: expected a number from 0, got True"),
-        ({"attention_factor": 0}, "rope_scaling attention_factor: expected a number above 0, got 0"),
-        ({"truncate": "no"}, "rope_scaling truncate: expected True or False, got 'no'"),
-        ({"type": None}, "rope_scaling type: expected one of yarn, got None"),
-        ({"type": ["yarn"]}, r"rope_scaling type: expected one of yarn, got \['yarn'\]"),
+        *(({"factor": value}, "factor: expected a number from 1e-06 to 2147483647, got ") for value in NO_FACTORS),
+        *(({name: 0}, f"{name}: expected a number from 1e-06 to 2147483647, got 0") for name in YARN_NUMBERS),
+        *(({name: 1e-320}, f"{name}: expected a number from 1e-06 to 2147483647, got 1e-320") for name in YARN_NUMBERS),
+        *(({name: 1e308}, rf"{name}: expected .*, got 1e\+308") for name in YARN_NUMBERS),
+        ({"beta_fast": -1}, "beta_fast: expected a number from 1e-06 to 2147483647, got -1"),
+        ({"beta_slow": []}, r"beta_slow: expected a number from 1e-06 to 2147483647, got \[\]"),
+        ({"mscale": -1}, "mscale: expected a number from 0 to 2147483647, got -1"),
+        ({"mscale": float("nan")}, "mscale: expected a number from 0 to 2147483647, got nan"),
+        ({"mscale_all_dim": True}, "mscale_all_dim: expected a number from 0 to 2147483647, got True"),
+        ({"truncate": "no"}, "truncate: expected True or False, got 'no'"),
+        ({"type": None}, "type: expected one of yarn, got None"),
+        ({"type": ["yarn"]}, r"type: expected one of yarn, got \['yarn'\]"),
     ],
 )
 def test_numbers_of_yarn(checkpoint, changes, message):
     configure(checkpoint, rope_scaling=YARN)
     DeepseekModel.from_pretrained(checkpoint)
     configure(checkpoint, rope_scaling=YARN | changes)
-    refused(checkpoint, message)
+    refused(checkpoint, f"checkpoint/config.json: rope_scaling {message}")
+
+
+@pytest.mark.parametrize("value", [1e-6, 2**31 - 1])
+@pytest.mark.parametrize("name", ["factor", *YARN_NUMBERS])
+def test_numbers_of_yarn_at_their_ends(checkpoint, name, value):
+    configure(checkpoint, rope_scaling=YARN | {name: value})
+    logits = DeepseekModel.from_pretrained(checkpoint)(torch.zeros(1, 3, dtype=torch.long))
+    assert logits.isfinite().all()
 
 
 @pytest.mark.parametrize("theta", [1, 0.5, 0])
 def test_a_rotation_without_frequencies(checkpoint, theta):
     configure(checkpoint, rope_theta=theta)
-    refused(checkpoint, f"rope_theta: expected a number above 1, got {theta}")
+    refused(checkpoint, f"checkpoint/config.json: rope_theta: expected a number above 1, got {theta}")
 
 
 @pytest.mark.parametrize("name", ["load", "nn", "int8", "__dict__", 5])
 def test_a_dtype_is_one_of_a_few(checkpoint, name):
     """Not any attribute of torch."""
     configure(checkpoint, torch_dtype=name)
-    refused(checkpoint, "dtype: expected one of bfloat16, .*, got ")
+    refused(checkpoint, "checkpoint/config.json: dtype: expected one of bfloat16, .*, got ")
 
 
 @pytest.mark.parametrize("block", [[0, 128], [128], "ab", [1.5, 2], 5, {}, [True, 1]])
 def test_blocks_of_scales(checkpoint, block):
     configure(checkpoint, quantization_config={"quant_method": "fp8", "weight_block_size": block})
-    refused(checkpoint, "weight_block_size: expected two numbers of rows and columns, got ")
+    refused(checkpoint, "checkpoint/config.json: weight_block_size: expected two numbers of rows and columns, got ")
 
 
 @pytest.mark.parametrize(
@@ -332,3 +377,15 @@ def test_scales_of_a_wrong_dtype_or_of_nothing(checkpoint):
     tensors[WO] = tensors[WO].to(torch.float8_e4m3fn)
     safetensors_torch.save_file(tensors | {f"{WO}_scale_inv": torch.ones(1, 1).int()}, checkpoint / WEIGHTS)
     refused(checkpoint, f"{WO}_scale_inv: expected one of BF16, F16, F32, F64, got I32 in ")
+
+
+K_SCALE = "model.layers.1.self_attn.k_scale"
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf")])
+def test_scales_of_a_cache_are_above_0(checkpoint, scale):
+    tensors = safetensors_torch.load_file(checkpoint / WEIGHTS)
+    safetensors_torch.save_file(tensors | {K_SCALE: torch.tensor(0.5)}, checkpoint / WEIGHTS)
+    assert DeepseekModel.from_pretrained(checkpoint).layers[1].attn.kv_scale == 0.5
+    safetensors_torch.save_file(tensors | {K_SCALE: torch.tensor([scale])}, checkpoint / WEIGHTS)
+    refused(checkpoint, f"{K_SCALE}: expected a finite value above 0, got {scale} in ")
