@@ -284,6 +284,7 @@ def _parser() -> argparse.ArgumentParser:
         "or missing. Without it that is git's HEAD, with +changes if tracked files differ from it.",
     )
     parser.add_argument("filter", nargs="*", help="run the cases whose name contains one of these words")
+    parser.add_argument("--without", metavar="WORD", action="append", default=[], help="but not those with this one")
     parser.add_argument("--json", metavar="FILE", help="write every figure and the machine")
     parser.add_argument("--list", action="store_true", help="name the cases and stop")
     gpu = parser.add_argument_group("on a GPU")
@@ -320,7 +321,8 @@ def main() -> int:
         return 0
 
     def matching(names: Iterable[str]) -> list[str]:
-        return [name for name in names if not args.filter or any(word in name for word in args.filter)]
+        wanted = [name for name in names if not args.filter or any(word in name for word in args.filter)]
+        return [name for name in wanted if not any(word in name for word in args.without)]
 
     def write(document: dict) -> None:
         if args.json:

@@ -279,11 +279,13 @@ def decode_cases() -> Iterator[Case]:
         for plan in ("own", 7):
             yield decode_case(pairs | {"dtype": dtype}, plan, plan == "own")
         # the combine kernel's instances on a Hopper, which go by batch and query rows
-        for b, h_q in ((5, 16), (9, 16), (20, 16), (40, 16), (2, 32), (7, 64), (16, 20), (20, 64)):
+        for b, h_q in ((5, 16), (9, 16), (20, 16), (40, 16), (2, 40), (7, 64), (16, 40), (20, 64)):
             yield decode_case({"lengths": (300,) * b, "h_q": h_q, "dtype": dtype}, "own", True)
-        # batch-invariant: rows of several units, in several parts
-        for h_q, s_q in ((16, 1), (16, 3), (128, 2)):
-            call = {"lengths": (0, 300, 3000, 65), "h_q": h_q, "s_q": s_q, "causal": True, "dtype": dtype}
+        # batch-invariant: rows of several units, in several parts; row tiles of 16, 32 and 64 rows, whose nodes are
+        # merged by 16 warps or, of more of them, by one
+        for h_q, s_q, b in ((16, 1, 4), (16, 1, 12), (8, 3, 4), (16, 3, 4), (20, 1, 2), (128, 2, 4)):
+            lengths = ((3000, 300, 0, 65) * 3)[:b]
+            call = {"lengths": lengths, "h_q": h_q, "s_q": s_q, "causal": True, "dtype": dtype}
             yield decode_case(call, "invariant", (h_q, s_q) != (16, 3))
         for other in others:
             call = {"lengths": LENGTHS, "h_q": 20, "causal": True, "dtype": dtype} | other

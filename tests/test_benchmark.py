@@ -724,6 +724,13 @@ def test_tune_names_its_keys(monkeypatch, capsys):
     assert benchmark_main(monkeypatch, "--tune", "--list", "x") == 1
 
 
+def test_cases_are_chosen_by_words_and_without_others(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    words = ["h16 s1 k8192 bfloat16", "--without", "triton", "--without", "invariant"]
+    assert benchmark_main(monkeypatch, "--list", *words) == 0
+    assert capsys.readouterr().out.splitlines() == [f"fwd_kvcache_mla b{b} h16 s1 k8192 bfloat16" for b in (128, 1)]
+
+
 def test_tune_says_what_it_needs(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         benchmark_main(monkeypatch, "--tune", "--plot", "x.png")
