@@ -3,7 +3,7 @@
 //
 //   out = softmax(softmax_scale * q k^T) v,   lse = log(sum(exp(softmax_scale * q k^T)))
 //
-// Up to 16 query rows a key head are fwd_kvcache_mla_few_rows.cu's.
+// Up to 32 query rows a key head are fwd_kvcache_mla_few_rows.cu's; of uneven queries and of units, up to 16.
 //
 // Work. A row tile is 64 query rows of one key head, in the order (s_q, h_q / h_k). The plan's part p of row tile t is
 // one CTA's work: it walks the part's batch rows; of each it sees a segment of tiles of 64 keys.

@@ -1,8 +1,10 @@
-// fwd_kvcache_mla for up to 16 query rows a key head: what fwd_kvcache_mla.cu computes, from the same plan, to the same
+// fwd_kvcache_mla for up to 32 query rows a key head: what fwd_kvcache_mla.cu computes, from the same plan, to the same
 // results. Here memory is what bounds a call, so all is arranged for as many keys as possible to be on their way.
 //
 // Products are transposed: S^T = K Q^T and O^T = V^T P^T. A wgmma's 64 rows then are keys, or columns of V, and its
-// columns are the 16 query rows: nothing is padded to 64, Q takes 18 KB, O 32 registers a thread.
+// columns are the 16 or 32 query rows of a row tile: nothing is padded to 64, Q takes 18 KB, O 32 registers a thread, or
+// twice that. Of uneven queries it serves up to 16 rows. Under a batch-invariant plan (units.cuh) it serves up to 16
+// heads a key head whatever s_q is, in row tiles of 16 rows or, of more rows, of 32: a row's bits are the same in either.
 //
 // Grid: (row tiles, parts at work at once), as there. 1 CTA a multiprocessor.
 //
@@ -11,13 +13,10 @@
 // columns of V. So a tile is done with soon, and its place can be loaded again. Warp 8 loads keys, warps 9-11 load
 // queries.
 //
-// Shared memory: a ring of 8 portions, each three slices of 64 keys x 64 values (24 KB). A tile is three portions.
+// Shared memory: a ring of 8 or 7 portions, each three slices of 64 keys x 64 values (24 KB). A tile is three portions.
 //
 // Query rows are a thread's columns here: a warpgroup's accumulators give it the rows 8 j + 2 (lane % 4) + {0, 1}, and
 // of what runs along the 64 rows of the product (keys; columns of V) the two at warp * 16 + lane / 4 + {0, 8}.
-
-// Under a batch-invariant plan (units.cuh) it serves up to 16 heads a key head whatever s_q is, in row tiles of 16 rows
-// or, of more rows, of 32: a row's bits are the same in either.
 
 #include <cuda/ptx>
 
