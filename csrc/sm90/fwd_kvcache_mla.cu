@@ -3,7 +3,8 @@
 //
 //   out = softmax(softmax_scale * q k^T) v,   lse = log(sum(exp(softmax_scale * q k^T)))
 //
-// Up to 32 query rows a key head are fwd_kvcache_mla_few_rows.cu's; of uneven queries and of units, up to 16.
+// Up to 32 query rows a key head are fwd_kvcache_mla_few_rows.cu's, of uneven queries up to 16, and under a
+// batch-invariant plan up to 16 heads with any number of queries.
 //
 // Work. A row tile is 64 query rows of one key head, in the order (s_q, h_q / h_k). The plan's part p of row tile t is
 // one CTA's work: it walks the part's batch rows; of each it sees a segment of tiles of 64 keys.
@@ -461,6 +462,57 @@ __device__ __forceinline__ bool finds_other_share(const FwdParams& params, Share
     return arrived != 0;
 }
 
+// Of a segment: normalises its result, and stores or merges it if it is a share of a row. Whether the row is whole.
+template <typename T>
+__device__ __forceinline__ bool end_segment(const FwdParams& params, SharedStorage<T>& shared, const RowTile& rows,
+                                            const Consumer& me, const Segment& segment, int warpgroup,
+                                            const float (&scale)[2], float (&lse_log2)[2], float (&rO)[128],
+                                            void* staging) {
+    normalise(scale, rO);
+    if (segment.place < 0) return true;
+    const int pair = rows.uneven ? -1 : pair_of(params, shared.parts, segment);
+    if (pair < 0) {
+        store_share(params, rows, me, segment.place, warpgroup, lse_log2, rO);
+        return false;
+    }
+    if (!finds_other_share(params, shared, rows, me, segment, pair, warpgroup, lse_log2, rO)) return false;
+    const int other = segment.place == last_place(pair) ? first_place(pair + 1) : last_place(pair);
+    const int64_t tile = tile_at(params, other, rows.index());
+    add_share(params, rows, me, tile, share_lse(params, tile), warpgroup, lse_log2, rO, staging);
+    return true;
+}
+
+// Of a unit: merges it with the nodes that it completes, and stores what that gives unless it is the whole row. Whether
+// it is; if not it has called free_staging(), as soon as nothing is left to be merged and before the stores: its fence
+// would wait for them.
+template <typename T, typename FreeStaging>
+__device__ __forceinline__ bool end_unit(const FwdParams& params, const RowTile& rows, const Consumer& me,
+                                         const Unit& unit, int warpgroup, const float (&scale)[2], float (&lse_log2)[2],
+                                         float (&rO)[128], void* staging, FreeStaging&& free_staging) {
+    const bool whole = makes_row(unit);
+    if (whole && unit.merges == 0) {
+        normalise(scale, rO);
+        return true;
+    }
+    if (unit.merges == 0) free_staging();
+    float power[2];
+    make_node<T>(scale, rO, power);
+    int node = unit.nodes;
+#pragma unroll 1
+    for (int left = unit.merges; left > 0; --left) {
+        const int64_t tile = tile_of_node(params, rows, unit, --node);
+        add_node<T>(params, rows, me, tile, warpgroup, lse_log2, power, rO, staging);
+    }
+    if (whole) {
+        unmake_node<T>(power, rO);
+        return true;
+    }
+    if (unit.merges > 0) free_staging();
+    store_node<T>(params, rows, me, tile_of_node(params, rows, unit, node), warpgroup, lse_log2, power, rO);
+    if (rows.index() == 0 && threadIdx.x == 0) list_node(params, unit, node);
+    return false;
+}
+
 // One segment, or one unit, from its queries to its result.
 template <typename T, typename Share>
 __device__ __forceinline__ void attend(const FwdParams& params, SharedStorage<T>& shared, const RowTile& rows,
@@ -486,44 +538,12 @@ __device__ __forceinline__ void attend(const FwdParams& params, SharedStorage<T>
         ptx::named_barrier(kWarpgroupOf + warpgroup, kWarpgroup);
         release(me, &shared.freed[stage][stage == warpgroup ? kOwnHalf : kOtherHalf]);
     };
-    bool whole = segment.place < 0;
+    bool whole;
     if constexpr (std::is_same_v<Share, Unit>) {
-        whole = makes_row(segment);
-        if (whole && segment.merges == 0) {
-            normalise(scale, rO);
-        } else {
-            // before the stores: its fence would wait for them; as soon as nothing has to be merged
-            if (segment.merges == 0) free_staging();
-            float power[2];
-            make_node<T>(scale, rO, power);
-            int node = segment.nodes;
-#pragma unroll 1
-            for (int left = segment.merges; left > 0; --left) {
-                const int64_t tile = tile_of_node(params, rows, segment, --node);
-                add_node<T>(params, rows, me, tile, warpgroup, lse_log2, power, rO, staging);
-            }
-            if (!whole) {
-                if (segment.merges > 0) free_staging();
-                const int64_t tile = tile_of_node(params, rows, segment, node);
-                store_node<T>(params, rows, me, tile, warpgroup, lse_log2, power, rO);
-                if (rows.index() == 0 && threadIdx.x == 0) list_node(params, segment, node);
-                return;
-            }
-            unmake_node<T>(power, rO);
-        }
+        whole = end_unit<T>(params, rows, me, segment, warpgroup, scale, lse_log2, rO, staging, free_staging);
+        if (!whole) return;
     } else {
-        normalise(scale, rO);
-        if (!whole) {
-            const int pair = rows.uneven ? -1 : pair_of(params, shared.parts, segment);
-            if (pair < 0) {
-                store_share(params, rows, me, segment.place, warpgroup, lse_log2, rO);
-            } else if (finds_other_share(params, shared, rows, me, segment, pair, warpgroup, lse_log2, rO)) {
-                const int other = segment.place == last_place(pair) ? first_place(pair + 1) : last_place(pair);
-                const int64_t tile = tile_at(params, other, rows.index());
-                add_share(params, rows, me, tile, share_lse(params, tile), warpgroup, lse_log2, rO, staging);
-                whole = true;
-            }
-        }
+        whole = end_segment(params, shared, rows, me, segment, warpgroup, scale, lse_log2, rO, staging);
     }
     if (whole) store_rows<T>(params, rows, me, segment.row, warpgroup, lse_log2, rO, staging);
     free_staging();

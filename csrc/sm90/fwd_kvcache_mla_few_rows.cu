@@ -2,9 +2,10 @@
 // results. Here memory is what bounds a call, so all is arranged for as many keys as possible to be on their way.
 //
 // Products are transposed: S^T = K Q^T and O^T = V^T P^T. A wgmma's 64 rows then are keys, or columns of V, and its
-// columns are the 16 or 32 query rows of a row tile: nothing is padded to 64, Q takes 18 KB, O 32 registers a thread, or
-// twice that. Of uneven queries it serves up to 16 rows. Under a batch-invariant plan (units.cuh) it serves up to 16
-// heads a key head whatever s_q is, in row tiles of 16 rows or, of more rows, of 32: a row's bits are the same in either.
+// columns are the 16 or 32 query rows of a row tile: nothing is padded to 64, Q takes 18 KB, O 32 registers a thread,
+// or twice that. Of uneven queries it serves up to 16 rows. Under a batch-invariant plan (units.cuh) it serves up to 16
+// heads a key head whatever s_q is, in row tiles of 16 rows or, of more rows, of 32: a row's bits are the same in
+// either.
 //
 // Grid: (row tiles, parts at work at once), as there. 1 CTA a multiprocessor.
 //
@@ -292,7 +293,7 @@ __device__ __forceinline__ void store_transposed(const Consumer& me, const float
 }
 
 // Zeroes the warpgroup's half of a tile's V from key `first` on: cache rows past the length may hold NaN, and 0 * NaN
-// is NaN. `slices`: where they are. The other warpgroup may be scoring these keys still: it masks whatever comes of it.
+// is NaN. `slices`: where they are. Both warpgroups have scored these keys.
 template <typename T>
 __device__ __forceinline__ void zero_values(const Consumer& me, T* const (&slices)[kBlocks], int first) {
     const int chunks = (64 - first) * 8;

@@ -319,6 +319,7 @@ void launch(const FwdParams& params, cudaStream_t stream) {
     using Shared = SharedStorage<T, Layout, kTogether>;
     constexpr auto kKernel = fwd_kvcache_mla_merge_nodes_kernel<T, Layout, kTogether>;
     constexpr int kThreads = 32 * Shared::kWarps, kSharedBytes = sizeof(Shared);
+    static_assert(kSharedBytes <= 227 * 1024);
     constexpr int kCtasPerSm = std::max(1, std::min(220 * 1024 / kSharedBytes, 1024 / kThreads));
     allow_shared_bytes<kKernel>(kSharedBytes, "fwd_kvcache_mla_merge_nodes: shared memory");
     const dim3 grid(kCtasPerSm * multiprocessors());

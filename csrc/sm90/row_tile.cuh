@@ -451,7 +451,8 @@ __device__ __forceinline__ void store_rows(const FwdParams& params, const RowTil
 template <typename T, int kThreads>
 __device__ __forceinline__ void store_nothing(const FwdParams& params, const RowTile& rows, const Segment& segment) {
     if (segment.place >= 0) {
-        // in either layout: up to 16 rows of floats, and their lse apart, are within what this writes
+        // in either layout: few rows of floats, and their lse apart, are within what this writes
+        static_assert(sizeof(PackedShare::values) >= 2 * kFewRows * kDimV * sizeof(float));
         PackedShare& share = packed_share(params, segment.place, rows.index());
         for (int i = threadIdx.x; i < PackedShare::kVectors; i += kThreads) share.values[i] = make_uint4(0, 0, 0, 0);
         for (int i = threadIdx.x; i < 2 * kRowTile; i += kThreads) share.heads[i] = make_float2(-INFINITY, 1.f);

@@ -37,7 +37,7 @@ struct Units {
     }
     // Where the greatest nodes that lie in units first .. end - 1 end.
     __device__ int end_of_nodes(int first, int end) const {
-        if (end < count) return end;
+        if (end < count || first >= count) return end;  // the latter of a plan for other lengths
         if (first == 0) return padded;
         const int level = 31 - __clz((count - 1) ^ (first - 1));  // of the last one
         return ((count - 1 >> level) + 1) << level;
