@@ -111,8 +111,8 @@ struct FwdParams {
     int split_parts;  // parts that the workspace has room for; a plan that uses others is executed unsplit
     float softmax_scale_log2;
     bool causal;
-    bool few_rows;  // up to kFewRows, of plain caches and even queries twice as many: kernels of their own; shares by
-                    // rows
+    // up to kFewRows, of plain caches and even queries twice as many: kernels of their own, whose shares lie in rows
+    bool few_rows;
     // Under a batch-invariant plan (units.cuh) few_rows goes by `group`, and row_tiles by tile_rows.
     bool batch_invariant;
     int tile_rows;       // kRowTile, of few rows kFewRows or twice as many

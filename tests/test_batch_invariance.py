@@ -224,6 +224,14 @@ def tree_of(tiles: int):
     return node(plan.MAX_UNITS.bit_length() - 1, 0)
 
 
+def test_units_are_even_and_few():
+    """Of an even number of tiles, at most MAX_UNITS of them, by the same rule of a number and of a tensor."""
+    tiles = torch.cat([torch.arange(3000), torch.tensor([2**16, 2**16 + 1, 2**25 - 1])])
+    each = plan.unit_tiles(tiles)
+    assert each.tolist() == [plan.unit_tiles(int(t)) for t in tiles]
+    assert (each % 2 == 0).all() and (each >= plan.FEWEST_TILES).all() and (each * plan.MAX_UNITS >= tiles).all()
+
+
 def test_the_cpu_merges_that_tree():
     for tiles in range(1, 2 * plan.MAX_UNITS * plan.UNIT_TILES, 3):
         each, nodes = plan.unit_tiles(tiles), []

@@ -128,17 +128,9 @@ __device__ __forceinline__ void read(const Stored<T, Layout>& stored, Node<Layou
 template <typename T, typename Layout>
 __device__ __forceinline__ void write(const Node<Layout>& node, Stored<T, Layout>& stored) {
     const int lane = threadIdx.x % 32;
-    const float* x = node.x;
-    if constexpr (kHalfNodes<T>) {
-        stored.vectors[0][lane] = {pack_halves(x[0], x[1]), pack_halves(x[2], x[3]), pack_halves(x[4], x[5]),
-                                   pack_halves(x[6], x[7])};
-    } else {
+    const NodeValues<T> values(node.x);
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            stored.vectors[i][lane] = {__float_as_uint(x[4 * i]), __float_as_uint(x[4 * i + 1]),
-                                       __float_as_uint(x[4 * i + 2]), __float_as_uint(x[4 * i + 3])};
-        }
-    }
+    for (int i = 0; i < kNodeVectors<T>; ++i) stored.vectors[i][lane] = values.vectors[i];
 #pragma unroll
     for (int r = 0; r < Layout::kRows; ++r) stored.heads[r][lane] = node.heads[r];
 }

@@ -55,20 +55,31 @@ __device__ __forceinline__ void round_node(float (&x)[kCount]) {
     }
 }
 
-// Eight of a thread's values to memory and back: vectors 128 apart.
+// Eight of a thread's values as the vectors that they take in memory.
 template <typename T>
-__device__ __forceinline__ void store_values(uint4* to, const float* x) {
-    // L2 keeps nodes longer than keys: they are read again a unit later (csrc/NOTES.md)
-    if constexpr (kHalfNodes<T>) {
-        ptx::store_evict_last(
-            to, {pack_halves(x[0], x[1]), pack_halves(x[2], x[3]), pack_halves(x[4], x[5]), pack_halves(x[6], x[7])});
-    } else {
+struct NodeValues {
+    uint4 vectors[kNodeVectors<T>];
+
+    __device__ explicit NodeValues(const float* x) {
+        if constexpr (kHalfNodes<T>) {
+            vectors[0] = {pack_halves(x[0], x[1]), pack_halves(x[2], x[3]), pack_halves(x[4], x[5]),
+                          pack_halves(x[6], x[7])};
+        } else {
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            ptx::store_evict_last(to + 128 * i, {__float_as_uint(x[4 * i]), __float_as_uint(x[4 * i + 1]),
-                                                 __float_as_uint(x[4 * i + 2]), __float_as_uint(x[4 * i + 3])});
+            for (int i = 0; i < 2; ++i, x += 4) {
+                vectors[i] = {__float_as_uint(x[0]), __float_as_uint(x[1]), __float_as_uint(x[2]),
+                              __float_as_uint(x[3])};
+            }
         }
     }
+};
+
+// To memory, the vectors 128 apart. L2 keeps nodes longer than keys: they are read again a unit later (csrc/NOTES.md).
+template <typename T>
+__device__ __forceinline__ void store_values(uint4* to, const float* x) {
+    const NodeValues<T> values(x);
+#pragma unroll
+    for (int i = 0; i < kNodeVectors<T>; ++i) ptx::store_evict_last(to + 128 * i, values.vectors[i]);
 }
 
 // Where a node lies: tile `tile` of the workspace, of kTileRows x 512 values, and its heads.

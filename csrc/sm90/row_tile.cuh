@@ -350,11 +350,13 @@ __device__ __forceinline__ void store_pair_share(const FwdParams& params, const 
     }
 }
 
-// Merges 64 rows x 256 columns that lie in memory as a warpgroup's threads stored them into the accumulators: in fp32,
-// or in halves as in PackedShare. weights() is called once they are on their way. `staging`: 32 KB of the warpgroup's.
 struct RowWeights {
     Weights of_row[2];  // of a thread's two rows
 };
+
+// Merges 64 rows x 256 columns that lie in memory as a warpgroup's threads stored them into the accumulators: in fp32,
+// or in halves as in PackedShare. weigh() is called once they are on their way, and says by which RowWeights.
+// `staging`: 32 KB of the warpgroup's.
 template <bool kHalves, typename Weigh>
 __device__ __forceinline__ void merge_stored(const Consumer& me, const uint4* from, float (&rO)[128], void* staging,
                                              Weigh&& weigh) {
