@@ -36,7 +36,7 @@ struct Row {
     int tiles, each, units;  // `each` tiles make a unit
 
     __device__ Row(const MetadataParams& params, int row)
-        : tiles(num_tiles(params, row)), each(unit_tiles(tiles)), units((tiles + each - 1) / each) {}
+        : tiles(num_tiles(params, row)), each(unit_tiles(tiles, params.few_heads)), units((tiles + each - 1) / each) {}
     __device__ int length(const MetadataParams& params, int line) const {
         return line == kCost ? params.row_cost + tiles : max(units, 1);
     }

@@ -15,20 +15,23 @@ constexpr int kColumns = 8;
 constexpr int kWorkspaceTiles = 1024;  // of 64 x 512 fp32, for the shares of all row tiles: 128 MiB
 constexpr int kFewestTiles = 4;        // and these for batch-invariant plans
 constexpr int kUnitTiles = 8;
-constexpr int kMaxUnits = 64;
+constexpr int kFewHeads = 32;
+constexpr int kMaxUnits = 128;
 constexpr int kLaunchRowTiles = 160;  // so that the workspace stays bounded (units.cuh)
-constexpr int kOwnPlaces = 6;         // log2(kMaxUnits): nodes of a row that wait at once for one that is to come
+constexpr int kOwnPlaces = 7;         // log2(kMaxUnits): nodes of a row that wait at once for one that is to come
 constexpr int kMinTiles = 1;
 constexpr int kFewRows = 16;
 constexpr int kSharesPerTile = 16;
 constexpr int row_cost(int64_t rows) { return rows <= kFewRows ? 2 : 4; }  // by query rows a key head
 // Of a unit of a row of so many tiles, also of none.
-__host__ __device__ constexpr int unit_tiles(int tiles) {
+__host__ __device__ constexpr int unit_tiles(int tiles, bool few_heads) {
     const auto max = [](int a, int b) { return a > b ? a : b; };
     const auto min = [](int a, int b) { return a < b ? a : b; };
-    const int quarter = (tiles + 3) / 4, sixteenth = (tiles + 15) / 16, least = (tiles + kMaxUnits - 1) / kMaxUnits;
+    constexpr int kMost = kMaxUnits / 2;
+    const int quarter = (tiles + 3) / 4, sixteenth = (tiles + 15) / 16, least = (tiles + kMost - 1) / kMost;
     const int each = max(max(kFewestTiles, min(kUnitTiles, quarter)), max(min(2 * kUnitTiles, sixteenth), least));
-    return each + each % 2;
+    const int half = (each + 1) / 2;
+    return few_heads ? half : 2 * half;
 }
 enum PlanColumn { kFirstRow, kFirstTile, kLastRow, kLastTile, kFirstSplit, kFlags, kFirstRowTile, kLastRowTile };
 
@@ -48,7 +51,9 @@ struct MetadataParams {
     const int* cu_seqlens_q;  // [b + 1]; null: rows have as many queries
     int max_seqlen_q;         // of a row
     int group;                // h_q / h_k, of uneven queries
-    int places;               // what a row tile has in the workspace, of batch-invariant plans
+    // of batch-invariant plans
+    int places;      // what a row tile has in the workspace
+    bool few_heads;  // units are half as long
 };
 
 struct AppendParams {
@@ -113,7 +118,7 @@ struct FwdParams {
     bool causal;
     // up to kFewRows, of plain caches and even queries twice as many: kernels of their own, whose shares lie in rows
     bool few_rows;
-    // Under a batch-invariant plan (units.cuh) few_rows goes by `group`, and row_tiles by tile_rows.
+    // Under a batch-invariant plan (units.cuh) few_rows goes by `group`, up to kFewHeads, and row_tiles by tile_rows.
     bool batch_invariant;
     int tile_rows;       // kRowTile, of few rows kFewRows or twice as many
     int places;          // that the plan may give a row tile; a plan that uses more is executed unsplit

@@ -110,18 +110,19 @@ void get_mla_metadata_invariant_op(Tensor tile_scheduler_metadata, Tensor num_sp
                                 .b = static_cast<int>(cache_seqlens.size(0)),
                                 .num_parts = static_cast<int>(num_parts),
                                 .row_cost = row_cost(rows),
-                                .places = static_cast<int>(places)},
+                                .places = static_cast<int>(places),
+                                .few_heads = rows <= kFewHeads},
                                on.stream);
 }
 
 // A call under a batch-invariant plan (sm90/units.cuh), of which all else is known. Which kernel serves it and what its
 // row tiles are goes by h_q / h_k, never by s_q or the batch.
 void fwd_kvcache_mla_invariant(FwdParams params, const Tensor& like, cudaStream_t stream) {
-    const int64_t max_units = std::min(kMaxUnits, params.max_len / (kTile * kFewestTiles) + 1);
+    const int64_t max_units = std::min(kMaxUnits, params.max_len / (kTile * kFewestTiles / 2) + 1);
     // of a row tile of the planner, as plan.py's `places`
     params.places = static_cast<int>(std::min(int64_t{kWorkspaceTiles / params.row_tiles}, params.b * max_units));
     params.batch_invariant = true;
-    params.few_rows = params.group <= kFewRows;
+    params.few_rows = params.group <= kFewHeads;
     const int tile_rows = !params.few_rows ? kRowTile : params.rows > kFewRows ? 2 * kFewRows : kFewRows;
     params.tile_rows = tile_rows;
     params.row_tiles = params.h_k * ((params.rows + tile_rows - 1) / tile_rows);

@@ -159,8 +159,10 @@ def _on_line(tiles: Tensor, total: Tensor, parts: Tensor, row_cost: int) -> tupl
 
 # The tiles of a unit, from those of its row: a quarter of it, from FEWEST_TILES to UNIT_TILES, so that short rows too
 # keep a few workers busy; a sixteenth, up to twice UNIT_TILES; or what MAX_UNITS asks for. Fewer cost more to merge.
+# With up to FEW_HEADS = h_q / h_k a result is small, and units are half as long.
 FEWEST_TILES, UNIT_TILES = 4, 8
-MAX_UNITS = 64  # of a row: as many workers as one row keeps busy
+FEW_HEADS = 32
+MAX_UNITS = 128  # of a row with few heads, half of that with more: as many workers as one row keeps busy
 # Bit of FLAGS; the bits above are the part's first place for the nodes that it leaves. In the plan's row MAX_PARTS,
 # which is empty otherwise, they are the number of places that all parts use.
 INVARIANT = 1
@@ -176,15 +178,16 @@ def places(num_row_tiles: int) -> int:
     return WORKSPACE_TILES // num_row_tiles
 
 
-def unit_tiles(tiles):
-    """C, the tiles of a unit of a row of so many (an int or a tensor of them). Even, since the sm90 backend's tiles
-    alternate between two places in shared memory."""
-    quarter, sixteenth, least = (-(-tiles // n) for n in (4, 16, MAX_UNITS))
+def unit_tiles(tiles, few_heads: bool):
+    """C, the tiles of a unit of a row of so many (an int or a tensor of them). Even with many heads, since the sm90
+    backend's tiles alternate between two places in shared memory there."""
+    quarter, sixteenth, least = (-(-tiles // n) for n in (4, 16, MAX_UNITS // 2))
     if isinstance(tiles, Tensor):
         each = quarter.clamp(FEWEST_TILES, UNIT_TILES).maximum(sixteenth.clamp_max(2 * UNIT_TILES)).maximum(least)
     else:
         each = max(FEWEST_TILES, min(UNIT_TILES, quarter), min(2 * UNIT_TILES, sixteenth), least)
-    return each + each % 2
+    half = (each + 1) // 2
+    return half if few_heads else 2 * half
 
 
 def nodes_left(begin: Tensor, end: Tensor, units: Tensor) -> Tensor:
@@ -212,7 +215,7 @@ def _greatest_crossed(low: Tensor, high: Tensor, powers: Tensor) -> Tensor:
 
 
 def make_invariant_plan(
-    cache_seqlens: Tensor, num_parts: int, places: int, row_cost: int = ROW_COST
+    cache_seqlens: Tensor, num_parts: int, places: int, num_heads_per_head_k: int = ROW_TILE
 ) -> tuple[Tensor, Tensor]:
     """Deals rows of the given lengths to at most `num_parts` parts, cut between units only, in the better of two ways.
 
@@ -223,13 +226,17 @@ def make_invariant_plan(
 
     Cuts of either way move to a multiple of g units in their row, at or before where they stand; g is for each way the
     least power of two with which parts leave at most `places` nodes. It is the way whose greatest load of a part, its
-    tiles + row_cost for each row it touches, is then less, by units where they are equal.
+    tiles + a row's cost for each row it touches, is then less, by units where they are equal.
+
+    Whether there are few heads cannot be told from s_q * h_q / h_k if that is more than FEW_HEADS. Units are then taken
+    to be long: a short unit begins wherever a long one does, and where parts begin and end between long ones they leave
+    as many nodes of either.
 
     Args:
         cache_seqlens: [b] int32, keys in each row; negative counts as 0.
         num_parts: 1 to MAX_PARTS.
         places: what a row tile has in the workspace.
-        row_cost: see row_cost().
+        num_heads_per_head_k: s_q * h_q / h_k.
     Returns:
         tile_scheduler_metadata [MAX_PARTS + 1, 8] int32, num_splits [b + 1] int32.
     """
@@ -240,10 +247,11 @@ def make_invariant_plan(
         metadata[-1, FLAGS] = INVARIANT
         return metadata, torch.zeros(1, dtype=torch.int32, device=device)
     tiles = (cache_seqlens.clamp_min(0).long() + (TILE - 1)) // TILE
-    each = unit_tiles(tiles)
+    each = unit_tiles(tiles, num_heads_per_head_k <= FEW_HEADS)
     units = (tiles + each - 1) // each
-    row_end = (tiles + row_cost).cumsum(0)
-    by_cost = _cuts_by_cost(tiles, each, row_end, num_parts, row_cost)
+    cost = row_cost(num_heads_per_head_k)
+    row_end = (tiles + cost).cumsum(0)
+    by_cost = _cuts_by_cost(tiles, each, row_end, num_parts, cost)
     by_units = _cuts_by_units(units.clamp_min(1), num_parts)
     row, unit = (torch.stack(t)[:, None] for t in zip(by_cost, by_units, strict=True))  # [way, 1, MAX_PARTS + 1]
 
@@ -258,7 +266,7 @@ def make_invariant_plan(
     leaves = leaves + torch.where(alone, 0, nodes_left(torch.zeros_like(last[1]), last[1], last_units))
     leaves = leaves * (first[0] < b)
     finest = (leaves.sum(-1) > places).sum(1)  # of each way; nodes become fewer as g grows, to 0
-    load = _loads(first, end, each, row_end, row_cost).amax(-1)
+    load = _loads(first, end, each, row_end, cost).amax(-1)
     load_by_cost, load_by_units = load.gather(1, finest[:, None])[:, 0]
     chosen = torch.where(load_by_units <= load_by_cost, len(coarse) + finest[1], finest[0])
     made = (*first, *last, leaves)
@@ -333,22 +341,23 @@ def _loads(
 # key head (queries * h_q / h_k of them, in the order (query, h_q / h_k)) are dealt to blocks of as many row tiles as
 # one query fills: ROW_TILE * ceil(h_q / h_k / ROW_TILE) query rows. So there are h_k * ceil(h_q / h_k / ROW_TILE) row
 # tiles to a part, and those of one query read its keys at one time. A block is planned like a row of its own, of the
-# same keys: one that has more blocks is no longer work for one part, and one without queries is none at all.
+# same keys: one that has more blocks is no longer work for one part, and one without queries is none at all. Under a
+# batch-invariant plan a block of up to FEW_HEADS heads has as many query rows, whatever max_seqlen_q is.
 #
 # FIRST_ROW_TILE and LAST_ROW_TILE count blocks: a part covers the blocks from FIRST_ROW_TILE of FIRST_ROW to
 # LAST_ROW_TILE of LAST_ROW; FIRST_TILE, FIRST_SPLIT and LAST_TILE are of the first and the last of them. num_splits
 # counts the splits of all of a row's blocks.
 
 
-def rows_of_block(group: int) -> int:
+def rows_of_block(group: int, batch_invariant: bool = False) -> int:
     """Query rows of a key head in a block, group = h_q / h_k."""
-    return ROW_TILE * row_tiles(group, 1)
+    return FEW_HEADS if batch_invariant and group <= FEW_HEADS else ROW_TILE * row_tiles(group, 1)
 
 
-def row_blocks(cu_seqlens_q: Tensor, max_seqlen_q: int, group: int) -> Tensor:
+def row_blocks(cu_seqlens_q: Tensor, max_seqlen_q: int, group: int, batch_invariant: bool = False) -> Tensor:
     """[b] int64, the blocks of each row. Differences below 0 count as 0, those above max_seqlen_q as that."""
     queries = cu_seqlens_q.long().diff().clamp(0, max_seqlen_q)
-    size = rows_of_block(group)
+    size = rows_of_block(group, batch_invariant)
     return (queries * group + (size - 1)) // size
 
 

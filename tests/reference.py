@@ -104,7 +104,7 @@ def by_parts(metadata: Tensor, lengths: list[int], attend_unit, merge) -> tuple[
         place = columns[plan.FLAGS] >> 1
         for row, share in part.items():
             tiles = -(-lengths[row] // plan.TILE)
-            each, nodes = plan.unit_tiles(tiles), Nodes(merge)
+            each, nodes = plan.unit_tiles(tiles, few_heads), Nodes(merge)
             for tile in range(share.start, share.stop, each):
                 nodes.push(tile // each, 0, attend_unit(row, tile, min(tile + each, tiles)))
             if share.stop == tiles:

@@ -68,7 +68,7 @@ struct Stored {
 template <typename T, typename Layout, int kTogether>
 struct SharedStorage {
     static constexpr int kWarps = kTogether == 1 ? 4 : kTogether;
-    static constexpr int kDepth = kTogether == 1 ? kOwnPlaces : 2;  // of a stack: log2 of a warp's units
+    static constexpr int kDepth = kTogether == 1 ? kOwnPlaces : 3;  // of a stack: log2 of a warp's units
 
     Stored<T, Layout> landed[kWarps][kAtOnce], stack[kWarps][kDepth];
     uint16_t first[kWorkspaceTiles + 1];  // places where rows begin, and the end

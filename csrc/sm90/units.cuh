@@ -30,8 +30,8 @@ __device__ __forceinline__ int count_nodes(int begin, int end) {
 struct Units {
     int each, count, padded;
 
-    __device__ explicit Units(int tiles) {
-        each = unit_tiles(tiles);
+    __device__ Units(int tiles, bool few_heads) {
+        each = unit_tiles(tiles, few_heads);
         count = (tiles + each - 1) / each;
         padded = count <= 1 ? 1 : 1 << (32 - __clz(count - 1));
     }
@@ -70,7 +70,7 @@ __device__ __forceinline__ void for_each_unit(const FwdParams& params, const Par
             unit.length = clamped_length(params, unit.row);
             unit.more = unit.row < p.last_row;
             const int tiles = num_tiles(unit.length);
-            Units units(tiles);
+            Units units(tiles, params.few_rows);
             const int end_tile = unit.more ? tiles : min(p.last_tile, tiles);
             const int end = (end_tile + units.each - 1) / units.each;
             const int first = p.continues(unit.row) ? p.first_tile / units.each : 0;
@@ -84,7 +84,7 @@ __device__ __forceinline__ void for_each_unit(const FwdParams& params, const Par
             unit.leaves = whole ? 0 : count_nodes(first, units.end_of_nodes(first, end));
             unit.leaves = min(unit.leaves, max(params.places - unit.leaf, 0));  // fewer: a plan of other lengths
             for (int i = first; i < max(end, tiles == 0); ++i) {
-                units = Units(ptx::anew(tiles));  // registers are short while a unit is worked on
+                units = Units(ptx::anew(tiles), params.few_rows);  // registers are short while a unit is worked on
                 unit.begin = min(i * units.each, tiles);
                 unit.end = min(unit.begin + units.each, tiles);
                 unit.starts = i == first;

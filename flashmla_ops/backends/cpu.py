@@ -13,6 +13,7 @@ from ..kv_cache import format_of
 from ..plan import (
     CPU_PARTS,
     CPU_PLACES,
+    FEW_HEADS,
     FIRST_ROW,
     FIRST_TILE,
     LAST_ROW,
@@ -58,13 +59,17 @@ def get_mla_metadata(
     max_seqlen_q: int | None = None,
 ) -> None:
     check_lengths(cache_seqlens)
-    make, room = (make_invariant_plan, (CPU_PARTS, CPU_PLACES)) if batch_invariant else (make_plan, (CPU_PARTS,))
+    rows = num_heads_per_head_k if cu_seqlens_q is None else max_seqlen_q * num_heads_per_head_k
+    if batch_invariant:
+        make, how = make_invariant_plan, (CPU_PARTS, CPU_PLACES, num_heads_per_head_k)
+    else:
+        make, how = make_plan, (CPU_PARTS, row_cost(rows))
     if cu_seqlens_q is None:
-        plan, splits = make(cache_seqlens, *room, row_cost(num_heads_per_head_k))
+        plan, splits = make(cache_seqlens, *how)
     else:
         check_queries(cu_seqlens_q, max_seqlen_q)
-        blocks = row_blocks(cu_seqlens_q, max_seqlen_q, num_heads_per_head_k)
-        plan, splits = plan_blocks(make, cache_seqlens, blocks, *room, row_cost(max_seqlen_q * num_heads_per_head_k))
+        blocks = row_blocks(cu_seqlens_q, max_seqlen_q, num_heads_per_head_k, batch_invariant)
+        plan, splits = plan_blocks(make, cache_seqlens, blocks, *how)
     tile_scheduler_metadata.copy_(plan)
     num_splits.copy_(splits)
 
@@ -310,7 +315,7 @@ def _attend_invariantly(
     s_q, h_q = q.shape[1:3]
     h_k = keys.kv_cache.shape[2]
     for row, length in enumerate(cache_seqlens.tolist()):
-        unit_keys = TILE * unit_tiles(-(-length // TILE))
+        unit_keys = TILE * unit_tiles(-(-length // TILE), h_q // h_k <= FEW_HEADS)
         for first in range(0, s_q, INVARIANT_QUERIES):
             block = range(first, min(first + INVARIANT_QUERIES, s_q))
             pending: list[list[tuple[int, State | None]]] = [

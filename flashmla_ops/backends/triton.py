@@ -171,8 +171,8 @@ def get_mla_metadata(
             values.check_queries(cu_seqlens_q, max_seqlen_q)
     parts = _parts(cache_seqlens.device, num_heads_per_head_k, num_heads_k)
     if batch_invariant:
-        room, cost = places(row_tiles(num_heads_per_head_k, num_heads_k)), row_cost(num_heads_per_head_k)
-        plan = make_invariant_plan(cache_seqlens, parts, room, cost)
+        room = places(row_tiles(num_heads_per_head_k, num_heads_k))
+        plan = make_invariant_plan(cache_seqlens, parts, room, num_heads_per_head_k)
         tile_scheduler_metadata.copy_(plan[0])
         num_splits.copy_(plan[1])
         return

@@ -28,6 +28,7 @@ LAST_ROW_TILE = tl.constexpr(_plan.LAST_ROW_TILE)
 MIN_TILES = tl.constexpr(_plan.MIN_TILES)
 FEWEST_TILES = tl.constexpr(_plan.FEWEST_TILES)
 UNIT_TILES = tl.constexpr(_plan.UNIT_TILES)
+FEW_HEADS = tl.constexpr(_plan.FEW_HEADS)
 MAX_UNITS = tl.constexpr(_plan.MAX_UNITS)
 OWN_PLACES = tl.constexpr(_plan.MAX_UNITS.bit_length() - 1)  # nodes of a row that wait at once for one that is to come
 SHARES_PER_TILE = tl.constexpr(_plan.SHARES_PER_TILE)
@@ -352,21 +353,22 @@ def _length_of(cache_seqlens, row, max_len):
 
 
 @triton.jit
-def _units_of(tiles):
+def _units_of(tiles, group):
     """Of a row: the tiles of a unit, and the units."""
     each = tl.maximum(tl.minimum((tiles + 3) // 4, UNIT_TILES), FEWEST_TILES)
     each = tl.maximum(each, tl.minimum((tiles + 15) // 16, 2 * UNIT_TILES))
-    each = tl.maximum(each, (tiles + MAX_UNITS - 1) // MAX_UNITS)
-    each += each % 2
+    half = (tl.maximum(each, (tiles + MAX_UNITS // 2 - 1) // (MAX_UNITS // 2)) + 1) // 2
+    each = tl.where(group <= FEW_HEADS, half, 2 * half)
     return each, (tiles + each - 1) // each
 
 
 @triton.jit
 def _highest_bit(x):
-    """The greatest power of two up to x, for x of up to 8 bits."""
+    """The greatest power of two up to x, for x of up to 9 bits."""
     x |= x >> 1
     x |= x >> 2
     x |= x >> 4
+    x |= x >> 8
     return x - (x >> 1)
 
 
@@ -870,7 +872,7 @@ def fwd_kvcache_mla_kernel(
                     visible = tl.where(real, length - causal * (s_q - 1 - i), 0)
                     row_64 = tl.cast(row, tl.int64)
                     if INVARIANT:
-                        each, units = _units_of(tiles)
+                        each, units = _units_of(tiles, group)
                         first, stop = tl.minimum(begin, tiles) // each, (end + each - 1) // each
                         whole = (first == 0) & (stop == units)
                         leaves = tl.where(whole, 0, _count_nodes(first, _end_of_nodes(first, stop, units)))
@@ -1105,13 +1107,13 @@ def fwd_kvcache_mla_merge_nodes_kernel(
         first_row, first_tile = _first_of(plan, part, True)
         row, last_tile = _last_of(plan, part, b)
         if (row >= first_row) & ((row > first_row) | (first_tile == 0)):
-            each, units = _units_of((_length_of(cache_seqlens, row, max_len) + TILE - 1) // TILE)
+            each, units = _units_of((_length_of(cache_seqlens, row, max_len) + TILE - 1) // TILE, group)
             stop = (last_tile + each - 1) // each
             if stop < units:
                 place = tl.minimum(_first_place(plan, part), places)
                 if (row > first_row) & (first_tile > 0):  # the part's share of its first row comes before
                     tiles = (_length_of(cache_seqlens, first_row, max_len) + TILE - 1) // TILE
-                    first_each, first_units = _units_of(tiles)
+                    first_each, first_units = _units_of(tiles, group)
                     first = first_tile // first_each
                     place += _count_nodes(first, _end_of_nodes(first, first_units, first_units))
                 begin, depth, unit, other = place, 0, 0, part

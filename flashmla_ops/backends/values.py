@@ -84,7 +84,7 @@ def check_fwd_kvcache_mla(
         s_q = q.shape[1]
     else:
         check_queries(cu_seqlens_q, max_seqlen_q, q.shape[0])
-        blocks = row_blocks(cu_seqlens_q, max_seqlen_q, group)
+        blocks = row_blocks(cu_seqlens_q, max_seqlen_q, group, plan is not None and is_invariant(plan[0]))
     if plan is not None:
         _check_plan(*plan, cache_seqlens) if blocks is None else _check_plan_of_blocks(*plan, cache_seqlens, blocks)
     if DEBUG:
@@ -207,14 +207,14 @@ def _check_heads(
     num_heads_k: int,
     uneven: tuple[Tensor, int] | None,  # blocks of the rows, h_q / h_k
 ) -> None:
-    make, room, cost = make_plan, (), row_cost(num_heads_per_head_k)
+    make, how = make_plan, (row_cost(num_heads_per_head_k),)
     if is_invariant(metadata):
-        tiles = row_tiles(num_heads_per_head_k if uneven is None else uneven[1], num_heads_k)
-        make, room = make_invariant_plan, (places(tiles),)
+        rows = num_heads_per_head_k if uneven is None else uneven[1]
+        make, how = make_invariant_plan, (places(row_tiles(rows, num_heads_k)), rows)
     if uneven is None:
-        own = make(cache_seqlens, parts, *room, cost)[0]
+        own = make(cache_seqlens, parts, *how)[0]
     else:
-        own = plan_blocks(make, cache_seqlens, uneven[0], parts, *room, cost)[0]
+        own = plan_blocks(make, cache_seqlens, uneven[0], parts, *how)[0]
     expected, got = (int((t[:, LAST_ROW] >= 0).sum()) for t in (own, metadata))
     if expected != got:
         raise RuntimeError(
