@@ -118,12 +118,15 @@ void get_mla_metadata_invariant_op(Tensor tile_scheduler_metadata, Tensor num_sp
 // A call under a batch-invariant plan (sm90/units.cuh), of which all else is known. Which kernel serves it and what its
 // row tiles are goes by h_q / h_k, never by s_q or the batch.
 void fwd_kvcache_mla_invariant(FwdParams params, const Tensor& like, cudaStream_t stream) {
+    const bool uneven = params.cu_seqlens_q != nullptr;
     const int64_t max_units = std::min(kMaxUnits, params.max_len / (kTile * kFewestTiles / 2) + 1);
+    const int64_t blocks = params.b + (uneven ? int64_t{params.total_q} * params.group / kFewHeads : 0);  // at most
     // of a row tile of the planner, as plan.py's `places`
-    params.places = static_cast<int>(std::min(int64_t{kWorkspaceTiles / params.row_tiles}, params.b * max_units));
+    params.places = static_cast<int>(std::min(int64_t{kWorkspaceTiles / params.row_tiles}, blocks * max_units));
     params.batch_invariant = true;
     params.few_rows = params.group <= kFewHeads;
-    const int tile_rows = !params.few_rows ? kRowTile : params.rows > kFewRows ? 2 * kFewRows : kFewRows;
+    if (params.few_rows && uneven) params.rows = std::min(params.rows, kFewHeads);  // of a block (plan.py)
+    const int tile_rows = !params.few_rows ? kRowTile : params.rows > kFewRows || uneven ? kFewHeads : kFewRows;
     params.tile_rows = tile_rows;
     params.row_tiles = params.h_k * ((params.rows + tile_rows - 1) / tile_rows);
     if (params.row_tiles > kLaunchRowTiles) params.places = 0;  // of several launches: rows are whole then

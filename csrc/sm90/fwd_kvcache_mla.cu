@@ -509,7 +509,7 @@ __device__ __forceinline__ bool end_unit(const FwdParams& params, const RowTile&
     }
     if (unit.merges > 0) free_staging();
     store_node<T>(params, rows, me, tile_of_node(params, rows, unit, node), warpgroup, lse_log2, power, rO);
-    if (rows.index() == 0 && threadIdx.x == 0) list_node(params, unit, node);
+    if (rows.index() == 0 && threadIdx.x == 0) list_node(params, unit, node, unit.end_unit);
     return false;
 }
 
@@ -633,8 +633,10 @@ void launch(const FwdParams& params, cudaStream_t stream) {
 
 template <typename T>
 void launch(const FwdParams& params, cudaStream_t stream) {
-    if (params.batch_invariant) return launch<T, false, true>(params, stream);
-    params.cu_seqlens_q != nullptr ? launch<T, true, false>(params, stream) : launch<T, false, false>(params, stream);
+    const bool uneven = params.cu_seqlens_q != nullptr;
+    if (params.batch_invariant)
+        return uneven ? launch<T, true, true>(params, stream) : launch<T, false, true>(params, stream);
+    uneven ? launch<T, true, false>(params, stream) : launch<T, false, false>(params, stream);
 }
 
 }  // namespace

@@ -80,9 +80,12 @@ struct RowQueries {
 };
 
 // The query rows of a key head in a block of a row, and the row's last block, -1 without queries.
-__device__ __forceinline__ int block_rows(const FwdParams& params) { return params.row_tiles / params.h_k * kRowTile; }
-__device__ __forceinline__ int last_block(const FwdParams& params, const RowQueries& queries) {
-    const int size = block_rows(params);
+__device__ __forceinline__ int block_rows(const FwdParams& params, int tile_rows = kRowTile) {
+    return params.row_tiles / params.h_k * tile_rows;
+}
+__device__ __forceinline__ int last_block(const FwdParams& params, const RowQueries& queries,
+                                          int tile_rows = kRowTile) {
+    const int size = block_rows(params, tile_rows);
     return (queries.count * params.group + size - 1) / size - 1;
 }
 

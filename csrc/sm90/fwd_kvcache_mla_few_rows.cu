@@ -3,7 +3,7 @@
 //
 // Products are transposed: S^T = K Q^T and O^T = V^T P^T. A wgmma's 64 rows then are keys, or columns of V, and its
 // columns are the 16 or 32 query rows of a row tile: nothing is padded to 64, Q takes 18 KB, O 32 registers a thread,
-// or twice that. Of uneven queries it serves up to 16 rows. Under a batch-invariant plan (units.cuh) it serves up to 16
+// or twice that. Of uneven queries it serves up to 16 rows. Under a batch-invariant plan (units.cuh) it serves up to 32
 // heads a key head whatever s_q is, in row tiles of 16 rows or, of more rows, of 32: a row's bits are the same in
 // either.
 //
@@ -457,26 +457,27 @@ __device__ __forceinline__ void make_node(SharedStorage<T, kRows>& shared, const
     scale(rO, factor);
 }
 
-// Merges the node in a tile of the workspace into the one in registers.
+// A thread's part of a node, as it is in memory: the last one of the CTA's share, which is merged with the next unit's
+// as often as not, waits in registers for that.
 template <typename T, int kRows>
-__device__ __forceinline__ void add_node(const FwdParams& params, const Consumer& me, int64_t tile, int warpgroup,
-                                         float (&lse_log2)[kRows / 4], float (&power)[kRows / 4],
-                                         float (&rO)[kBlocks][kRows / 2]) {
-    constexpr int kVectors = kRows / 16 * kNodeVectors<T>, kValues = 8 / kNodeVectors<T>;
-    const uint4* from = node_at<T, kRows>(params, me, tile, warpgroup);
-    uint4 loaded[kBlocks][kVectors];
-    Head other[kRows / 4];
-    load_heads(node_heads<kRows / 4>(params, tile, 4 * warpgroup + me.warp, me.lane), other);
-#pragma unroll
-    for (int b = 0; b < kBlocks; ++b) {
-#pragma unroll
-        for (int i = 0; i < kVectors; ++i) loaded[b][i] = __ldcg(from + (b * kVectors + i) * kWarpgroup);
-    }
+struct Node {
+    static constexpr int kVectors = kRows / 16 * kNodeVectors<T>;
+
+    uint4 values[kBlocks][kVectors];
+    Head heads[kRows / 4];
+    int end_unit;  // where in the row's tree it ends
+};
+
+// Merges a node into the one in registers.
+template <typename T, int kRows>
+__device__ __forceinline__ void add_node(const Node<T, kRows>& node, float (&lse_log2)[kRows / 4],
+                                         float (&power)[kRows / 4], float (&rO)[kBlocks][kRows / 2]) {
+    constexpr int kValues = 8 / kNodeVectors<T>;
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b) round_node<T>(rO[b]);
 #pragma unroll
     for (int h = 0; h < kRows / 4; ++h) {
-        const NodeWeights weights({lse_log2[h], power[h]}, other[h]);
+        const NodeWeights weights({lse_log2[h], power[h]}, node.heads[h]);
         lse_log2[h] = weights.lse_log2;
         power[h] = weights.power;
 #pragma unroll
@@ -485,7 +486,7 @@ __device__ __forceinline__ void add_node(const FwdParams& params, const Consumer
             for (int i = 0; i < 2; ++i) {
                 float x[kValues];
                 const int k = element(h, i);
-                unpack(loaded[b][k / kValues], x);
+                unpack(node.values[b][k / kValues], x);
                 rO[b][k] = weights.of(rO[b][k], x[k % kValues]);
             }
         }
@@ -493,46 +494,78 @@ __device__ __forceinline__ void add_node(const FwdParams& params, const Consumer
 }
 
 template <typename T, int kRows>
-__device__ __forceinline__ void store_node(const FwdParams& params, const Consumer& me, int64_t tile, int warpgroup,
-                                           const float (&lse_log2)[kRows / 4], const float (&power)[kRows / 4],
-                                           const float (&rO)[kBlocks][kRows / 2]) {
+__device__ __forceinline__ void load_node(const FwdParams& params, const Consumer& me, int64_t tile, int warpgroup,
+                                          Node<T, kRows>& node) {
+    const uint4* from = node_at<T, kRows>(params, me, tile, warpgroup);
+    load_heads(node_heads<kRows / 4>(params, tile, 4 * warpgroup + me.warp, me.lane), node.heads);
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b) {
+#pragma unroll
+        for (int i = 0; i < node.kVectors; ++i) node.values[b][i] = __ldcg(from + (b * node.kVectors + i) * kWarpgroup);
+    }
+}
+
+// To the place of the node at `index` of the share's, and lists it if it is left there.
+template <typename T, int kRows>
+__device__ __forceinline__ void store_node(const FwdParams& params, const RowTile& rows, const Consumer& me,
+                                           const Unit& unit, int index, int warpgroup, const Node<T, kRows>& node) {
+    const int64_t tile = tile_of_node(params, rows, unit, index);
     uint4* to = node_at<T, kRows>(params, me, tile, warpgroup);
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b) {
 #pragma unroll
-        for (int j = 0; j < kRows / 16; ++j, to += kNodeVectors<T> * kWarpgroup) store_values<T>(to, rO[b] + 8 * j);
+        for (int i = 0; i < node.kVectors; ++i) {
+            ptx::store_evict_last(to + (b * node.kVectors + i) * kWarpgroup, node.values[b][i]);
+        }
     }
-    store_heads(node_heads<kRows / 4>(params, tile, 4 * warpgroup + me.warp, me.lane), lse_log2, power);
+    store_heads(node_heads<kRows / 4>(params, tile, 4 * warpgroup + me.warp, me.lane), node.heads);
+    if (rows.index() == 0 && threadIdx.x == 0) list_node(params, unit, index, node.end_unit);
 }
 
-// Of a unit: merges it with the nodes that it completes, and stores what that gives unless it is the whole row.
-// Whether it is.
+// Of a unit: merges it with the nodes that it completes. What that gives is the share's last node then, unless it is
+// the whole row. Whether it is.
 template <typename T, int kRows>
-__device__ __forceinline__ bool merge_unit(const FwdParams& params, SharedStorage<T, kRows>& shared,
-                                           const RowTile& rows, const Consumer& me, const Unit& unit, int warpgroup,
-                                           float (&lse_log2)[kRows / 4], float (&rO)[kBlocks][kRows / 2]) {
+__device__ __forceinline__ bool end_unit(const FwdParams& params, SharedStorage<T, kRows>& shared, const RowTile& rows,
+                                         const Consumer& me, const Unit& unit, int warpgroup,
+                                         float (&lse_log2)[kRows / 4], float (&rO)[kBlocks][kRows / 2],
+                                         Node<T, kRows>& last) {
     if (makes_row(unit) && unit.merges == 0) return true;
     float power[kRows / 4];
     make_node(shared, me, warpgroup, rO, power);
     int node = unit.nodes;
 #pragma unroll 1
     for (int left = unit.merges; left > 0; --left) {
-        const int64_t tile = tile_of_node(params, rows, unit, --node);
-        add_node<T, kRows>(params, me, tile, warpgroup, lse_log2, power, rO);
+        --node;
+        if (!kHalfNodes<T> || left < unit.merges) {
+            load_node(params, me, tile_of_node(params, rows, unit, node), warpgroup, last);
+        }
+        add_node(last, lse_log2, power, rO);
     }
     if (makes_row(unit)) {
         scale(rO, power);
         return true;
     }
-    store_node<T, kRows>(params, me, tile_of_node(params, rows, unit, node), warpgroup, lse_log2, power, rO);
-    if (rows.index() == 0 && threadIdx.x == 0) list_node(params, unit, node);
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b) {
+#pragma unroll
+        for (int j = 0; j < kRows / 16; ++j) {
+            const NodeValues<T> values(rO[b] + 8 * j);
+#pragma unroll
+            for (int i = 0; i < kNodeVectors<T>; ++i) last.values[b][j * kNodeVectors<T> + i] = values.vectors[i];
+        }
+    }
+#pragma unroll
+    for (int h = 0; h < kRows / 4; ++h) last.heads[h] = {lse_log2[h], power[h]};
+    last.end_unit = unit.end_unit;
+    if (!kHalfNodes<T> || unit.ends) store_node(params, rows, me, unit, node, warpgroup, last);
     return false;
 }
 
-// One segment, or one unit, from its queries to its result.
+// One segment, or one unit, from its queries to its result. last: of units, the node that waits in registers.
 template <typename T, int kRows, int kRing, typename Share>
 __device__ __forceinline__ void attend(const FwdParams& params, SharedStorage<T, kRows>& shared, const RowTile& rows,
-                                       const Share& segment, int warpgroup, Place<kRing>& place, uint32_t& phase) {
+                                       const Share& segment, int warpgroup, Place<kRing>& place, uint32_t& phase,
+                                       Node<T, kRows>& last) {
     if (segment.begin == segment.end) return sm90::store_nothing<T, kConsumers>(params, rows, segment);
     const Consumer me = {__shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32 % 4, 0), ptx::lane()};
     const auto release = [&](uint64_t* barrier) {
@@ -541,6 +574,11 @@ __device__ __forceinline__ void attend(const FwdParams& params, SharedStorage<T,
     float rO[kBlocks][kRows / 2] = {};  // [256 columns of V, rows]
     float factor[kRows / 4];
     ColumnSoftmax<kRows> softmax(warpgroup);
+    if constexpr (std::is_same_v<Share, Unit> && kHalfNodes<T>) {
+        if (segment.merges == 0 && segment.nodes > 0) {
+            store_node(params, rows, me, segment, segment.nodes - 1, warpgroup, last);
+        }
+    }
     wait(&shared.queries_landed, phase);
     if (segment.ends) phase ^= 1;
 #pragma unroll 1
@@ -600,7 +638,7 @@ __device__ __forceinline__ void attend(const FwdParams& params, SharedStorage<T,
     scale(rO, factor);
     const bool has_lse = warpgroup == 0 && me.warp == 0 && me.lane < 4;
     if constexpr (std::is_same_v<Share, Unit>) {
-        if (!merge_unit(params, shared, rows, me, segment, warpgroup, lse_log2, rO)) return;
+        if (!end_unit(params, shared, rows, me, segment, warpgroup, lse_log2, rO, last)) return;
     } else if (segment.place >= 0) {
         store_share(params, rows, me, segment.place, warpgroup, rO);
 #pragma unroll
@@ -660,8 +698,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (warp < kConsumerWarps) {
         Place<kRing> place;
         uint32_t phase = 0;
+        Node<T, kRows> last;
         for_each_share<kUneven, kInvariant>(params, shared.parts, rows, [&](const auto& segment, const RowTile& rows) {
-            attend(params, shared, rows, segment, warp / (kConsumerWarps / 2), place, phase);
+            attend(params, shared, rows, segment, warp / (kConsumerWarps / 2), place, phase, last);
         });
     } else if (warp == kConsumerWarps) {
         Place<kRing> place;
@@ -701,12 +740,13 @@ void launch(const FwdParams& params, cudaStream_t stream) {
 
 template <typename T>
 void launch(const FwdParams& params, cudaStream_t stream) {
-    const bool more = params.tile_rows > kFewRows;
+    const bool more = params.tile_rows > kFewRows, uneven = params.cu_seqlens_q != nullptr;
     if (params.batch_invariant) {
+        if (uneven) return launch<T, 2 * kFewRows, true, true>(params, stream);
         return more ? launch<T, 2 * kFewRows, false, true>(params, stream)
                     : launch<T, kFewRows, false, true>(params, stream);
     }
-    if (params.cu_seqlens_q != nullptr) return launch<T, kFewRows, true, false>(params, stream);
+    if (uneven) return launch<T, kFewRows, true, false>(params, stream);
     more ? launch<T, 2 * kFewRows, false, false>(params, stream) : launch<T, kFewRows, false, false>(params, stream);
 }
 

@@ -21,8 +21,7 @@
 namespace flashmla::sm90 {
 namespace {
 
-constexpr int kAtOnce = 4;  // nodes that a lane loads
-constexpr int kMany = 16;   // warps that merge an item together
+constexpr int kMany = 16;  // warps that merge an item together
 
 // A layout tells which query rows of a row tile and which columns the vectors [vector, lane] of an item have.
 
@@ -30,7 +29,8 @@ constexpr int kMany = 16;   // warps that merge an item together
 struct ByRows {
     static constexpr int kTileRows = kRowTile, kRows = 2, kGroups = 1;
 
-    __device__ static int row(int v, int lane, int r) { return v % 4 * 16 + lane / 4 + 8 * r; }
+    __device__ static int first_row(int v) { return v % 4 * 16; }
+    __device__ static int row(int v, int lane, int r) { return first_row(v) + lane / 4 + 8 * r; }
     __device__ static int column(int v, int lane, int k) {
         return v / 64 * kHalfV + v / 4 % 16 * 16 + k / 4 * 8 + lane % 4 * 2 + k % 2;
     }
@@ -43,7 +43,8 @@ template <int kTileRows_>
 struct ByColumns {
     static constexpr int kTileRows = kTileRows_, kRows = 4, kGroups = kTileRows / 16;
 
-    __device__ static int row(int v, int lane, int r) { return group(v) * 16 + r / 2 * 8 + lane % 4 * 2 + r % 2; }
+    __device__ static int first_row(int v) { return group(v) * 16; }
+    __device__ static int row(int v, int lane, int r) { return first_row(v) + r / 2 * 8 + lane % 4 * 2 + r % 2; }
     __device__ static int column(int v, int lane, int k) {
         return v / kTileRows * kHalfV + v / (4 * kGroups) % 4 * 64 + v % 4 * 16 + lane / 4 + k / 2 % 2 * 8;
     }
@@ -69,6 +70,7 @@ template <typename T, typename Layout, int kTogether>
 struct SharedStorage {
     static constexpr int kWarps = kTogether == 1 ? 4 : kTogether;
     static constexpr int kDepth = kTogether == 1 ? kOwnPlaces : 3;  // of a stack: log2 of a warp's units
+    static constexpr int kAtOnce = kHalfNodes<T> ? 4 : 3;           // nodes that a lane loads
 
     Stored<T, Layout> landed[kWarps][kAtOnce], stack[kWarps][kDepth];
     uint16_t first[kWorkspaceTiles + 1];  // places where rows begin, and the end
@@ -89,9 +91,9 @@ __device__ int list_rows(const FwdParams& params, SharedStorage& shared, int pla
         const int place = base + threadIdx.x;
         bool begins = false;
         if (place < places) {
-            const int2 node = __ldcg(params.nodes + place);
-            begins = place == 0 || node.x != __ldcg(params.nodes + place - 1).x;
-            shared.ends[place] = static_cast<uint8_t>(node.y);
+            const Listed node(__ldcg(params.nodes + place));
+            begins = place == 0 || !node.beside(Listed(__ldcg(params.nodes + place - 1)));
+            shared.ends[place] = static_cast<uint8_t>(node.end_unit());
         }
         const uint32_t votes = __ballot_sync(~0u, begins);
         if (lane == 0) shared.begun[warp] = __popc(votes);
@@ -153,8 +155,8 @@ __device__ __forceinline__ void merge(Node<Layout>& node, const Stored<T, Layout
 
 // Brings the lane's part of `count` nodes from `place` on to shared memory.
 template <typename T, typename Layout>
-__device__ __forceinline__ void load_nodes(const FwdParams& params, Stored<T, Layout> (&landed)[kAtOnce], int place,
-                                           int count, int row_tile, int v) {
+__device__ __forceinline__ void load_nodes(const FwdParams& params, Stored<T, Layout>* landed, int place, int count,
+                                           int row_tile, int v) {
     const int lane = threadIdx.x % 32;
     __syncwarp();  // those before have been read
 #pragma unroll 1
@@ -182,6 +184,7 @@ __device__ __forceinline__ void load_nodes(const FwdParams& params, Stored<T, La
 template <typename T, typename Layout, typename SharedStorage>
 __device__ __forceinline__ Node<Layout> merge_nodes(const FwdParams& params, SharedStorage& shared, int begin, int end,
                                                     int first, int units, int row_tile, int v) {
+    constexpr int kAtOnce = SharedStorage::kAtOnce;
     const int warp = threadIdx.x / 32;
     Node<Layout> node;
     int depth = 0;
@@ -243,19 +246,37 @@ __device__ __forceinline__ Node<Layout> merge_together(const FwdParams& params, 
     return node;
 }
 
+// A row tile of what a node is of.
+template <typename Layout>
+__device__ __forceinline__ RowTile row_tile_of(const FwdParams& params, int row_tile, const Listed& node) {
+    const RowTile rows(HeadTile(params, row_tile), Layout::kTileRows);
+    if (params.cu_seqlens_q == nullptr) return rows;
+    return RowTile(params, rows, node.row(), RowQueries(params, node.row()), node.block());
+}
+
+// Whether the row tile has any of an item's query rows: where it has none, no node has been stored. The row's nodes
+// lie from `place` on.
+template <typename Layout>
+__device__ __forceinline__ bool has_rows(const FwdParams& params, int row_tile, int place, int v) {
+    const Listed node(__ldcg(params.nodes + place));
+    if (node.row() < 0 || node.row() >= params.b) return false;  // a plan of other lengths
+    return Layout::first_row(v) < row_tile_of<Layout>(params, row_tile, node).count(params);
+}
+
 template <typename T, typename Layout>
-__device__ __forceinline__ void store_row(const FwdParams& params, int batch_row, int row_tile, int v,
+__device__ __forceinline__ void store_row(const FwdParams& params, int row_tile, int place, int v,
                                           const Node<Layout>& node) {
+    const Listed listed(__ldcg(params.nodes + ptx::anew(place)));
+    const RowTile rows = row_tile_of<Layout>(params, row_tile, listed);
     const int lane = threadIdx.x % 32;
-    const HeadTile in_head(params, row_tile);
 #pragma unroll
     for (int r = 0; r < Layout::kRows; ++r) {
-        const int at = in_head.tile * Layout::kTileRows + Layout::row(v, lane, r);
-        if (at >= params.rows) continue;
-        const QueryRow row(params, at);
-        const int h = in_head.head * params.group + row.g;
+        const int at = Layout::row(v, lane, r);
+        if (at >= rows.count(params)) continue;
+        const QueryRow row(params, rows.first_row + at);
+        const int h = rows.head * params.group + row.g;
         const auto [lse, power] = node.heads[r];
-        T* to = static_cast<T*>(params.out) + ((int64_t{batch_row} * params.s_q + row.s) * params.h_q + h) * kDimV;
+        T* to = static_cast<T*>(params.out) + (rows.query_at(params, listed.row(), row.s) * params.h_q + h) * kDimV;
 #pragma unroll
         for (int k = 0; k < 8; ++k) {
             if (Layout::row_of(k) != r) continue;
@@ -267,8 +288,7 @@ __device__ __forceinline__ void store_row(const FwdParams& params, int batch_row
             }
         }
         if (Layout::column(v, lane, 0) == 0) {
-            params.lse[(int64_t{batch_row} * params.h_q + h) * params.s_q + row.s] =
-                lse == -INFINITY ? INFINITY : lse * kLn2;
+            params.lse[rows.lse_at(params, listed.row(), h, row.s)] = lse == -INFINITY ? INFINITY : lse * kLn2;
         }
     }
 }
@@ -292,14 +312,13 @@ __global__ void __launch_bounds__(32 * SharedStorage<T, Layout, kTogether>::kWar
     for (int item = first_item; item < items; item += gridDim.x * kItemsAtOnce) {
         const int v = item % kPerTile, row_tile = item / kPerTile % params.row_tiles;
         const int row = item / kPerTile / params.row_tiles, begin = shared.first[row], end = shared.first[row + 1];
-        const int batch_row = __ldcg(params.nodes + begin).x;
-        if (batch_row < 0 || batch_row >= params.b) continue;  // a plan of other lengths
+        if (!has_rows<Layout>(params, row_tile, begin, v)) continue;
         if constexpr (kTogether == 1) {
             const auto node = merge_nodes<T, Layout>(params, shared, begin, end, 0, kMaxUnits, row_tile, v);
-            store_row<T>(params, batch_row, row_tile, v, node);
+            store_row<T>(params, row_tile, begin, v, node);
         } else {
             const auto node = merge_together<T, Layout>(params, shared, begin, end, row_tile, v);
-            if (threadIdx.x < 32) store_row<T>(params, batch_row, row_tile, v, node);
+            if (threadIdx.x < 32) store_row<T>(params, row_tile, begin, v, node);
         }
     }
 }

@@ -100,14 +100,31 @@ __device__ __forceinline__ void load_heads(const Head* from, Head (&heads)[kCoun
     for (int i = 0; i < kCount; ++i) heads[i] = __ldcg(from + 32 * i);
 }
 template <int kCount>
-__device__ __forceinline__ void store_heads(Head* to, const float (&lse_log2)[kCount], const float (&power)[kCount]) {
+__device__ __forceinline__ void store_heads(Head* to, const Head (&heads)[kCount]) {
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) __stcg(to + 32 * i, Head{lse_log2[i], power[i]});
+    for (int i = 0; i < kCount; ++i) __stcg(to + 32 * i, heads[i]);
 }
 
-// Lists a node that is left, for fwd_kvcache_mla_merge_nodes.cu. One thread of all row tiles'.
-__device__ __forceinline__ void list_node(const FwdParams& params, const Unit& unit, int index) {
-    if (index < unit.leaves) params.nodes[unit.leaf + index] = make_int2(unit.row, unit.end_unit);
+// What parts leave, as it is listed for fwd_kvcache_mla_merge_nodes.cu: a row, of uneven queries one of its blocks, and
+// where in its tree the node ends, in units.
+struct Listed {
+    int2 words;
+
+    __device__ explicit Listed(int2 words) : words(words) {}
+    __device__ Listed(int row, int block, int end_unit) : words(make_int2(row, block << kEndBits | end_unit)) {}
+    __device__ int row() const { return words.x; }
+    __device__ int block() const { return words.y >> kEndBits; }
+    __device__ int end_unit() const { return words.y & ((1 << kEndBits) - 1); }
+    __device__ bool beside(const Listed& other) const { return row() == other.row() && block() == other.block(); }
+
+  private:
+    static constexpr int kEndBits = 8;
+    static_assert(kMaxUnits < 1 << kEndBits);
+};
+
+// Lists a node if it is left. One thread of all row tiles'.
+__device__ __forceinline__ void list_node(const FwdParams& params, const Unit& unit, int index, int end_unit) {
+    if (index < unit.leaves) params.nodes[unit.leaf + index] = Listed(unit.row, unit.block, end_unit).words;
 }
 
 // Whether a unit's result, with what it is merged with, is the whole row's.
@@ -172,7 +189,8 @@ __device__ __forceinline__ void store_node(const FwdParams& params, const RowTil
     uint4* to = node_of<T>(params, tile, warpgroup, me);
 #pragma unroll
     for (int j = 0; j < 16; ++j) store_values<T>(to + j * 128 * kNodeVectors<T>, rO + 8 * j);
-    store_heads(node_heads<2>(params, tile, 4 * warpgroup + me.warp, me.lane), lse_log2, power);
+    const Head heads[2] = {{lse_log2[0], power[0]}, {lse_log2[1], power[1]}};
+    store_heads(node_heads<2>(params, tile, 4 * warpgroup + me.warp, me.lane), heads);
 }
 
 }  // namespace flashmla::sm90

@@ -28,16 +28,14 @@ struct RowTile {
     int batch_row = 0;
     int first_query = 0, queries = 0;  // of the batch row, among all
 
-    __device__ explicit RowTile(const FwdParams& params, int size = kRowTile, int first_row_tile = 0) : size(size) {
-        const HeadTile in_head(params, first_row_tile + index());
-        head = in_head.head;
-        tile = in_head.tile;
-        first_row = tile * size;
-    }
+    __device__ explicit RowTile(const FwdParams& params, int size = kRowTile, int first_row_tile = 0)
+        : RowTile(HeadTile(params, first_row_tile + index()), size) {}
+    __device__ RowTile(const HeadTile& in_head, int size)
+        : head(in_head.head), first_row(in_head.tile * size), size(size), tile(in_head.tile) {}
     __device__ RowTile(const FwdParams& params, const RowTile& like, int batch_row, const RowQueries& queries,
                        int block)
         : head(like.head),
-          first_row(block * block_rows(params) + like.tile * kRowTile),
+          first_row(block * block_rows(params, like.size) + like.tile * like.size),
           size(like.size),
           tile(like.tile),
           uneven(true),
@@ -67,7 +65,7 @@ __device__ __forceinline__ const T* query_row(const FwdParams& params, const Row
     const T* q = static_cast<const T*>(params.q);
     if (rows.uneven) {
         int row = rows.first_row + r;
-        if (batch_row != rows.batch_row) row = min(row + block_rows(params), rows.all_rows(params) + r);
+        if (batch_row != rows.batch_row) row = min(row + block_rows(params, rows.size), rows.all_rows(params) + r);
         const int s = row / params.group, g = row - s * params.group;
         return q + int64_t{min(rows.first_query + s, params.total_q - 1)} * params.q_stride_s +
                (rows.head * params.group + g) * params.q_stride_h;
