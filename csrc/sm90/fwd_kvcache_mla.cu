@@ -79,10 +79,11 @@ struct SharedStorage {
     alignas(1024) T sQ[kSlices][64 * 64];
     alignas(1024) T sK[2][kSlices][64 * 64];  // stage 0: tiles that `first` scores, 1: `second`
     Part parts[kMaxParts];                    // the plan
-    float base[2][kRowTile];                  // what P of the tile in each stage is relative to (Softmax)
-    float sum[2][kRowTile][4];                // and P's sum, by the threads that have a row's columns
-    int arrived[2];                           // shares of the segment's pair that each warpgroup finds in the workspace
-    uint64_t landed[2][2];                    // [stage][portion]
+    Parked parked[kConsumerWarps];
+    float base[2][kRowTile];    // what P of the tile in each stage is relative to (Softmax)
+    float sum[2][kRowTile][4];  // and P's sum, by the threads that have a row's columns
+    int arrived[2];             // shares of the segment's pair that each warpgroup finds in the workspace
+    uint64_t landed[2][2];      // [stage][portion]
     uint64_t freed[2][2];
     uint64_t queries_landed, queries_freed;
 };
@@ -158,8 +159,8 @@ __device__ __forceinline__ void load(const FwdParams& params, const CacheMaps& c
     // ahead, so that none waits for memory. Keys that are read once come slower for that (csrc/NOTES.md).
     const int readers = params.row_tiles / params.h_k, turn = rows.tile;
     int tile = segment.begin + stage, page = pages.page_of(tile);
-    if (segment.starts) start_queries(params, shared, rows, segment, warp, phases);
-    bool queries_pending = segment.starts;
+    start_queries(params, shared, rows, segment, warp, phases);
+    bool queries_pending = true;
     for (; tile < segment.end; tile += 2, phases.flip(0)) {
         const int next_page = pages.page_of(tile + 2);  // looked up a tile ahead
         wait(&shared.freed[stage][portion], phases.of(0) ^ 1);
@@ -191,7 +192,7 @@ __device__ __forceinline__ void load(const FwdParams& params, const CacheMaps& c
         page = next_page;
     }
     if (queries_pending) finish_queries(shared);
-    if (segment.starts) phases.flip(kQueries);
+    phases.flip(kQueries);
 }
 
 // ------------------------------------------------------------------------------------------- consumers (2 warpgroups)
@@ -581,14 +582,15 @@ __global__ void __launch_bounds__(kThreads, 1)
     if (warp < kConsumerWarps) {
         ptx::increase_registers<kConsumerRegisters>();
         const int warpgroup = warp / (kConsumerWarps / 2);
-        for_each_share<kUneven, kInvariant>(params, shared.parts, rows, [&](const auto& segment, const RowTile& rows) {
-            attend(params, shared, rows, segment, warpgroup, phases);
-        });
+        for_each_share<kUneven, kInvariant>(params, shared.parts, rows, &shared.parked[warp],
+                                            [&](const auto& segment, const RowTile& rows) {
+                                                attend(params, shared, rows, segment, warpgroup, phases);
+                                            });
     } else {
         ptx::decrease_registers<kProducerRegisters>();
         const int producer = warp - kConsumerWarps;
         const auto is_producer = [](int i) { return ptx::thread() / 32 == kConsumerWarps + i; };
-        for_each_share<kUneven, kInvariant, true>(params, shared.parts, rows,
+        for_each_share<kUneven, kInvariant, true>(params, shared.parts, rows, nullptr,
                                                   [&](const Segment& segment, const RowTile& rows) {
                                                       load(params, cache, shared, rows, segment, producer, phases);
                                                   });

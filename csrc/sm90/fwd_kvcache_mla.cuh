@@ -112,12 +112,11 @@ __device__ __forceinline__ int last_place(int part) { return 2 * part + 1; }
 // A part's share of one batch row.
 struct Segment {
     int row;
-    int length;      // keys of the row
-    int begin, end;  // tiles
-    int place;       // in the workspace; -1 if the row is whole
-    bool more;       // whether the part goes on with the next row
-    // Whether it is the part's first and last one of the row: both, but for units (units.cuh).
-    bool starts = true, ends = true;
+    int length;        // keys of the row
+    int begin, end;    // tiles
+    int place;         // in the workspace; -1 if the row is whole
+    bool more;         // whether the part goes on with the next row
+    bool ends = true;  // whether it is the part's last one of the row: but for units (units.cuh)
 };
 
 // Where a segment's tiles lie.

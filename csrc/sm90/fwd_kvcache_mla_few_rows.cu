@@ -56,8 +56,9 @@ struct SharedStorage {
     alignas(16) float factor[kRows];                        // what O is to be multiplied by before a tile is added
     alignas(16) float scale[kRows], lse_log2[kRows];        // and at a row's end, to be normalised
     Part parts[kMaxParts];                                  // the plan
-    alignas(16) float high[2][4][kRows];                    // of each warpgroup's warps: the rows' maxima in the tile
-    alignas(16) float sum[2][4][kRows];  // and their sums in the segment; then a unit's greatest results
+    Parked parked[kConsumerWarps];
+    alignas(16) float high[2][4][kRows];  // of each warpgroup's warps: the rows' maxima in the tile
+    alignas(16) float sum[2][4][kRows];   // and their sums in the segment; then a unit's greatest results
     uint64_t landed[kRing], freed[kRing];
     uint64_t queries_landed, queries_freed;
 };
@@ -117,7 +118,7 @@ __device__ __forceinline__ void load_keys(const FwdParams& params, const CUtenso
 template <typename T, int kRows>
 __device__ __forceinline__ void load_queries(const FwdParams& params, SharedStorage<T, kRows>& shared,
                                              const RowTile& rows, const Segment& segment, int warp, uint32_t& phase) {
-    if (segment.begin == segment.end || !segment.starts) return;
+    if (segment.begin == segment.end) return;
     const int lane = threadIdx.x % 32, chunk = lane % 8;
     wait(&shared.queries_freed, phase ^ 1);
     phase ^= 1;
@@ -699,19 +700,20 @@ __global__ void __launch_bounds__(kThreads, 1)
         Place<kRing> place;
         uint32_t phase = 0;
         Node<T, kRows> last;
-        for_each_share<kUneven, kInvariant>(params, shared.parts, rows, [&](const auto& segment, const RowTile& rows) {
-            attend(params, shared, rows, segment, warp / (kConsumerWarps / 2), place, phase, last);
-        });
+        for_each_share<kUneven, kInvariant>(
+            params, shared.parts, rows, &shared.parked[warp], [&](const auto& segment, const RowTile& rows) {
+                attend(params, shared, rows, segment, warp / (kConsumerWarps / 2), place, phase, last);
+            });
     } else if (warp == kConsumerWarps) {
         Place<kRing> place;
-        for_each_share<kUneven, kInvariant, true>(params, shared.parts, rows,
+        for_each_share<kUneven, kInvariant, true>(params, shared.parts, rows, nullptr,
                                                   [&](const Segment& segment, const RowTile& rows) {
                                                       load_keys(params, cache, shared, rows, segment, place);
                                                   });
     } else {
         uint32_t phase = 0;
         for_each_share<kUneven, kInvariant, true>(
-            params, shared.parts, rows, [&](const Segment& segment, const RowTile& rows) {
+            params, shared.parts, rows, nullptr, [&](const Segment& segment, const RowTile& rows) {
                 load_queries(params, shared, rows, segment, warp - kConsumerWarps - 1, phase);
             });
         if (!kInvariant && warp == kConsumerWarps + 1 && blockIdx.x == 0) {

@@ -54,15 +54,21 @@ struct Unit : Segment {
     int leaf;      // in the places of the plan
 };
 
+// What a warp knows between units, while it works on one: of uneven queries too much for its registers.
+struct Parked {
+    Unit unit;
+    int index, stop, first, tiles;
+};
+
 // Calls body(unit) for the units of a part's share of a row, `unit` before they are told apart: tiles first_tile ..
 // end_tile - 1 of `tiles`. unit.leaf moves on by what the share leaves. kTogether: for all units at once, which is all
 // that who loads needs to know: where a kernel's tiles alternate between two places, a unit has an even number of them,
 // but for the row's last one.
-template <bool kTogether, typename Body>
+template <bool kUneven, bool kTogether, typename Body>
 __device__ __forceinline__ void for_units_of(const FwdParams& params, Unit& unit, int tiles, int first_tile,
-                                             int end_tile, Body&& body) {
+                                             int end_tile, Parked* parked, Body&& body) {
     Units units(tiles, params.few_rows);
-    const int first = first_tile / units.each, end = (end_tile + units.each - 1) / units.each;
+    int first = first_tile / units.each, end = (end_tile + units.each - 1) / units.each;
     if constexpr (kTogether) {
         unit.begin = min(first * units.each, tiles);
         unit.end = min(max(first, end) * units.each, tiles);
@@ -71,24 +77,43 @@ __device__ __forceinline__ void for_units_of(const FwdParams& params, Unit& unit
     const bool whole = first == 0 && end == units.count;
     unit.leaves = whole ? 0 : count_nodes(first, units.end_of_nodes(first, end));
     unit.leaves = min(unit.leaves, max(params.places - unit.leaf, 0));  // fewer: a plan of other lengths
-    for (int i = first; i < max(end, tiles == 0); ++i) {
+    int stop = max(end, tiles == 0);
+    for (int i = first; i < stop; ++i) {
         units = Units(ptx::anew(tiles), params.few_rows);  // registers are short while a unit is worked on
         unit.begin = min(i * units.each, tiles);
         unit.end = min(unit.begin + units.each, tiles);
-        unit.starts = i == first;
-        unit.ends = i + 1 >= end;
+        unit.ends = i + 1 == stop;
         unit.end_unit = units.end_of_nodes(0, i + 1);
         unit.nodes = count_nodes(first, i);
         unit.merges = unit.nodes + 1 - count_nodes(first, units.end_of_nodes(first, i + 1));
-        body(unit);
+        if constexpr (!kUneven) {
+            body(unit);
+            continue;
+        }
+        if (ptx::lane() == 0) {
+            parked->unit = unit;
+            parked->index = i;
+            parked->stop = stop;
+            parked->first = first;
+            parked->tiles = tiles;
+        }
+        __syncwarp();
+        body(parked->unit);
+        __syncwarp();
+        unit = parked->unit;
+        i = parked->index;
+        stop = parked->stop;
+        first = parked->first;
+        tiles = parked->tiles;
     }
     unit.leaf += unit.leaves;
 }
 
-// Calls body(unit, row tile) for the units of the CTA's parts, in order. `rows`: the CTA's.
+// Calls body(unit, row tile) for the units of the CTA's parts, in order. `rows`: the CTA's. parked: the warp's place in
+// shared memory, of uneven queries.
 template <bool kUneven, bool kTogether, typename Body>
 __device__ __forceinline__ void for_each_unit(const FwdParams& params, const Part (&parts)[kMaxParts],
-                                              const RowTile& rows, Body&& body) {
+                                              const RowTile& rows, Parked* parked, Body&& body) {
     for (int index = blockIdx.y; index < params.plan_parts; index += gridDim.y) {
         const Part& p = parts[index];
         if (p.empty()) continue;
@@ -98,7 +123,6 @@ __device__ __forceinline__ void for_each_unit(const FwdParams& params, const Par
         unit.leaf = min(flagged_place(params, index), params.places);
         for (unit.row = p.first_row; unit.row <= p.last_row; ++unit.row) {
             unit.length = clamped_length(params, unit.row);
-            const int tiles = num_tiles(unit.length);
             if constexpr (kUneven) {
                 // all of it anew for each block and unit: registers are short while that is worked on
                 const auto last_of_share = [&] {
@@ -108,25 +132,28 @@ __device__ __forceinline__ void for_each_unit(const FwdParams& params, const Par
                 unit.block = unit.row == p.first_row ? Blocks(params, index).first : 0;
                 for (; unit.block <= last_of_share(); ++unit.block) {
                     const Blocks blocks(params, ptx::anew(index));
+                    const int tiles = num_tiles(ptx::anew(unit.length));
                     const bool continued = p.continues(unit.row) && unit.block == blocks.first;
                     const bool cut = unit.row == p.last_row && unit.block == blocks.last;
                     const bool left_out = continued && p.last_tile == INT_MAX;  // see read_plan
                     if (left_out) continue;
-                    unit.more = unit.row < p.last_row || unit.block < last_of_share();
-                    for_units_of<kTogether>(params, unit, tiles, continued ? p.first_tile : 0,
-                                            cut ? min(p.last_tile, tiles) : tiles, [&](const Unit& unit) {
-                                                const int row = ptx::anew(unit.row);
-                                                const RowTile here(params, rows, row, RowQueries(params, row),
-                                                                   unit.block);
-                                                if (here.count(params) > 0) body(unit, here);
-                                            });
+                    if (kTogether) unit.more = unit.row < p.last_row || unit.block < last_of_share();
+                    for_units_of<kUneven, kTogether>(
+                        params, unit, tiles, continued ? p.first_tile : 0, cut ? min(p.last_tile, tiles) : tiles,
+                        parked, [&](const Unit& unit) {
+                            const int row = ptx::anew(unit.row);
+                            const RowTile here(params, rows, row, RowQueries(params, row), unit.block);
+                            if (here.count(params) > 0) body(unit, here);
+                        });
                 }
             } else {
+                const int tiles = num_tiles(unit.length);
                 unit.more = unit.row < p.last_row;
-                for_units_of<kTogether>(params, unit, tiles, p.continues(unit.row) ? p.first_tile : 0,
-                                        unit.more ? tiles : min(p.last_tile, tiles), [&](const Unit& unit) {
-                                            body(unit, RowTile(params, rows.size, ptx::anew(params.first_row_tile)));
-                                        });
+                for_units_of<kUneven, kTogether>(
+                    params, unit, tiles, p.continues(unit.row) ? p.first_tile : 0,
+                    unit.more ? tiles : min(p.last_tile, tiles), nullptr, [&](const Unit& unit) {
+                        body(unit, RowTile(params, rows.size, ptx::anew(params.first_row_tile)));
+                    });
             }
         }
     }
@@ -143,12 +170,12 @@ __device__ __forceinline__ int64_t tile_of_node(const FwdParams& params, const R
 }
 
 // Calls body(share, row tile) for the segments or units of the CTA's parts, in order. `rows`: the CTA's. kTogether: see
-// for_units_of.
+// for_units_of. parked: see for_each_unit; else none.
 template <bool kUneven, bool kInvariant, bool kTogether = false, typename Body>
 __device__ __forceinline__ void for_each_share(const FwdParams& params, const Part (&parts)[kMaxParts],
-                                               const RowTile& rows, Body&& body) {
+                                               const RowTile& rows, Parked* parked, Body&& body) {
     if constexpr (kInvariant) {
-        for_each_unit<kUneven, kTogether>(params, parts, rows, body);
+        for_each_unit<kUneven, kTogether>(params, parts, rows, parked, body);
     } else {
         for_each_segment<kUneven>(params, parts, rows, body);
     }
