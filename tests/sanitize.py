@@ -176,7 +176,7 @@ def run_metadata(b: int, kind: str, device: str) -> None:
         expected = plan_blocks(make_plan, lengths, blocks, parts, row_cost(most * heads[0]))
     elif kind == "invariant":
         options = {"batch_invariant": True}
-        expected = make_invariant_plan(lengths, parts, WORKSPACE_TILES, row_cost(heads[0]))
+        expected = make_invariant_plan(lengths, parts, WORKSPACE_TILES, heads[0])
     else:
         expected = make_plan(lengths, parts, row_cost(heads[0]))
     cache_seqlens = moved(lengths, device)
@@ -630,6 +630,12 @@ def watch_cases(tool: str, before: Iterable[Row] = (), backend: str = "sm90") ->
     return watch(tool, f"cases {backend}", command, is_right, [h for h in HANDOVERS if h.alike in alike])
 
 
+def first_reports(output: str, most: int = 60) -> list[str]:
+    """The first lines of what a tool printed, without the way of the host to each kernel, and the last ones."""
+    lines = [line for line in output.splitlines() if not re.search(r"Host Frame|^frame #|^=+\s*$", line)]
+    return lines if len(lines) <= most else [*lines[: most - 10], "...", *lines[-10:]]
+
+
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--tool", action="append", choices=FAULTS, help="default: each in turn")
@@ -651,7 +657,7 @@ def main(arguments: list[str]) -> int:
         rows.append(row)
         print(row.line(), flush=True)
         if not row.ok:
-            print("\n".join(row.output.splitlines()[-60:]), flush=True)
+            print("\n".join(first_reports(row.output)), flush=True)
     passed = all(row.ok for row in rows)
     seconds = sum(row.seconds for row in rows)
     print(f"{'passed' if passed else 'FAILED'}: {torch.cuda.get_device_name()}, {seconds:.0f} s")

@@ -59,7 +59,7 @@ struct SharedStorage {
 };
 
 // Named barriers of the consumers, by event; 0 is __syncthreads's.
-enum Barrier { kStored = 1 /* + turn */, kBothDone = 3 };
+enum Barrier { kStored = 1 /* + turn */, kDone = 3 /* + warpgroup */ };
 
 using KeyPlace = Place<kKeyStages>;
 using ValuePlace = Place<kHalves>;
@@ -327,7 +327,9 @@ __device__ __forceinline__ void store(const FwdParams& params, SharedStorage& sh
     if (segment.place >= 0) {
         store_share(params, rows, me, segment.place, warpgroup, lse_log2, rO);
     } else {
-        ptx::named_barrier(kBothDone, kConsumers);  // with V
+        // Both are done with V. Not one barrier for both: synccheck knows none that is waited for in two places.
+        ptx::named_barrier_arrive(kDone + warpgroup, kConsumers);
+        ptx::named_barrier(kDone + 1 - warpgroup, kConsumers);
         store_rows<__nv_bfloat16>(params, rows, me, segment.row, warpgroup, lse_log2, rO,
                                   shared.sV[values.half[warpgroup].slot]);
     }

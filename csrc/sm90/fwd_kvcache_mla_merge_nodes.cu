@@ -21,7 +21,8 @@
 namespace flashmla::sm90 {
 namespace {
 
-constexpr int kMany = 16;  // warps that merge an item together
+constexpr int kMany = 16;                 // warps that merge an item together
+constexpr int kMostRows = 2 * kMaxParts;  // a part leaves nodes of its first and of its last row
 
 // A layout tells which query rows of a row tile and which columns the vectors [vector, lane] of an item have.
 
@@ -73,8 +74,9 @@ struct SharedStorage {
     static constexpr int kAtOnce = kHalfNodes<T> ? 4 : 3;           // nodes that a lane loads
 
     Stored<T, Layout> landed[kWarps][kAtOnce], stack[kWarps][kDepth];
-    uint16_t first[kWorkspaceTiles + 1];  // places where rows begin, and the end
-    uint8_t ends[kWorkspaceTiles];        // units of the row up to the end of the node in each place
+    uint16_t first[kMostRows + 1];  // places where rows begin, and the end
+    int2 row[kMostRows];            // of each row: what is listed in its first place
+    uint8_t ends[kWorkspaceTiles];  // units of the row up to the end of the node in each place
     int begun[kWarps];
 };
 
@@ -90,8 +92,9 @@ __device__ int list_rows(const FwdParams& params, SharedStorage& shared, int pla
     for (int base = 0; base < places; base += 32 * kWarps) {
         const int place = base + threadIdx.x;
         bool begins = false;
+        Listed node(0, 0, 0);
         if (place < places) {
-            const Listed node(__ldcg(params.nodes + place));
+            node = Listed(__ldcg(params.nodes + place));
             begins = place == 0 || !node.beside(Listed(__ldcg(params.nodes + place - 1)));
             shared.ends[place] = static_cast<uint8_t>(node.end_unit());
         }
@@ -104,9 +107,14 @@ __device__ int list_rows(const FwdParams& params, SharedStorage& shared, int pla
             if (w < warp) before += shared.begun[w];
             rows += shared.begun[w];
         }
-        if (begins) shared.first[before + __popc(votes & ((1u << lane) - 1))] = static_cast<uint16_t>(place);
+        const int row = before + __popc(votes & ((1u << lane) - 1));
+        if (begins && row < kMostRows) {
+            shared.first[row] = static_cast<uint16_t>(place);
+            shared.row[row] = node.words;
+        }
         __syncthreads();
     }
+    rows = min(rows, kMostRows);
     if (threadIdx.x == 0) shared.first[rows] = static_cast<uint16_t>(places);
     __syncthreads();
     return rows;
@@ -254,19 +262,16 @@ __device__ __forceinline__ RowTile row_tile_of(const FwdParams& params, int row_
     return RowTile(params, rows, node.row(), RowQueries(params, node.row()), node.block());
 }
 
-// Whether the row tile has any of an item's query rows: where it has none, no node has been stored. The row's nodes
-// lie from `place` on.
+// Whether the row tile has any of an item's query rows: where it has none, no node has been stored.
 template <typename Layout>
-__device__ __forceinline__ bool has_rows(const FwdParams& params, int row_tile, int place, int v) {
-    const Listed node(__ldcg(params.nodes + place));
+__device__ __forceinline__ bool has_rows(const FwdParams& params, int row_tile, const Listed& node, int v) {
     if (node.row() < 0 || node.row() >= params.b) return false;  // a plan of other lengths
     return Layout::first_row(v) < row_tile_of<Layout>(params, row_tile, node).count(params);
 }
 
 template <typename T, typename Layout>
-__device__ __forceinline__ void store_row(const FwdParams& params, int row_tile, int place, int v,
+__device__ __forceinline__ void store_row(const FwdParams& params, int row_tile, const Listed& listed, int v,
                                           const Node<Layout>& node) {
-    const Listed listed(__ldcg(params.nodes + ptx::anew(place)));
     const RowTile rows = row_tile_of<Layout>(params, row_tile, listed);
     const int lane = threadIdx.x % 32;
 #pragma unroll
@@ -312,13 +317,13 @@ __global__ void __launch_bounds__(32 * SharedStorage<T, Layout, kTogether>::kWar
     for (int item = first_item; item < items; item += gridDim.x * kItemsAtOnce) {
         const int v = item % kPerTile, row_tile = item / kPerTile % params.row_tiles;
         const int row = item / kPerTile / params.row_tiles, begin = shared.first[row], end = shared.first[row + 1];
-        if (!has_rows<Layout>(params, row_tile, begin, v)) continue;
+        if (!has_rows<Layout>(params, row_tile, Listed(shared.row[row]), v)) continue;
         if constexpr (kTogether == 1) {
             const auto node = merge_nodes<T, Layout>(params, shared, begin, end, 0, kMaxUnits, row_tile, v);
-            store_row<T>(params, row_tile, begin, v, node);
+            store_row<T>(params, row_tile, Listed(shared.row[row]), v, node);
         } else {
             const auto node = merge_together<T, Layout>(params, shared, begin, end, row_tile, v);
-            if (threadIdx.x < 32) store_row<T>(params, row_tile, begin, v, node);
+            if (threadIdx.x < 32) store_row<T>(params, row_tile, Listed(shared.row[row]), v, node);
         }
     }
 }
