@@ -212,6 +212,11 @@ __device__ __forceinline__ float* share_lse(const FwdParams& params, const RowTi
     return share_lse(params, tile_at(params, place, rows.index()));
 }
 
+// a x + b y, rounded alike wherever it is computed: product, product and sum one by one.
+__device__ __forceinline__ float weighted(float a, float x, float b, float y) {
+    return __fadd_rn(__fmul_rn(a, x), __fmul_rn(b, y));
+}
+
 // What two shares of a row count, by their lse, base 2, and the lse of both. The bits are the same wherever that is
 // computed, and whichever comes first.
 struct Weights {
@@ -227,7 +232,7 @@ struct Weights {
         b *= scale;
         lse_log2 = sum == 0.f ? -INFINITY : __fadd_rn(high, __log2f(sum));
     }
-    __device__ float of(float x, float y) const { return __fadd_rn(__fmul_rn(a, x), __fmul_rn(b, y)); }
+    __device__ float of(float x, float y) const { return weighted(a, x, b, y); }
 };
 
 // A share's values in fp16, 8 to a vector: the thread's accumulators 8 j .. 8 j + 7. What they are multiplied by is
