@@ -15,7 +15,8 @@ constexpr int kColumns = 8;
 constexpr int kWorkspaceTiles = 1024;  // of 64 x 512 fp32, for the shares of all row tiles: 128 MiB
 constexpr int kFewestTiles = 4;        // and these for batch-invariant plans
 constexpr int kUnitTiles = 8;
-constexpr int kFewHeads = 32;  // 2 * kFewRows
+constexpr int kFewHeads = 16;
+constexpr int kFewBlock = 32;  // query rows of a block of uneven queries, with as many heads or fewer
 constexpr int kMaxUnits = 128;
 constexpr int kLaunchRowTiles = 160;  // so that the workspace stays bounded (units.cuh)
 constexpr int kOwnPlaces = 7;         // log2(kMaxUnits): nodes of a row that wait at once for one that is to come
@@ -118,7 +119,7 @@ struct FwdParams {
     bool causal;
     // up to kFewRows, of plain caches and even queries twice as many: kernels of their own, whose shares lie in rows
     bool few_rows;
-    // Under a batch-invariant plan (units.cuh) few_rows goes by `group`, up to kFewHeads, and row_tiles by tile_rows.
+    // Under a batch-invariant plan (units.cuh) few_rows goes by `group`, up to kFewBlock, and row_tiles by tile_rows.
     bool batch_invariant;
     int tile_rows;       // kRowTile, of few rows kFewRows or twice as many
     int places;          // that the plan may give a row tile; a plan that uses more is executed unsplit

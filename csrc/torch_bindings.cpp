@@ -120,13 +120,13 @@ void get_mla_metadata_invariant_op(Tensor tile_scheduler_metadata, Tensor num_sp
 void fwd_kvcache_mla_invariant(FwdParams params, const Tensor& like, cudaStream_t stream) {
     const bool uneven = params.cu_seqlens_q != nullptr;
     const int64_t max_units = std::min(kMaxUnits, params.max_len / (kTile * kFewestTiles / 2) + 1);
-    const int64_t blocks = params.b + (uneven ? int64_t{params.total_q} * params.group / kFewHeads : 0);  // at most
+    const int64_t blocks = params.b + (uneven ? int64_t{params.total_q} * params.group / kFewBlock : 0);  // at most
     // of a row tile of the planner, as plan.py's `places`
     params.places = static_cast<int>(std::min(int64_t{kWorkspaceTiles / params.row_tiles}, blocks * max_units));
     params.batch_invariant = true;
-    params.few_rows = params.group <= kFewHeads;
-    if (params.few_rows && uneven) params.rows = std::min(params.rows, kFewHeads);  // of a block (plan.py)
-    const int tile_rows = !params.few_rows ? kRowTile : params.rows > kFewRows || uneven ? kFewHeads : kFewRows;
+    params.few_rows = params.group <= kFewBlock;
+    if (params.few_rows && uneven) params.rows = std::min(params.rows, kFewBlock);  // of a block (plan.py)
+    const int tile_rows = !params.few_rows ? kRowTile : params.rows > kFewRows || uneven ? kFewBlock : kFewRows;
     params.tile_rows = tile_rows;
     params.row_tiles = params.h_k * ((params.rows + tile_rows - 1) / tile_rows);
     if (params.row_tiles > kLaunchRowTiles) params.places = 0;  // of several launches: rows are whole then
@@ -135,7 +135,7 @@ void fwd_kvcache_mla_invariant(FwdParams params, const Tensor& like, cudaStream_
     const int64_t tiles = int64_t{params.places} * params.row_tiles + own;
     // partial_out, in halves of bf16 calls; partial_lse, heads of two floats; nodes (sm90/nodes.cuh): in floats
     const int64_t values = tile_rows * kDimV / (params.dtype == DType::kBF16 ? 2 : 1),
-                  heads = 2 * 8 * 32 * (params.few_rows ? tile_rows / 4 : 2);
+                  heads = 2 * 8 * 32 * (params.few_rows ? 1 : 2);
     Tensor workspace = new_empty({tiles * (values + heads) + 2 * params.places}, ScalarType::Float, like);
     params.partial_out = static_cast<float*>(workspace.data_ptr());
     params.partial_lse = params.partial_out + tiles * values;

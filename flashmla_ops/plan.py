@@ -161,7 +161,7 @@ def _on_line(tiles: Tensor, total: Tensor, parts: Tensor, row_cost: int) -> tupl
 # keep a few workers busy; a sixteenth, up to twice UNIT_TILES; or what MAX_UNITS asks for. Fewer cost more to merge.
 # With up to FEW_HEADS = h_q / h_k a result is small, and units are half as long.
 FEWEST_TILES, UNIT_TILES = 4, 8
-FEW_HEADS = 32
+FEW_HEADS = 16
 MAX_UNITS = 128  # of a row with few heads, half of that with more: as many workers as one row keeps busy
 # Bit of FLAGS; the bits above are the part's first place for the nodes that it leaves. In the plan's row MAX_PARTS,
 # which is empty otherwise, they are the number of places that all parts use.
@@ -342,16 +342,19 @@ def _loads(
 # one query fills: ROW_TILE * ceil(h_q / h_k / ROW_TILE) query rows. So there are h_k * ceil(h_q / h_k / ROW_TILE) row
 # tiles to a part, and those of one query read its keys at one time. A block is planned like a row of its own, of the
 # same keys: one that has more blocks is no longer work for one part, and one without queries is none at all. Under a
-# batch-invariant plan a block of up to FEW_HEADS heads has as many query rows, whatever max_seqlen_q is.
+# batch-invariant plan a block of up to FEW_BLOCK heads has as many query rows, whatever max_seqlen_q is.
 #
 # FIRST_ROW_TILE and LAST_ROW_TILE count blocks: a part covers the blocks from FIRST_ROW_TILE of FIRST_ROW to
 # LAST_ROW_TILE of LAST_ROW; FIRST_TILE, FIRST_SPLIT and LAST_TILE are of the first and the last of them. num_splits
 # counts the splits of all of a row's blocks.
 
 
+FEW_BLOCK = 32
+
+
 def rows_of_block(group: int, batch_invariant: bool = False) -> int:
     """Query rows of a key head in a block, group = h_q / h_k."""
-    return FEW_HEADS if batch_invariant and group <= FEW_HEADS else ROW_TILE * row_tiles(group, 1)
+    return FEW_BLOCK if batch_invariant and group <= FEW_BLOCK else ROW_TILE * row_tiles(group, 1)
 
 
 def row_blocks(cu_seqlens_q: Tensor, max_seqlen_q: int, group: int, batch_invariant: bool = False) -> Tensor:

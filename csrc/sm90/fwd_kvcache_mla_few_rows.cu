@@ -427,68 +427,110 @@ __device__ __forceinline__ uint4* node_at(const FwdParams& params, const Consume
     return node_values<T, kRows>(params, tile) + warpgroup * (kVectors * kWarpgroup) + me.warp * 32 + me.lane;
 }
 
-// A unit's result becomes a node.
-template <typename T, int kRows>
-__device__ __forceinline__ void make_node(SharedStorage<T, kRows>& shared, const Consumer& me, int warpgroup,
-                                          float (&rO)[kBlocks][kRows / 2], float (&power)[kRows / 4]) {
-    constexpr int kCount = kRows / 4;
-#pragma unroll
-    for (int h = 0; h < kCount; ++h) power[h] = 1.f;
-    if constexpr (!kHalfNodes<T>) return;
-    float high[kCount] = {}, factor[kCount];
-#pragma unroll
-    for (int b = 0; b < kBlocks; ++b) {
-#pragma unroll
-        for (int h = 0; h < kCount; ++h) {
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                const float magnitude = fabsf(rO[b][element(h, i)]);
-                high[h] = fmaxf(high[h], magnitude < INFINITY ? magnitude : 0.f);
-            }
-        }
-    }
-    const auto greatest = [](float a, float b) { return fmaxf(a, b); };
-    over_lanes(high, greatest);
-    over_warps(me, warpgroup, shared.sum[warpgroup], 0, high, greatest);  // normaliser has done with it
-#pragma unroll
-    for (int h = 0; h < kCount; ++h) {
-        power[h] = greatest_power(high[h]);
-        factor[h] = inverse_power(power[h]);
-    }
-    scale(rO, factor);
-}
-
-// A thread's part of a node, as it is in memory: the last one of the CTA's share, which is merged with the next unit's
-// as often as not, waits in registers for that.
+// A thread's part of a node, as it is in memory: its values, and the head of one of its query rows, own_column's. The
+// last node of a CTA's share, which is merged with the next unit's as often as not, waits in registers for that, if it
+// is in halves.
 template <typename T, int kRows>
 struct Node {
     static constexpr int kVectors = kRows / 16 * kNodeVectors<T>;
 
     uint4 values[kBlocks][kVectors];
-    Head heads[kRows / 4];
+    Head head;
     int end_unit;  // where in the row's tree it ends
 };
 
+// Eight lanes have the same rows as columns. Each works out for one of them what a merge needs, column h's the lane
+// lane_of(h), which the others then ask.
+template <int kCount>
+__device__ __forceinline__ int own_column(int lane) {
+    return lane / 4 % kCount;
+}
+__device__ __forceinline__ int lane_of(int lane, int h) { return 4 * h + lane % 4; }
+template <int kCount>
+__device__ __forceinline__ float own(int lane, const float (&x)[kCount]) {
+    if constexpr (kCount == 1) {
+        return x[0];
+    } else {  // half by half: as an index it would be one into local memory
+        float half[kCount / 2];
+#pragma unroll
+        for (int h = 0; h < kCount / 2; ++h) {
+            half[h] = (own_column<kCount>(lane) & kCount / 2) == 0 ? x[h] : x[h + kCount / 2];
+        }
+        return own(lane, half);
+    }
+}
+template <int kCount>
+__device__ __forceinline__ void all_columns(int lane, float value, float (&x)[kCount]) {
+#pragma unroll
+    for (int h = 0; h < kCount; ++h) x[h] = __shfl_sync(~0u, value, lane_of(lane, h));
+}
+
+// The greatest finite magnitude of each of the thread's query rows among its values.
+template <int kValues>
+__device__ __forceinline__ void greatest_finite(const float (&rO)[kBlocks][kValues], float (&high)[kValues / 2]) {
+    const auto over_values = [&](auto&& magnitude) {
+#pragma unroll
+        for (int h = 0; h < kValues / 2; ++h) {
+            high[h] = 0.f;
+#pragma unroll
+            for (int b = 0; b < kBlocks; ++b) {
+#pragma unroll
+                for (int i = 0; i < 2; ++i) high[h] = fmaxf(high[h], magnitude(fabsf(rO[b][element(h, i)])));
+            }
+        }
+    };
+    over_values([](float x) { return x; });
+    bool finite = true;
+#pragma unroll
+    for (int h = 0; h < kValues / 2; ++h) finite &= high[h] < INFINITY;
+    if (!finite) over_values([](float x) { return x < INFINITY ? x : 0.f; });  // from an infinite V: rare
+}
+
+// A unit's result, which is to be multiplied by `factor` to be normalised, becomes a node, whose head this returns.
+template <typename T, int kRows>
+__device__ __forceinline__ Head make_node(SharedStorage<T, kRows>& shared, const Consumer& me, int warpgroup,
+                                          float (&factor)[kRows / 4], const float (&lse_log2)[kRows / 4],
+                                          float (&rO)[kBlocks][kRows / 2]) {
+    constexpr int kCount = kRows / 4;
+    Head head = {own(me.lane, lse_log2), 1.f};
+    if constexpr (kHalfNodes<T>) {
+        float high[kCount], power[kCount];
+        greatest_finite(rO, high);
+        const auto greatest = [](float a, float b) { return fmaxf(a, b); };
+        over_lanes(high, greatest);
+        over_warps(me, warpgroup, shared.sum[warpgroup], 0, high, greatest);  // normaliser has done with it
+#pragma unroll
+        for (int h = 0; h < kCount; ++h) {
+            power[h] = greatest_power(fmaxf(high[h] * factor[h], 0.f));  // 0 for NaN
+            factor[h] *= inverse_power(power[h]);
+        }
+        head.y = own(me.lane, power);
+    }
+    scale(rO, factor);
+    return head;
+}
+
 // Merges a node into the one in registers.
 template <typename T, int kRows>
-__device__ __forceinline__ void add_node(const Node<T, kRows>& node, float (&lse_log2)[kRows / 4],
-                                         float (&power)[kRows / 4], float (&rO)[kBlocks][kRows / 2]) {
-    constexpr int kValues = 8 / kNodeVectors<T>;
+__device__ __forceinline__ void add_node(const Node<T, kRows>& node, int lane, Head& head,
+                                         float (&rO)[kBlocks][kRows / 2]) {
+    constexpr int kCount = kRows / 4, kValues = 8 / kNodeVectors<T>;
+    const NodeWeights weights(head, node.head);
+    head = weights.head();
+    float a[kCount], b[kCount];
+    all_columns(lane, weights.a, a);
+    all_columns(lane, weights.b, b);
 #pragma unroll
-    for (int b = 0; b < kBlocks; ++b) round_node<T>(rO[b]);
+    for (int block = 0; block < kBlocks; ++block) {
+        round_node<T>(rO[block]);
 #pragma unroll
-    for (int h = 0; h < kRows / 4; ++h) {
-        const NodeWeights weights({lse_log2[h], power[h]}, node.heads[h]);
-        lse_log2[h] = weights.lse_log2;
-        power[h] = weights.power;
-#pragma unroll
-        for (int b = 0; b < kBlocks; ++b) {
+        for (int h = 0; h < kCount; ++h) {
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
                 float x[kValues];
                 const int k = element(h, i);
-                unpack(node.values[b][k / kValues], x);
-                rO[b][k] = weights.of(rO[b][k], x[k % kValues]);
+                unpack(node.values[block][k / kValues], x);
+                rO[block][k] = weighted(a[h], rO[block][k], b[h], x[k % kValues]);
             }
         }
     }
@@ -498,7 +540,7 @@ template <typename T, int kRows>
 __device__ __forceinline__ void load_node(const FwdParams& params, const Consumer& me, int64_t tile, int warpgroup,
                                           Node<T, kRows>& node) {
     const uint4* from = node_at<T, kRows>(params, me, tile, warpgroup);
-    load_heads(node_heads<kRows / 4>(params, tile, 4 * warpgroup + me.warp, me.lane), node.heads);
+    node.head = __ldcg(node_heads<1>(params, tile, 4 * warpgroup + me.warp, me.lane));
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b) {
 #pragma unroll
@@ -519,20 +561,22 @@ __device__ __forceinline__ void store_node(const FwdParams& params, const RowTil
             ptx::store_evict_last(to + (b * node.kVectors + i) * kWarpgroup, node.values[b][i]);
         }
     }
-    store_heads(node_heads<kRows / 4>(params, tile, 4 * warpgroup + me.warp, me.lane), node.heads);
+    __stcg(node_heads<1>(params, tile, 4 * warpgroup + me.warp, me.lane), node.head);
     if (rows.index() == 0 && threadIdx.x == 0) list_node(params, unit, index, node.end_unit);
 }
 
-// Of a unit: merges it with the nodes that it completes. What that gives is the share's last node then, unless it is
-// the whole row. Whether it is.
+// Of a unit: normalises its result, and merges it with the nodes that it completes. What that gives is the share's last
+// node then, unless it is the whole row. Whether it is.
 template <typename T, int kRows>
 __device__ __forceinline__ bool end_unit(const FwdParams& params, SharedStorage<T, kRows>& shared, const RowTile& rows,
                                          const Consumer& me, const Unit& unit, int warpgroup,
-                                         float (&lse_log2)[kRows / 4], float (&rO)[kBlocks][kRows / 2],
-                                         Node<T, kRows>& last) {
-    if (makes_row(unit) && unit.merges == 0) return true;
-    float power[kRows / 4];
-    make_node(shared, me, warpgroup, rO, power);
+                                         float (&factor)[kRows / 4], float (&lse_log2)[kRows / 4],
+                                         float (&rO)[kBlocks][kRows / 2], Node<T, kRows>& last) {
+    if (makes_row(unit) && unit.merges == 0) {
+        scale(rO, factor);
+        return true;
+    }
+    Head head = make_node(shared, me, warpgroup, factor, lse_log2, rO);
     int node = unit.nodes;
 #pragma unroll 1
     for (int left = unit.merges; left > 0; --left) {
@@ -540,10 +584,12 @@ __device__ __forceinline__ bool end_unit(const FwdParams& params, SharedStorage<
         if (!kHalfNodes<T> || left < unit.merges) {
             load_node(params, me, tile_of_node(params, rows, unit, node), warpgroup, last);
         }
-        add_node(last, lse_log2, power, rO);
+        add_node(last, me.lane, head, rO);
     }
     if (makes_row(unit)) {
-        scale(rO, power);
+        all_columns(me.lane, head.y, factor);
+        all_columns(me.lane, head.x, lse_log2);
+        scale(rO, factor);
         return true;
     }
 #pragma unroll
@@ -555,8 +601,7 @@ __device__ __forceinline__ bool end_unit(const FwdParams& params, SharedStorage<
             for (int i = 0; i < kNodeVectors<T>; ++i) last.values[b][j * kNodeVectors<T> + i] = values.vectors[i];
         }
     }
-#pragma unroll
-    for (int h = 0; h < kRows / 4; ++h) last.heads[h] = {lse_log2[h], power[h]};
+    last.head = head;
     last.end_unit = unit.end_unit;
     if (!kHalfNodes<T> || unit.ends) store_node(params, rows, me, unit, node, warpgroup, last);
     return false;
@@ -636,10 +681,10 @@ __device__ __forceinline__ void attend(const FwdParams& params, SharedStorage<T,
     constexpr int kCount = kRows / 4;
     float lse_log2[kCount];
     normaliser(shared, me, warpgroup, softmax, factor, lse_log2);
-    scale(rO, factor);
+    if constexpr (!std::is_same_v<Share, Unit>) scale(rO, factor);
     const bool has_lse = warpgroup == 0 && me.warp == 0 && me.lane < 4;
     if constexpr (std::is_same_v<Share, Unit>) {
-        if (!end_unit(params, shared, rows, me, segment, warpgroup, lse_log2, rO, last)) return;
+        if (!end_unit(params, shared, rows, me, segment, warpgroup, factor, lse_log2, rO, last)) return;
     } else if (segment.place >= 0) {
         store_share(params, rows, me, segment.place, warpgroup, rO);
 #pragma unroll

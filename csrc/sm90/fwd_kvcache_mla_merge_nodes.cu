@@ -41,7 +41,7 @@ struct ByRows {
 // fwd_kvcache_mla_few_rows.cu's: [warpgroup, block of 64 columns, 16 query rows, warp, lane], two columns of four rows.
 template <int kTileRows_>
 struct ByColumns {
-    static constexpr int kTileRows = kTileRows_, kRows = 4, kHeads = kTileRows / 4, kGroups = kTileRows / 16;
+    static constexpr int kTileRows = kTileRows_, kRows = 4, kHeads = 1, kGroups = kTileRows / 16;
 
     __device__ static int first_row(int v) { return v / 4 % kGroups * 16; }
     __device__ static int first_column(int v) {
@@ -50,9 +50,7 @@ struct ByColumns {
     __device__ static int row(int lane, int r) { return r / 2 * 8 + lane % 4 * 2 + r % 2; }
     __device__ static int column(int lane, int k) { return lane / 4 + k / 2 % 2 * 8; }
     __device__ static constexpr int row_of(int k) { return k / 4 * 2 + k % 2; }
-    __device__ static int head_of(int v, int row) {
-        return (first_row(v) / 4 + row / 8 * 2 + row % 2) * 32 + row % 8 / 2;
-    }
+    __device__ static int head_of(int v, int row) { return first_row(v) + (row / 8 * 2 + row % 2) * 4 + row % 8 / 2; }
 };
 
 // What a lane has of a node: values of the layout's rows, and the head of row lane % 16. Weights of a merge are worked

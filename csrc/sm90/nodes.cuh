@@ -88,8 +88,8 @@ __device__ __forceinline__ uint4* node_values(const FwdParams& params, int64_t t
     return reinterpret_cast<uint4*>(params.partial_out) + tile * (kTileRows * kDimV / 8 * kNodeVectors<T>);
 }
 
-// A thread's heads, of kCount rows, lie like its values: [tile, 8 warps, kCount, lane]. So what a thread reads it wrote
-// itself, and nobody waits for stores.
+// A thread's heads, of kCount rows, lie [tile, 8 warps, kCount, lane]: as it has them, so that what a thread reads it
+// wrote itself, and nobody waits for stores.
 template <int kCount>
 __device__ __forceinline__ Head* node_heads(const FwdParams& params, int64_t tile, int warp, int lane) {
     return reinterpret_cast<Head*>(params.partial_lse) + (tile * 8 + warp) * (32 * kCount) + lane;

@@ -65,9 +65,9 @@ struct Parked {
 // that who loads needs to know: where a kernel's tiles alternate between two places, a unit has an even number of them,
 // but for the row's last one.
 template <bool kUneven, bool kTogether, typename Body>
-__device__ __forceinline__ void for_units_of(const FwdParams& params, Unit& unit, int tiles, int first_tile,
-                                             int end_tile, Parked* parked, Body&& body) {
-    Units units(tiles, params.few_rows);
+__device__ __forceinline__ void for_units_of(const FwdParams& params, bool few_heads, Unit& unit, int tiles,
+                                             int first_tile, int end_tile, Parked* parked, Body&& body) {
+    Units units(tiles, few_heads);
     int first = first_tile / units.each, end = (end_tile + units.each - 1) / units.each;
     if constexpr (kTogether) {
         unit.begin = min(first * units.each, tiles);
@@ -79,7 +79,7 @@ __device__ __forceinline__ void for_units_of(const FwdParams& params, Unit& unit
     unit.leaves = min(unit.leaves, max(params.places - unit.leaf, 0));  // fewer: a plan of other lengths
     int stop = max(end, tiles == 0);
     for (int i = first; i < stop; ++i) {
-        units = Units(ptx::anew(tiles), params.few_rows);  // registers are short while a unit is worked on
+        units = Units(ptx::anew(tiles), few_heads);  // registers are short while a unit is worked on
         unit.begin = min(i * units.each, tiles);
         unit.end = min(unit.begin + units.each, tiles);
         unit.ends = i + 1 == stop;
@@ -114,6 +114,7 @@ __device__ __forceinline__ void for_units_of(const FwdParams& params, Unit& unit
 template <bool kUneven, bool kTogether, typename Body>
 __device__ __forceinline__ void for_each_unit(const FwdParams& params, const Part (&parts)[kMaxParts],
                                               const RowTile& rows, Parked* parked, Body&& body) {
+    const bool few_heads = rows.size < kRowTile && params.group <= kFewHeads;  // of 64 rows a constant
     for (int index = blockIdx.y; index < params.plan_parts; index += gridDim.y) {
         const Part& p = parts[index];
         if (p.empty()) continue;
@@ -139,8 +140,8 @@ __device__ __forceinline__ void for_each_unit(const FwdParams& params, const Par
                     if (left_out) continue;
                     if (kTogether) unit.more = unit.row < p.last_row || unit.block < last_of_share();
                     for_units_of<kUneven, kTogether>(
-                        params, unit, tiles, continued ? p.first_tile : 0, cut ? min(p.last_tile, tiles) : tiles,
-                        parked, [&](const Unit& unit) {
+                        params, few_heads, unit, tiles, continued ? p.first_tile : 0,
+                        cut ? min(p.last_tile, tiles) : tiles, parked, [&](const Unit& unit) {
                             const int row = ptx::anew(unit.row);
                             const RowTile here(params, rows, row, RowQueries(params, row), unit.block);
                             if (here.count(params) > 0) body(unit, here);
