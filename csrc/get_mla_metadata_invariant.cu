@@ -204,7 +204,7 @@ __global__ void __launch_bounds__(kThreads)
     const int first_row = min(index * per_thread, params.b), end_row = min(first_row + per_thread, params.b);
     int64_t cost = 0, units = 0, total_cost, total_units;
     int blocks = 0, blocks_before = 0, total_blocks = params.b;
-#pragma unroll kUneven ? 1 : 4
+#pragma unroll 4
     for (int row = first_row; row < end_row; ++row) {
         const Row<kUneven> here(params, row);
         blocks += here.blocks;
