@@ -282,13 +282,10 @@ struct BlocksOf {
     int64_t blocks;  // of the row
     int64_t cost;    // of each
 
-    __device__ BlocksOf(const MetadataParams& params, int row) : tiles(num_tiles(params, row)) {
-        const int64_t difference = int64_t{params.cu_seqlens_q[row + 1]} - params.cu_seqlens_q[row];
-        const int64_t queries = max(int64_t{0}, min(difference, int64_t{params.max_seqlen_q}));
-        const int size = (params.group + kRowTile - 1) / kRowTile * kRowTile;
-        blocks = (queries * params.group + size - 1) / size;
-        cost = params.row_cost + tiles;
-    }
+    __device__ BlocksOf(const MetadataParams& params, int row)
+        : tiles(num_tiles(params, row)),
+          blocks(num_blocks(params, row, rows_of_block(params.group))),
+          cost(params.row_cost + tiles) {}
 };
 
 // The last bit that is set up to bit `end`; there is one.

@@ -10,6 +10,13 @@ __device__ inline int num_tiles(const MetadataParams& params, int row) {
     return length / kTile + (length % kTile != 0);
 }
 
+// Of uneven queries: the blocks of a row, of `size` query rows, each of which is planned like a row.
+__device__ inline int64_t num_blocks(const MetadataParams& params, int row, int size) {
+    const int64_t difference = int64_t{params.cu_seqlens_q[row + 1]} - params.cu_seqlens_q[row];
+    const int64_t queries = max(int64_t{0}, min(difference, int64_t{params.max_seqlen_q}));
+    return (queries * params.group + size - 1) / size;
+}
+
 template <typename Int>
 __device__ Int warp_scan(Int value) {
 #pragma unroll

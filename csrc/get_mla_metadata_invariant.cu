@@ -9,6 +9,10 @@
 // which all parts leave at most `places` of them. The plan is that of the line whose greatest load of a part is then
 // less.
 //
+// Of uneven queries a row lies on both lines as many times as it has blocks, not at all if it has no queries, and what
+// is said of rows here is then said of blocks. A row may have tens of thousands, so nothing goes through them one by
+// one: a cut is found in its row by a division.
+//
 // Grid: one CTA, each thread with as many consecutive rows as it takes. A scan gives each thread's rows their place on
 // the lines. Then each line has half of the threads, one for every part and the cut before it. The cut's row is found
 // by bisection, for the thread that has it, and row by row from there. All cuts lie in shared memory before any is
@@ -18,7 +22,9 @@
 // No more threads than that, and sums in 32 bits where they fit: sum_before takes 30 shuffles of each warp with 64
 // bits, and a multiprocessor shuffles one warp's words in a cycle.
 
+#include <algorithm>
 #include <bit>
+#include <type_traits>
 
 #include "check.h"
 #include "get_mla_metadata.cuh"
@@ -31,35 +37,60 @@ constexpr int kLines = 2, kCost = 0, kUnits = 1;
 constexpr int kThreads = kLines * kMaxParts;                  // a power of two, for the bisection
 constexpr int kLevels = std::bit_width(unsigned{kMaxUnits});  // powers of two for g; with the last all rows are whole
 constexpr int kInvariant = 1;                                 // bit of the flags
+// A row counts as having kMostQueries / b queries at most (131072 where b is a million), so that no sum overflows
+// whatever cu_seqlens_q holds: cuts would then be looked for where there is no row.
+constexpr int64_t kMostQueries = int64_t{1} << 37;
 
+template <bool kUneven>
 struct Row {
-    int tiles, each, units;  // `each` tiles make a unit
+    using Length = std::conditional_t<kUneven, int64_t, int>;
+
+    int blocks;              // all alike
+    int tiles, each, units;  // of a block; `each` tiles make a unit
 
     __device__ Row(const MetadataParams& params, int row)
-        : tiles(num_tiles(params, row)), each(unit_tiles(tiles, params.few_heads)), units((tiles + each - 1) / each) {}
-    __device__ int length(const MetadataParams& params, int line) const {
+        : blocks(kUneven ? static_cast<int>(num_blocks(params, row, params.block_rows)) : 1),
+          tiles(num_tiles(params, row)),
+          each(unit_tiles(tiles, params.few_heads)),
+          units((tiles + each - 1) / each) {}
+    __device__ int block_length(const MetadataParams& params, int line) const {
         return line == kCost ? params.row_cost + tiles : max(units, 1);
+    }
+    __device__ Length length(const MetadataParams& params, int line) const {
+        return Length{blocks} * block_length(params, line);
     }
 };
 
-// Where a cut stands: before `unit` of `row`, which has so many `units` of so many tiles `each` and begins at `begin`
-// on the line of cost. At the end row b.
+// Where a cut stands: before `unit` of `block` of `row`, which has so many `units` of so many tiles `each` and begins
+// at `begin` on the line of cost. At the end row b.
+template <bool kUneven>
 struct alignas(16) Cut {
     int row, unit, units, each;
     int64_t begin;
+    int block;  // 0 of even queries
 
-    __device__ Cut at(int level) const { return {row, unit >> level << level, units, each, begin}; }
-    __device__ bool operator==(const Cut& other) const { return row == other.row && unit == other.unit; }
+    __device__ Cut at(int level) const { return {row, unit >> level << level, units, each, begin, block}; }
+    __device__ bool in_block_of(const Cut& other) const {
+        return row == other.row && (!kUneven || block == other.block);
+    }
+    __device__ bool is_before(int other_row, int other_block) const {
+        return row < other_row || (kUneven && row == other_row && block < other_block);
+    }
+    __device__ bool operator==(const Cut& other) const { return in_block_of(other) && unit == other.unit; }
 };
 
+template <bool kUneven>
+using Cuts = Cut<kUneven>[kMaxParts + 1];
+
+template <bool kUneven>
 struct SharedStorage {
     int64_t line_sums[kLines][32];             // of the warps
-    int count_sums[32];                        // of the warps
+    int count_sums[32], block_sums[32];        // of the warps
     int64_t begin[kLines][kThreads];           // where on the lines each thread's rows begin
-    Cut cuts[kLines][kMaxParts + 1];           // as they are before they are rounded
+    Cuts<kUneven> cuts[kLines];                // as they are before they are rounded
     int left[kLines][kLevels];                 // nodes, by all parts
     int64_t greatest[kLines][kMaxParts / 32];  // load of a part, of the warps
-    int splits_before[kMaxParts + 1];          // cuts before this one that stand inside a row
+    int splits_before[kMaxParts + 1];          // cuts before this one that stand inside a block
 };
 
 // What the last scan sums, in one word.
@@ -78,31 +109,43 @@ static_assert(kMaxParts < 1 << Counts::kBits && kMaxParts * 2 * kLevels < 1 << (
 // ---------------------------------------------------------------------------------------------------- device helpers
 
 // Cut p of a line of this length.
+template <bool kUneven>
 __device__ int64_t cut_position(const MetadataParams& params, int line, int64_t total, int p) {
     if (line == kUnits) return min(p * ((total + params.num_parts - 1) / params.num_parts), total);
     const int64_t worth = total / (kMinTiles + params.row_cost);  // parts
     const int parts = static_cast<int>(max(min(worth, int64_t{params.num_parts}), int64_t{1}));
-    return min(p, parts) * total / parts;
+    p = min(p, parts);
+    // many blocks of many tiles: p * total may need more than 64 bits
+    if constexpr (kUneven) return p * (total / parts) + p * static_cast<int>(total % parts) / parts;
+    return p * total / parts;
 }
 
 // The cut at `position`, which is below the line's end.
-__device__ Cut find_cut(const MetadataParams& params, const SharedStorage& shared, int per_thread, int line,
-                        int64_t position) {
+template <bool kUneven>
+__device__ Cut<kUneven> find_cut(const MetadataParams& params, const SharedStorage<kUneven>& shared, int per_thread,
+                                 int line, int64_t position) {
     int thread = 0;  // the last one whose rows begin there or before
     for (int step = kThreads / 2; step > 0; step /= 2) {
         if (shared.begin[line][thread + step] <= position) thread += step;
     }
     int row = thread * per_thread;
-    Row here(params, row);
+    Row<kUneven> here(params, row);
     int64_t inside = position - shared.begin[line][thread], begin = shared.begin[kCost][thread];
     while (inside >= here.length(params, line)) {
         inside -= here.length(params, line);
         begin += here.length(params, kCost);
-        here = Row(params, ++row);
+        here = Row<kUneven>(params, ++row);
+    }
+    int block = 0;
+    if constexpr (kUneven) {
+        const int length = here.block_length(params, line);
+        block = static_cast<int>(inside / length);
+        inside -= int64_t{block} * length;
+        begin += int64_t{block} * here.block_length(params, kCost);
     }
     const int rest = static_cast<int>(inside);
     const int unit = line == kUnits ? rest : max(rest - params.row_cost, 0) / here.each;
-    return {row, unit, here.units, here.each, begin};
+    return {row, unit, here.units, here.each, begin, block};
 }
 
 // Of values that are not negative.
@@ -112,11 +155,12 @@ __device__ int64_t warp_max(int64_t value) {
     return int64_t{greatest_high} << 32 | __reduce_max_sync(~0u, high == greatest_high ? low : 0);
 }
 
-// The first of a line's cuts in or after a row, which may be row b.
-__device__ int first_cut(const Cut (&cuts)[kMaxParts + 1], int row) {
+// The first of a line's cuts in or after a block, which may be that of row b.
+template <bool kUneven>
+__device__ int first_cut(const Cuts<kUneven>& cuts, int row, int block) {
     int before = 0;
     for (int step = kMaxParts; step > 0; step /= 2) {
-        if (before + step <= kMaxParts && cuts[before + step - 1].row < row) before += step;
+        if (before + step <= kMaxParts && cuts[before + step - 1].is_before(row, block)) before += step;
     }
     return before;
 }
@@ -135,46 +179,53 @@ __device__ int count_last_nodes(int begin, int units) {
 }
 
 // Nodes that lie between two cuts.
-__device__ int count_nodes(const Cut& from, const Cut& to) {
+template <bool kUneven>
+__device__ int count_nodes(const Cut<kUneven>& from, const Cut<kUneven>& to) {
     if (from == to) return 0;
-    if (from.row == to.row) return count_nodes(from.unit, to.unit);
+    if (from.in_block_of(to)) return count_nodes(from.unit, to.unit);
     return (from.unit > 0 ? count_last_nodes(from.unit, from.units) : 0) + __popc(to.unit);
 }
 
-// Tiles between two cuts, and a row's cost for each row that they touch. Of cuts that are one a row's cost at most.
-__device__ int64_t load(const MetadataParams& params, const Cut& from, const Cut& to) {
+// Tiles between two cuts, and a row's cost for each block that they touch. Of cuts that are one a row's cost at most.
+template <bool kUneven>
+__device__ int64_t load(const MetadataParams& params, const Cut<kUneven>& from, const Cut<kUneven>& to) {
     const int64_t end = to.begin + (to.unit > 0 ? params.row_cost + to.unit * to.each : 0);
     return end - (from.begin + from.unit * from.each);
 }
 
 // ------------------------------------------------------------------------------------------------------------ kernel
 
+template <bool kUneven>
 __global__ void __launch_bounds__(kThreads)
     get_mla_metadata_invariant_kernel(const MetadataParams params, int per_thread) {
-    __shared__ SharedStorage shared;
+    __shared__ SharedStorage<kUneven> shared;
     const int index = threadIdx.x, lane = index % 32;
     const int line = index / kMaxParts, part = index % kMaxParts;  // before cuts become one
     const int first_row = min(index * per_thread, params.b), end_row = min(first_row + per_thread, params.b);
     int64_t cost = 0, units = 0, total_cost, total_units;
+    int blocks = 0, blocks_before = 0, total_blocks = params.b;
 #pragma unroll 4
     for (int row = first_row; row < end_row; ++row) {
-        const Row here(params, row);
+        const Row<kUneven> here(params, row);
+        blocks += here.blocks;
         cost += here.length(params, kCost);
         units += here.length(params, kUnits);
     }
     if (part < kLevels) shared.left[line][part] = 0;
     shared.begin[kCost][index] = sum_before(cost, shared.line_sums[kCost], total_cost);
     shared.begin[kUnits][index] = sum_before(units, shared.line_sums[kUnits], total_units);
+    if constexpr (kUneven) blocks_before = sum_before(blocks, shared.block_sums, total_blocks);
     __syncthreads();
 
     const int64_t total = line == kUnits ? total_units : total_cost;
-    const int64_t position = cut_position(params, line, total, part);
-    const Cut end_cut = {params.b, 0, 0, 1, total_cost};
-    Cut* const cut = &shared.cuts[line][part];
+    const int64_t position = cut_position<kUneven>(params, line, total, part);
+    const Cut<kUneven> end_cut = {params.b, 0, 0, 1, total_cost, 0};
+    Cut<kUneven>* const cut = &shared.cuts[line][part];
     *cut = position < total ? find_cut(params, shared, per_thread, line, position) : end_cut;
     if (part == 0) cut[kMaxParts] = end_cut;
     __syncthreads();
 
+#pragma unroll
     for (int level = 0; level < kLevels; ++level) {
         const int left = warp_sum(count_nodes(cut[0].at(level), cut[1].at(level)));
         if (lane == 0) atomicAdd(&shared.left[line][level], left);
@@ -183,7 +234,7 @@ __global__ void __launch_bounds__(kThreads)
     }
     int level = 0;  // nodes become fewer from one to the next
     while (level < kLevels - 1 && shared.left[line][level] > params.places) ++level;
-    const Cut from = cut[0].at(level), to = cut[1].at(level);
+    const Cut<kUneven> from = cut[0].at(level), to = cut[1].at(level);
     const int64_t greatest = warp_max(load(params, from, to));
     if (lane == 0) shared.greatest[line][part / 32] = greatest;
     __syncthreads();
@@ -191,7 +242,7 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t by_cost = warp_max(shared.greatest[kCost][lane % (kMaxParts / 32)]);
     const int64_t by_units = warp_max(shared.greatest[kUnits][lane % (kMaxParts / 32)]);
     const int chosen = by_units <= by_cost ? kUnits : kCost;
-    const Cut(&cuts)[kMaxParts + 1] = shared.cuts[chosen];
+    const Cuts<kUneven>& cuts = shared.cuts[chosen];
     const bool is_part = line == chosen && from != to, splits = is_part && from.unit > 0;
     const int nodes = is_part ? count_nodes(from, to) : 0;
     int packed_all;
@@ -202,22 +253,29 @@ __global__ void __launch_bounds__(kThreads)
     __syncthreads();
 
     if (is_part) {
-        const bool whole = to.unit == 0;  // the next part starts with a row of its own
-        const int last_row = whole ? to.row - 1 : to.row;
+        const bool whole = to.unit == 0;  // the next part starts with a block of its own
+        int last_row = whole ? to.row - 1 : to.row, last_block = 0;
+        if constexpr (kUneven) {  // the row above may have no blocks
+            const Cut<kUneven> last = whole ? find_cut(params, shared, per_thread, kCost, to.begin - 1) : to;
+            last_row = last.row;
+            last_block = last.block;
+        }
         const int last_tile = whole ? num_tiles(params, last_row) : to.unit * to.each;
-        const int first_split = splits ? before.splits + 1 - shared.splits_before[first_cut(cuts, from.row)] : 0;
-        write_part(params, before.parts, {from.row, from.unit * from.each, last_row, last_tile}, first_split, 0, 0,
-                   kInvariant + 2 * before.nodes);
+        const int first = splits ? first_cut<kUneven>(cuts, from.row, from.block) : 0;
+        const int first_split = splits ? before.splits + 1 - shared.splits_before[first] : 0;
+        write_part(params, before.parts, {from.row, from.unit * from.each, last_row, last_tile}, first_split,
+                   kUneven ? from.block : 0, last_block, kInvariant + 2 * before.nodes);
     }
     if (index >= all.parts && index < kMaxParts) write_part(params, index, kNoWork, 0);
     if (index == 0) {
         write_part(params, kMaxParts, kNoWork, 0, 0, 0, kInvariant + 2 * all.nodes);
-        params.num_splits[params.b] = params.b + all.splits;
+        params.num_splits[params.b] = total_blocks + all.splits;
     }
-    int next = first_cut(cuts, first_row);  // cut
+    int next = first_cut<kUneven>(cuts, first_row, 0);  // cut
     for (int row = first_row; row < end_row; ++row) {
         while (cuts[next].row < row) ++next;
-        params.num_splits[row] = row + shared.splits_before[next];
+        params.num_splits[row] = (kUneven ? blocks_before : row) + shared.splits_before[next];
+        if constexpr (kUneven) blocks_before += static_cast<int>(num_blocks(params, row, params.block_rows));
     }
 }
 
@@ -226,7 +284,16 @@ __global__ void __launch_bounds__(kThreads)
 // ---------------------------------------------------------------------------------------------------------- launcher
 
 void get_mla_metadata_invariant(const MetadataParams& params, cudaStream_t stream) {
-    get_mla_metadata_invariant_kernel<<<1, kThreads, 0, stream>>>(params, (params.b + kThreads - 1) / kThreads);
+    const int per_thread = (params.b + kThreads - 1) / kThreads;
+    if (params.cu_seqlens_q == nullptr) {
+        get_mla_metadata_invariant_kernel<false><<<1, kThreads, 0, stream>>>(params, per_thread);
+    } else {
+        MetadataParams uneven = params;
+        const int64_t most = kMostQueries / std::max(params.b, 1);
+        uneven.max_seqlen_q = static_cast<int>(std::min(int64_t{params.max_seqlen_q}, most));
+        uneven.block_rows = rows_of_block(params.group, params.few_heads);
+        get_mla_metadata_invariant_kernel<true><<<1, kThreads, 0, stream>>>(uneven, per_thread);
+    }
     cuda_check(cudaGetLastError(), "get_mla_metadata");
 }
 

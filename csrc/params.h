@@ -23,6 +23,10 @@ constexpr int kOwnPlaces = 7;         // log2(kMaxUnits): nodes of a row that wa
 constexpr int kMinTiles = 1;
 constexpr int kFewRows = 16;
 constexpr int kSharesPerTile = 16;
+// Of uneven queries: query rows of a key head in a block, group = h_q / h_k.
+__host__ __device__ constexpr int rows_of_block(int group, bool few_heads = false) {
+    return few_heads ? kFewHeads : (group + kRowTile - 1) / kRowTile * kRowTile;
+}
 constexpr int row_cost(int64_t rows) { return rows <= kFewRows ? 2 : 4; }  // by query rows a key head
 // Of a unit of a row of so many tiles, also of none.
 __host__ __device__ constexpr int unit_tiles(int tiles, bool few_heads) {
@@ -55,6 +59,7 @@ struct MetadataParams {
     // of batch-invariant plans
     int places;      // what a row tile has in the workspace
     bool few_heads;  // units are half as long
+    int block_rows;  // of uneven queries, see rows_of_block: what the launcher makes of group and few_heads
 };
 
 struct AppendParams {

@@ -100,9 +100,10 @@ void get_mla_metadata_op(Tensor tile_scheduler_metadata, Tensor num_splits, cons
                      on.stream);
 }
 
-// The batch-invariant plan, [kMaxParts + 1, kColumns]. rows: query rows of a key head.
+// The batch-invariant plan, [kMaxParts + 1, kColumns]. rows: query rows of a key head; with cu_seqlens_q of one query.
 void get_mla_metadata_invariant_op(Tensor tile_scheduler_metadata, Tensor num_splits, const Tensor cache_seqlens,
-                                   int64_t num_parts, int64_t places, int64_t rows) {
+                                   int64_t num_parts, int64_t places, int64_t rows,
+                                   const std::optional<Tensor> cu_seqlens_q, int64_t max_seqlen_q) {
     const OnDevice on(cache_seqlens);
     get_mla_metadata_invariant({.metadata = static_cast<int*>(tile_scheduler_metadata.data_ptr()),
                                 .num_splits = static_cast<int*>(num_splits.data_ptr()),
@@ -110,6 +111,9 @@ void get_mla_metadata_invariant_op(Tensor tile_scheduler_metadata, Tensor num_sp
                                 .b = static_cast<int>(cache_seqlens.size(0)),
                                 .num_parts = static_cast<int>(num_parts),
                                 .row_cost = row_cost(rows),
+                                .cu_seqlens_q = ints_of(cu_seqlens_q),
+                                .max_seqlen_q = int_of(max_seqlen_q),
+                                .group = int_of(rows),
                                 .places = static_cast<int>(places),
                                 .few_heads = rows <= kFewHeads},
                                on.stream);
@@ -361,7 +365,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(flashmla_sm90, m) {
         "-> ()");
     m.def(
         "get_mla_metadata_invariant(Tensor(a!) tile_scheduler_metadata, Tensor(b!) num_splits, Tensor cache_seqlens, "
-        "int num_parts, int places, int rows) -> ()");
+        "int num_parts, int places, int rows, Tensor? cu_seqlens_q, int max_seqlen_q) -> ()");
     m.def(
         "fwd_kvcache_mla(Tensor q, Tensor kv_cache, Tensor block_table, Tensor cache_seqlens, float softmax_scale, "
         "bool causal, Tensor? tile_scheduler_metadata, int num_parts, int plan_parts, Tensor? q_scale, Tensor? "

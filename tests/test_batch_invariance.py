@@ -375,7 +375,7 @@ def test_the_op_makes_that_plan_of_many_rows(invariant, b):
     lengths=lengths_of_many_rows,
     num_parts=part_counts,
     places=st.sampled_from([0, 5, 64, 512, 1024]),
-    rows=st.sampled_from([16, 17]),
+    rows=st.sampled_from([16, 17, 32, 33]),
 )
 @settings(max_examples=300)
 def test_the_kernel_makes_that_plan_for_any_machine(lengths, num_parts, places, rows):
@@ -383,9 +383,9 @@ def test_the_kernel_makes_that_plan_for_any_machine(lengths, num_parts, places, 
     cache_seqlens = torch.tensor(lengths, dtype=torch.int32, device="cuda")
     if reason := backends.sm90.refusal("get_mla_metadata", cache_seqlens, batch_invariant=True):
         pytest.skip(f"sm90: {reason}")
-    expected = plan.make_invariant_plan(cache_seqlens.cpu(), num_parts, places, plan.row_cost(rows))
+    expected = plan.make_invariant_plan(cache_seqlens.cpu(), num_parts, places, rows)
     made = [torch.full_like(t, -7, device="cuda") for t in expected]
-    torch.ops.flashmla_sm90.get_mla_metadata_invariant(*made, cache_seqlens, num_parts, places, rows)
+    torch.ops.flashmla_sm90.get_mla_metadata_invariant(*made, cache_seqlens, num_parts, places, rows, None, 0)
     assert all(torch.equal(got.cpu(), want) for got, want in zip(made, expected, strict=True))
 
 
@@ -424,3 +424,78 @@ def test_sm90_says_which_caches_it_does_not_serve_so():
     cache = torch.zeros(1, 64, 1, 656, dtype=torch.uint8)
     reason = backends.sm90._no_call(q, cache, 512, batch_invariant=True)
     assert reason.startswith("its fp8 kernels do not merge a row's units in a fixed order (batch_invariant)")
+
+
+# ------------------------------------------------------------------------------------- the kernel's plans of blocks
+
+
+def check_the_kernel_s_plan_of_blocks(
+    lengths: Tensor, queries: Tensor, most: int, group: int, num_parts: int, places: int
+) -> None:
+    """Rows of so many queries, `most` being max_seqlen_q, against plan_blocks, which plans every block as a row."""
+    cache_seqlens = lengths.int().to("cuda")
+    if reason := backends.sm90.refusal("get_mla_metadata", cache_seqlens, batch_invariant=True):
+        pytest.skip(f"sm90: {reason}")
+    cu_seqlens_q = torch.cat([torch.zeros(1), queries]).cumsum(0).int()
+    blocks = plan.row_blocks(cu_seqlens_q, most, group, True)
+    expected = plan.plan_blocks(plan.make_invariant_plan, lengths.int(), blocks, num_parts, places, group)
+    made = [torch.full_like(t, -7, device="cuda") for t in expected]
+    how = num_parts, places, group, cu_seqlens_q.to("cuda"), most
+    torch.ops.flashmla_sm90.get_mla_metadata_invariant(*made, cache_seqlens, *how)
+    assert all(torch.equal(got.cpu(), want) for got, want in zip(made, expected, strict=True))
+
+
+@pytest.mark.gpu
+@given(
+    lengths=lengths_of_many_rows,
+    most=st.sampled_from([1, 4, 70, 3000]),
+    group=st.sampled_from([1, 16, 17, 32, 33, 64, 96, 128, 130]),
+    num_parts=part_counts,
+    places=st.sampled_from([0, 5, 64, 512, 1024]),
+    data=st.data(),
+)
+@settings(max_examples=300)
+def test_the_kernel_makes_that_plan_of_uneven_queries(lengths, most, group, num_parts, places, data):
+    """Also of differences that are wrong: below 0, and above the most that there are said to be."""
+    some = st.one_of(st.sampled_from([0, 0, 1, most, most + 1, -1]), st.integers(0, most))
+    queries = data.draw(st.lists(some, min_size=1, max_size=12), label="queries, one after the other")
+    queries = torch.tensor(queries).repeat(len(lengths))[: len(lengths)]
+    check_the_kernel_s_plan_of_blocks(torch.tensor(lengths), queries, most, group, num_parts, places)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("b", [1, 511, 512, 513, 2048, 70_000])
+def test_the_kernel_makes_that_plan_of_many_uneven_rows(b):
+    """Without queries at the beginning, in the middle, at the end and everywhere; one row with nearly all blocks."""
+    row = torch.arange(b)
+    lengths = row * 977 % 7000
+    few = row % 5
+    for queries in (
+        few,
+        few * (row >= b // 2),
+        few * (row < b // 2),
+        few * (row % (b // 3 + 1) < b // 6),
+        torch.zeros(b),
+        (row == b // 2) * 65536,
+        (row == b - 1) * 65536 + 1,
+    ):
+        for group in (16, 128):
+            check_the_kernel_s_plan_of_blocks(lengths, queries, 65536, group, 132, 1024)
+
+
+@pytest.mark.gpu
+def test_sm90_plans_uneven_queries_for_this_machine():
+    """What the backend hands to the kernel: the parts and places of a call with these heads."""
+    lengths = torch.tensor([5000, 0, 70, 1, 130_000], dtype=torch.int32)
+    cu_seqlens_q = torch.tensor([0, 1, 1, 300, 304, 305], dtype=torch.int32)
+    if reason := backends.sm90.refusal("get_mla_metadata", lengths.to("cuda"), batch_invariant=True):
+        pytest.skip(f"sm90: {reason}")
+    for group, h_k in ((16, 1), (128, 1), (130, 2)):
+        tiles = plan.row_tiles(group, h_k)
+        parts = plan.max_parts(torch.cuda.get_device_properties("cuda").multi_processor_count, tiles)
+        blocks = plan.row_blocks(cu_seqlens_q, 299, group, True)
+        how = parts, plan.places(tiles), group
+        expected = plan.plan_blocks(plan.make_invariant_plan, lengths, blocks, *how)
+        made = [torch.full_like(t, -7, device="cuda") for t in expected]
+        backends.sm90.get_mla_metadata(*made, lengths.to("cuda"), group, h_k, True, cu_seqlens_q.to("cuda"), 299)
+        assert all(torch.equal(got.cpu(), want) for got, want in zip(made, expected, strict=True))

@@ -144,16 +144,14 @@ def get_mla_metadata(
         if cu_seqlens_q is not None:
             values.check_queries(cu_seqlens_q, max_seqlen_q)
     parts = _parts(cache_seqlens.device, num_heads_per_head_k, num_heads_k)
-    plan = tile_scheduler_metadata, num_splits
+    plan, uneven = (tile_scheduler_metadata, num_splits), (cu_seqlens_q, max_seqlen_q or 0)
     if batch_invariant:
         room = places(row_tiles(num_heads_per_head_k, num_heads_k))
         torch.ops.flashmla_sm90.get_mla_metadata_invariant.default(
-            *plan, cache_seqlens, parts, room, num_heads_per_head_k
+            *plan, cache_seqlens, parts, room, num_heads_per_head_k, *uneven
         )
         return
-    torch.ops.flashmla_sm90.get_mla_metadata.default(
-        *plan, cache_seqlens, parts, num_heads_per_head_k, cu_seqlens_q, max_seqlen_q or 0
-    )
+    torch.ops.flashmla_sm90.get_mla_metadata.default(*plan, cache_seqlens, parts, num_heads_per_head_k, *uneven)
 
 
 def fwd_kvcache_mla(
