@@ -291,7 +291,7 @@ void get_mla_metadata_invariant(const MetadataParams& params, cudaStream_t strea
         MetadataParams uneven = params;
         const int64_t most = kMostQueries / std::max(params.b, 1);
         uneven.max_seqlen_q = static_cast<int>(std::min(int64_t{params.max_seqlen_q}, most));
-        uneven.block_rows = rows_of_block(params.group, params.few_heads);
+        uneven.block_rows = rows_of_block(params.group, true);
         get_mla_metadata_invariant_kernel<true><<<1, kThreads, 0, stream>>>(uneven, per_thread);
     }
     cuda_check(cudaGetLastError(), "get_mla_metadata");

@@ -24,8 +24,8 @@ constexpr int kMinTiles = 1;
 constexpr int kFewRows = 16;
 constexpr int kSharesPerTile = 16;
 // Of uneven queries: query rows of a key head in a block, group = h_q / h_k.
-__host__ __device__ constexpr int rows_of_block(int group, bool few_heads = false) {
-    return few_heads ? kFewHeads : (group + kRowTile - 1) / kRowTile * kRowTile;
+__host__ __device__ constexpr int rows_of_block(int group, bool batch_invariant = false) {
+    return batch_invariant && group <= kFewBlock ? kFewBlock : (group + kRowTile - 1) / kRowTile * kRowTile;
 }
 constexpr int row_cost(int64_t rows) { return rows <= kFewRows ? 2 : 4; }  // by query rows a key head
 // Of a unit of a row of so many tiles, also of none.

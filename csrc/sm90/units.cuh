@@ -151,7 +151,7 @@ __device__ __forceinline__ void for_each_unit(const FwdParams& params, const Par
                 const int tiles = num_tiles(unit.length);
                 unit.more = unit.row < p.last_row;
                 for_units_of<kUneven, kTogether>(
-                    params, unit, tiles, p.continues(unit.row) ? p.first_tile : 0,
+                    params, few_heads, unit, tiles, p.continues(unit.row) ? p.first_tile : 0,
                     unit.more ? tiles : min(p.last_tile, tiles), nullptr, [&](const Unit& unit) {
                         body(unit, RowTile(params, rows.size, ptx::anew(params.first_row_tile)));
                     });
