@@ -176,7 +176,7 @@ def run_metadata(b: int, kind: str, device: str) -> None:
         expected = plan_blocks(make_plan, lengths, blocks, parts, row_cost(most * heads[0]))
     elif kind == "invariant":
         options = {"batch_invariant": True}
-        expected = make_invariant_plan(lengths, parts, WORKSPACE_TILES, row_cost(heads[0]))
+        expected = make_invariant_plan(lengths, parts, WORKSPACE_TILES, heads[0])
     else:
         expected = make_plan(lengths, parts, row_cost(heads[0]))
     cache_seqlens = moved(lengths, device)
