@@ -347,9 +347,10 @@ def shares_between(cuts: list[tuple[int, int]], lengths: list[int], heads: int) 
     return shares
 
 
-def test_planning_syncs_nothing():
+@pytest.mark.parametrize("uneven", [False, True])
+def test_planning_syncs_nothing(uneven):
     lengths = torch.zeros(7, dtype=torch.int32, device="meta")
-    metadata, num_splits = plan.make_invariant_plan(lengths, 16, 1024)
+    metadata, num_splits = plan.make_invariant_plan(lengths, 16, 1024, 64, lengths.long() if uneven else None)
     assert metadata.shape == (plan.MAX_PARTS + 1, plan.COLUMNS) and num_splits.shape == (8,)
 
 

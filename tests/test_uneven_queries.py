@@ -181,20 +181,37 @@ def test_the_op_plans_blocks_like_rows(target, data, lengths, heads, most):
     assert torch.equal(in_place[0], metadata) and torch.equal(in_place[1], num_splits)
 
 
-@given(lengths=lengths_of_many_rows, data=st.data(), parts=part_counts, places=st.sampled_from([0, 5, 1024]))
-@settings(max_examples=50)
-def test_invariant_plans_of_blocks(lengths, data, parts, places):
+@given(
+    lengths=lengths_of_many_rows,
+    data=st.data(),
+    parts=part_counts,
+    places=st.sampled_from([0, 5, 64, 1024]),
+    group=st.sampled_from([16, 32, 64]),
+)
+@settings(max_examples=100)
+def test_invariant_plans_of_blocks(lengths, data, parts, places, group):
     """As those of rows; batch_invariance's tests hold for the plan of the blocks."""
-    blocks = data.draw(st.lists(st.integers(0, 3), min_size=len(lengths), max_size=len(lengths)))
-    cache_seqlens = torch.tensor(lengths, dtype=torch.int32)
-    planned = plan.plan_blocks(
-        plan.make_invariant_plan, cache_seqlens, torch.tensor(blocks, dtype=torch.long), parts, places
-    )
-    flat, splits = by_blocks(*planned, blocks)
+    most = data.draw(st.sampled_from([1, 3, 300]), label="most")
+    some = st.one_of(st.sampled_from([0, 1, most]), st.integers(0, most))
+    blocks = data.draw(st.lists(some, min_size=len(lengths), max_size=len(lengths)), label="blocks")
+    cache_seqlens, of_rows = torch.tensor(lengths, dtype=torch.int32), torch.tensor(blocks, dtype=torch.long)
+    made = plan.make_invariant_plan(cache_seqlens, parts, places, group, of_rows)
+    by_rows = plan.plan_blocks(plan.make_invariant_plan, cache_seqlens, of_rows, parts, places, group)
+    assert all(map(torch.equal, made, by_rows))
+    flat, splits = by_blocks(*made, blocks)
     rows = torch.tensor([n for n, count in zip(lengths, blocks, strict=True) for _ in range(count)], dtype=torch.int32)
-    expected, sums = plan.make_invariant_plan(rows, parts, places)
+    expected, sums = plan.make_invariant_plan(rows, parts, places, group)
     assert torch.equal(flat, expected)
     assert torch.equal(splits, sums[[0, *accumulate(blocks)]])
+
+
+@pytest.mark.parametrize("blocks", [2**26, 2**40, -(2**40)])
+@pytest.mark.parametrize("b", [1, 40, 3000])
+def test_numbers_beyond_int64_are_harmless(b, blocks):
+    """What could only be meant by mistake makes no index that is out of range, which would be a fault on a GPU."""
+    rows = torch.full((b,), 2**31 - 1, dtype=torch.int32), torch.full((b,), blocks)
+    metadata, num_splits = plan.make_invariant_plan(rows[0], 256, 1024, 16, rows[1])
+    assert metadata.shape == (plan.MAX_PARTS + 1, plan.COLUMNS) and num_splits.shape == (b + 1,)
 
 
 # ------------------------------------------------------------------------------------------------------- wrong values
