@@ -10,27 +10,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import decode_calls, examples, lengths_of_many_rows, seeds
 from torch import Tensor
+from torch.nn.functional import pad
 
 from flashmla_ops import backends, fwd_kvcache_mla, get_mla_metadata, get_mla_metadata_, plan
-from flashmla_ops.testing import DecodeCase, check_decode, make_decode_case, quantized
+from flashmla_ops.testing import DecodeCase, UnevenDecodeCase, check_decode, make_decode_case, quantized, uneven
 
 EXAMPLES = int(os.environ.get("FLASHMLA_EXAMPLES", 12))  # of the test that bits are the same
 LARGE_EXAMPLES = int(os.environ.get("FLASHMLA_LARGE_EXAMPLES", 2))  # of that of large batches and long rows
 
 
-@pytest.fixture
-def invariant(target):
-    """The targets that serve such plans."""
-    lengths = torch.zeros(1, dtype=torch.int32, device=target.device)
-    reason = backends.ALL[target.name].refusal("get_mla_metadata", lengths, batch_invariant=True)
-    if reason:
-        pytest.skip(f"{target.name}: {reason}")
-    return target
-
-
-def attend(case: DecodeCase) -> tuple[Tensor, Tensor]:
-    made = get_mla_metadata(*case.plan_args, batch_invariant=True)
-    return fwd_kvcache_mla(**case.kwargs(), **dict(zip(("tile_scheduler_metadata", "num_splits"), made, strict=True)))
+def attend(case: DecodeCase, made: tuple[Tensor, Tensor] | None = None, **more) -> tuple[Tensor, Tensor]:
+    if made is None:
+        made = get_mla_metadata(*case.plan_args, **getattr(case, "plan_options", {}), batch_invariant=True)
+    more |= dict(zip(("tile_scheduler_metadata", "num_splits"), made, strict=True))
+    return fwd_kvcache_mla(**case.kwargs(), **more)
 
 
 def part_of(case: DecodeCase, rows: list[int], before: int = 0) -> DecodeCase:
@@ -66,37 +59,93 @@ def check_surroundings(case: DecodeCase, rng: random.Random, most_rows: int) -> 
             assert not differ.any(), f"row {rows[int(differ.int().argmax())]} among {rows}, {before} queries before"
 
 
-def most_keys(invariant) -> int:
+def check_uneven_surroundings(case: DecodeCase, rng: random.Random, most_rows: int) -> None:
+    """Results of the case's rows against those of rows of other numbers of queries, as check_surroundings has them,
+    under the call's own plan and one of so many parts."""
+    out, lse = attend(case)
+    b, s_q = out.shape[:2]
+    scale = {name: t for name, t in case.kwargs().items() if name == "kv_scale"}
+    for parts in (None, rng.choice([1, 3, 40, 256])):
+        rows = rng.choices([-1, *range(b)], k=rng.randint(1, most_rows))
+        before = rng.choice([0, 0, 1, 20]) if case.causal else 0
+        queries = [rng.choice([0, 1, s_q, before + s_q, rng.randint(0, before + s_q)]) for _ in rows]
+        packed = uneven(part_of(case, rows, before), queries, spare=rng.choice([0, 3]))
+        got_out, got_lse = attend(packed, None if parts is None else plan_of_parts(packed, parts), **scale)
+        padding = torch.tensor(rows, device=out.device) < 0
+        wanted = (
+            pad(out[rows], (0, 0, 0, 0, before, 0)).masked_fill(padding[:, None, None, None], 0),
+            pad(lse[rows], (before, 0)).masked_fill(padding[:, None, None], torch.inf),
+        )
+        own = torch.ones(packed.q.shape[0], dtype=torch.bool, device=out.device)  # and nobody's, which see nothing
+        row, i = packed.places()
+        own[: len(row)] = i >= before
+        want_out, want_lse = packed.packed(*wanted)
+        same = (bits(got_out) == bits(want_out)).flatten(1).all(1) & (bits(got_lse) == bits(want_lse)).all(0)
+        assert same[own].all(), f"{rows} with {queries} queries, {before} before, {parts} parts"
+
+
+def plan_of_parts(case: UnevenDecodeCase, parts: int) -> tuple[Tensor, Tensor]:
+    """For a machine that uses so many."""
+    lengths, group, h_k = case.plan_args
+    blocks = plan.row_blocks(case.cu_seqlens_q, case.max_seqlen_q, group, batch_invariant=True)
+    return plan.make_invariant_plan(lengths, parts, plan.places(plan.row_tiles(group, h_k)), group, blocks)
+
+
+def most_keys(target) -> int:
     """Of all rows of a case together."""
-    if invariant.device == "cpu":
-        return 2**11 if invariant.name == "triton" else 2**15
+    if target.device == "cpu":
+        return 2**11 if target.name == "triton" else 2**15
     return 2**19
 
 
-@given(
-    lengths=st.lists(st.one_of(st.integers(0, 700), st.integers(0, 2**19)), min_size=1, max_size=5),
-    heads=st.sampled_from([(1, 1), (5, 1), (16, 1), (4, 2), (20, 1), (48, 2), (128, 1)]),
-    s_q=st.integers(1, 3),
-    kv_format=st.sampled_from(["plain", "plain", "fp8", "fp8_tensor"]),
-    peaked=st.sampled_from([None, "first", "last"]),
-    causal=st.booleans(),
-    seed=seeds,
-)
-@settings(max_examples=examples(EXAMPLES))
-def test_bits_do_not_depend_on_what_surrounds_a_row(invariant, lengths, heads, s_q, kv_format, peaked, causal, seed):
-    """In the smallest dims, and in DeepSeek's."""
-    rng = random.Random(seed)
-    while sum(lengths) > most_keys(invariant):
+rows_of_any_kind = {
+    "lengths": st.lists(st.one_of(st.integers(0, 700), st.integers(0, 2**19)), min_size=1, max_size=5),
+    "heads": st.sampled_from([(1, 1), (5, 1), (16, 1), (4, 2), (20, 1), (48, 2), (128, 1)]),
+    "s_q": st.integers(1, 3),
+    "kv_format": st.sampled_from(["plain", "plain", "fp8", "fp8_tensor"]),
+    "peaked": st.sampled_from([None, "first", "last"]),
+    "causal": st.booleans(),
+    "seed": seeds,
+}
+
+
+def case_of_rows(target, rng, lengths, heads, s_q, kv_format, peaked, causal, seed) -> DecodeCase:
+    """In the smallest dims, or in DeepSeek's."""
+    while sum(lengths) > most_keys(target):
         lengths[lengths.index(max(lengths))] //= 2
-    kv_format = "plain" if invariant.name == "sm90" else kv_format  # it refuses the others
-    heads = heads if invariant.device == "cuda" else (min(heads[0], 4 * heads[1]), heads[1])  # it takes a CPU too long
-    d_qk, d_v = rng.choice([invariant.dims[0], invariant.dims[-1]]) if kv_format == "plain" else invariant.dims[0]
+    kv_format = "plain" if target.name == "sm90" else kv_format  # it refuses the others
+    heads = heads if target.device == "cuda" else (min(heads[0], 4 * heads[1]), heads[1])  # it takes a CPU too long
+    d_qk, d_v = rng.choice([target.dims[0], target.dims[-1]]) if kv_format == "plain" else target.dims[0]
     sizes = {"s_q": s_q, "h_q": heads[0], "h_k": heads[1], "d_qk": d_qk, "d_v": d_v, "causal": causal, "seed": seed}
-    like = {"dtype": rng.choice(invariant.dtypes), "device": invariant.device, "poison": kv_format == "plain"}
+    like = {"dtype": rng.choice(target.dtypes), "device": target.device, "poison": kv_format == "plain"}
     case = make_decode_case(lengths, **sizes, peaked=peaked, **like)
-    if kv_format != "plain" and heads[1] == 1:
-        case = quantized(case, kv_format)
-    check_surroundings(case, rng, most_rows=8)
+    return quantized(case, kv_format) if kv_format != "plain" and heads[1] == 1 else case
+
+
+@given(**rows_of_any_kind)
+@settings(max_examples=examples(EXAMPLES))
+def test_bits_do_not_depend_on_what_surrounds_a_row(invariant, seed, **drawn):
+    rng = random.Random(seed)
+    check_surroundings(case_of_rows(invariant, rng, seed=seed, **drawn), rng, most_rows=8)
+
+
+@given(**rows_of_any_kind)
+@settings(max_examples=examples(EXAMPLES))
+def test_bits_do_not_depend_on_the_queries_of_other_rows(uneven_invariant, seed, **drawn):
+    """A row of an uneven call has the bits of an even one."""
+    rng = random.Random(seed)
+    most_rows = 3 if uneven_invariant.name == "triton" and uneven_invariant.device == "cpu" else 8
+    check_uneven_surroundings(case_of_rows(uneven_invariant, rng, seed=seed, **drawn), rng, most_rows)
+
+
+def test_bits_of_uneven_queries_of_many_key_heads(uneven_invariant):
+    """More row tiles than are worked on in one launch."""
+    if uneven_invariant.name == "triton" and uneven_invariant.device == "cpu":
+        pytest.skip("triton: too large for Triton's interpreter")
+    d_qk, d_v = min(uneven_invariant.dims)
+    like = {"dtype": uneven_invariant.dtypes[0], "device": uneven_invariant.device, "d_qk": d_qk, "d_v": d_v}
+    case = make_decode_case([70, 300], s_q=2, h_q=180, h_k=180, causal=True, **like)
+    check_uneven_surroundings(case, random.Random(0), most_rows=4)
 
 
 @pytest.mark.parametrize("h_q", [16, 64])
