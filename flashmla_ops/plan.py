@@ -215,7 +215,11 @@ def _greatest_crossed(low: Tensor, high: Tensor, powers: Tensor) -> Tensor:
 
 
 def make_invariant_plan(
-    cache_seqlens: Tensor, num_parts: int, places: int, num_heads_per_head_k: int = ROW_TILE
+    cache_seqlens: Tensor,
+    num_parts: int,
+    places: int,
+    num_heads_per_head_k: int = ROW_TILE,
+    blocks_of_rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Deals rows of the given lengths to at most `num_parts` parts, cut between units only, in the better of two ways.
 
@@ -236,7 +240,8 @@ def make_invariant_plan(
         cache_seqlens: [b] int32, keys in each row; negative counts as 0.
         num_parts: 1 to MAX_PARTS.
         places: what a row tile has in the workspace.
-        num_heads_per_head_k: s_q * h_q / h_k.
+        num_heads_per_head_k: s_q * h_q / h_k; of uneven queries h_q / h_k.
+        blocks_of_rows: of uneven queries row_blocks(..., batch_invariant=True), [b] int64. Each counts as a row above.
     Returns:
         tile_scheduler_metadata [MAX_PARTS + 1, 8] int32, num_splits [b + 1] int32.
     """
@@ -249,90 +254,126 @@ def make_invariant_plan(
     tiles = (cache_seqlens.clamp_min(0).long() + (TILE - 1)) // TILE
     each = unit_tiles(tiles, num_heads_per_head_k <= FEW_HEADS)
     units = (tiles + each - 1) // each
-    cost = row_cost(num_heads_per_head_k)
-    row_end = (tiles + cost).cumsum(0)
-    by_cost = _cuts_by_cost(tiles, each, row_end, num_parts, cost)
-    by_units = _cuts_by_units(units.clamp_min(1), num_parts)
-    row, unit = (torch.stack(t)[:, None] for t in zip(by_cost, by_units, strict=True))  # [way, 1, MAX_PARTS + 1]
+    cost, blocks = row_cost(num_heads_per_head_k), _Blocks(b, blocks_of_rows, device)
+    line = _Line(tiles + cost, blocks)
+    by_cost = _cuts_by_cost(line, each, num_parts, cost)
+    by_units = _cuts_by_units(_Line(units.clamp_min(1), blocks), num_parts)
+    block, unit = (torch.stack(t)[:, None] for t in zip(by_cost, by_units, strict=True))  # [way, 1, MAX_PARTS + 1]
 
-    # as (row, unit), for every g: [way, of g, MAX_PARTS + 1]
+    # as (block, unit), for every g: [way, of g, MAX_PARTS + 1]
     coarse = (2 ** torch.arange(MAX_UNITS.bit_length(), device=device))[:, None]
     unit = unit // coarse * coarse
-    first, end = _without_empty(row.expand_as(unit), unit, b)
-    last = _ends(end, units)
+    block, unit = _without_empty(block.expand_as(unit), unit)
+    row = blocks.row(block)
+    first, first_units = (block[..., :-1], unit[..., :-1]), units[row[..., :-1].clamp_max(b - 1)]
+    last, last_units = _ends(block[..., 1:], unit[..., 1:], blocks, units)
     alone = first[0] == last[0]
-    first_units, last_units = units[first[0].clamp_max(b - 1)], units[last[0].clamp_min(0)]
     leaves = nodes_left(first[1], torch.where(alone, last[1], first_units), first_units)
     leaves = leaves + torch.where(alone, 0, nodes_left(torch.zeros_like(last[1]), last[1], last_units))
-    leaves = leaves * (first[0] < b)
+    leaves = leaves * (first[0] < blocks.number)
     finest = (leaves.sum(-1) > places).sum(1)  # of each way; nodes become fewer as g grows, to 0
-    load = _loads(first, end, each, row_end, cost).amax(-1)
+    begin = line.begin(block, row) + unit * each[row.clamp_max(b - 1)]  # but for the cost of its row
+    load = (begin[..., 1:] + cost * (unit[..., 1:] > 0) - begin[..., :-1]).amax(-1)
     load_by_cost, load_by_units = load.gather(1, finest[:, None])[:, 0]
     chosen = torch.where(load_by_units <= load_by_cost, len(coarse) + finest[1], finest[0])
     made = (*first, *last, leaves)
-    row, unit, last_row, last_unit, leaves = (t.flatten(0, 1).index_select(0, chosen[None])[0] for t in made)
+    block, unit, last_block, last_unit, leaves = (t.flatten(0, 1).index_select(0, chosen[None])[0] for t in made)
 
-    used = row < b
-    last_tiles = torch.minimum(last_unit * each[last_row.clamp_min(0)], tiles[last_row.clamp_min(0)])
-    inside = (unit > 0).long()
-    cuts_before = torch.zeros(b + 2, dtype=torch.long, device=device).scatter_add_(0, row + 1, inside).cumsum(0)
-    first_split = inside.cumsum(0) - cuts_before[row]
+    used = block < blocks.number
+    row, last_row = blocks.row(block).clamp_max(b - 1), blocks.row(last_block).clamp(0, b - 1)
+    last_tiles = torch.minimum(last_unit * each[last_row], tiles[last_row])
+    cuts_inside = _sums((unit > 0).long())
+    first_split = cuts_inside[1:] - cuts_inside[torch.searchsorted(block, block)]
     flags = INVARIANT + 2 * (leaves.cumsum(0) - leaves)
-    zero = torch.zeros_like(row)
-    columns = [row, unit * each[row.clamp_max(b - 1)], last_row + 1, last_tiles, first_split, flags, zero, zero]
+    columns = [row, unit * each[row], last_row + 1, last_tiles, first_split, flags]
+    columns += [blocks.in_row(block, row), blocks.in_row(last_block, last_row)]
     plan = torch.zeros(MAX_PARTS + 1, COLUMNS, dtype=torch.long, device=device)
     plan[:-1] = torch.stack(columns, 1) * used[:, None]
     plan[:, LAST_ROW] -= 1
     plan[-1, FLAGS] = INVARIANT + 2 * leaves.sum()
-    return plan.int(), (torch.arange(b + 1, device=device) + cuts_before[: b + 1]).int()
+    return plan.int(), (blocks.before + cuts_inside[torch.searchsorted(block, blocks.before)]).int()
 
 
-def _cuts_by_cost(tiles: Tensor, each: Tensor, row_end: Tensor, num_parts: int, row_cost: int) -> tuple[Tensor, Tensor]:
-    """Row and unit of MAX_PARTS + 1 cuts at equal distances on the line of cost, the last ones (b, 0)."""
-    b, total = len(tiles), row_end[-1]
-    parts = (total // (MIN_TILES + row_cost)).clamp(1, num_parts)
-    position = torch.arange(MAX_PARTS + 1, device=tiles.device).minimum(parts) * total // parts
-    row = torch.searchsorted(row_end, position, right=True)
-    known = row.clamp_max(b - 1)
-    return row, (position - (row_end - tiles)[known]).clamp_min(0) // each[known] * (row < b)
+def _sums(of: Tensor) -> Tensor:
+    """The sum of those before each, and of all."""
+    return torch.cat([of.new_zeros(1), of.cumsum(0)])
 
 
-def _cuts_by_units(units: Tensor, num_parts: int) -> tuple[Tensor, Tensor]:
-    """The same with as many units between each two; rows have one or more."""
-    row_end = units.cumsum(0)
-    apart = _ceil_div(row_end[-1], num_parts)
-    position = (torch.arange(MAX_PARTS + 1, device=units.device) * apart).minimum(row_end[-1])
-    row = torch.searchsorted(row_end, position, right=True)
-    return row, position - torch.cat([row_end.new_zeros(1), row_end])[row]
+class _Blocks:
+    """The blocks of all rows, numbered through. A row has of_rows[r] of them; None: it is one."""
+
+    def __init__(self, b: int, of_rows: Tensor | None, device: torch.device):
+        self.of_rows = of_rows
+        self.before = torch.arange(b + 1, device=device) if of_rows is None else _sums(of_rows)
+        self.number = b if of_rows is None else self.before[-1]
+
+    def row(self, block: Tensor) -> Tensor:
+        """Each one's. The number after the last block has row b, that before the first one -1 or 0."""
+        return block if self.of_rows is None else torch.searchsorted(self.before[1:], block, right=True)
+
+    def in_row(self, block: Tensor, row: Tensor) -> Tensor:
+        """Its number among those of its row."""
+        return torch.zeros_like(block) if self.of_rows is None else block - self.before[row]
 
 
-def _without_empty(row: Tensor, unit: Tensor, b: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Where parts begin and end, from cuts [..., MAX_PARTS + 1] in order of which some are the same."""
-    cut = row * (2 * MAX_UNITS) + unit
+class _Line:
+    """Blocks end to end, each as long as its row says."""
+
+    def __init__(self, length: Tensor, blocks: _Blocks):
+        self.length, self.blocks = length, blocks
+        self.before = _sums(length if blocks.of_rows is None else length * blocks.of_rows)  # of rows
+        self.end = self.before[-1]
+
+    def begin(self, block: Tensor, row: Tensor) -> Tensor:
+        if self.blocks.of_rows is None:
+            return self.before[row]
+        return self.before[row] + self.blocks.in_row(block, row) * self._length(row)
+
+    def find(self, position: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The block that each position lies in, its row, and the distance from its beginning. At the line's end the
+        number after the last block, row b, 0."""
+        row = torch.searchsorted(self.before[1:], position, right=True)
+        inside = position - self.before[row]
+        if self.blocks.of_rows is None:
+            return row, row, inside
+        length = self._length(row)
+        return self.blocks.before[row] + inside // length, row, inside % length
+
+    def _length(self, row: Tensor) -> Tensor:
+        return self.length[row.clamp_max(len(self.length) - 1)]
+
+
+def _cuts_by_cost(line: _Line, each: Tensor, num_parts: int, row_cost: int) -> tuple[Tensor, Tensor]:
+    """Block and unit of MAX_PARTS + 1 cuts at equal distances on the line of cost, the last ones at its end."""
+    parts = (line.end // (MIN_TILES + row_cost)).clamp(1, num_parts)
+    position = torch.arange(MAX_PARTS + 1, device=each.device).minimum(parts) * line.end // parts
+    block, row, inside = line.find(position)
+    return block, (inside - row_cost).clamp_min(0) // each[row.clamp_max(len(each) - 1)]
+
+
+def _cuts_by_units(line: _Line, num_parts: int) -> tuple[Tensor, Tensor]:
+    """The same with as many units between each two; blocks have one or more."""
+    apart = _ceil_div(line.end, num_parts)
+    position = (torch.arange(MAX_PARTS + 1, device=line.end.device) * apart).minimum(line.end)
+    block, _, unit = line.find(position)
+    return block, unit
+
+
+def _without_empty(block: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
+    """Cuts [..., MAX_PARTS + 1] in order, of which some are the same: each once, and then the last one."""
+    cut = block * (2 * MAX_UNITS) + unit
     place = torch.zeros_like(cut)
     place[..., 1:] = (cut[..., 1:] != cut[..., :-1]).cumsum(-1)
-    cut = torch.full_like(cut, b * (2 * MAX_UNITS)).scatter_(-1, place, cut)
-    row, unit = cut // (2 * MAX_UNITS), cut % (2 * MAX_UNITS)
-    return (row[..., :-1], unit[..., :-1]), (row[..., 1:], unit[..., 1:])
+    cut = cut[..., -1:].expand_as(cut).scatter(-1, place, cut)
+    return cut // (2 * MAX_UNITS), cut % (2 * MAX_UNITS)
 
 
-def _ends(cut: tuple[Tensor, Tensor], units: Tensor) -> tuple[Tensor, Tensor]:
-    """The last row of a part that ends at a cut, and its last unit, exclusive: at a row's start the row above ends."""
-    row, unit = cut
-    last_row = row - (unit == 0).long()
-    return last_row, torch.where(unit == 0, units[last_row.clamp_min(0)], unit)
-
-
-def _loads(
-    begin: tuple[Tensor, Tensor], end: tuple[Tensor, Tensor], each: Tensor, row_end: Tensor, row_cost: int
-) -> Tensor:
-    """Tiles of parts between these cuts, and row_cost for each row that they touch; 0 of none."""
-    row_begin = torch.cat([row_end.new_zeros(1), row_end])  # of row b too, which begins where the last one ends
-
-    def without_cost(row: Tensor, unit: Tensor) -> Tensor:
-        return row_begin[row] + unit * each[row.clamp_max(len(each) - 1)]
-
-    return without_cost(*end) + row_cost * (end[1] > 0) - without_cost(*begin)
+def _ends(block: Tensor, unit: Tensor, blocks: _Blocks, units: Tensor) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """The last block of a part that ends at a cut, its last unit, exclusive, and its units: at a block's start the one
+    before ends."""
+    last = block - (unit == 0).long()
+    its_units = units[blocks.row(last).clamp(0, len(units) - 1)]
+    return (last, torch.where(unit == 0, its_units, unit)), its_units
 
 
 # ------------------------------------------------------------------------------------------------------ uneven queries
@@ -346,7 +387,7 @@ def _loads(
 #
 # FIRST_ROW_TILE and LAST_ROW_TILE count blocks: a part covers the blocks from FIRST_ROW_TILE of FIRST_ROW to
 # LAST_ROW_TILE of LAST_ROW; FIRST_TILE, FIRST_SPLIT and LAST_TILE are of the first and the last of them. num_splits
-# counts the splits of all of a row's blocks.
+# counts the splits of all of a row's blocks. make_invariant_plan takes rows' blocks itself.
 
 
 FEW_BLOCK = 32

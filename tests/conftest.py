@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
-from strategies import INTERPRETED, TARGETS
+from strategies import INTERPRETED, TARGETS, invariant_refusal
 
 from flashmla_ops import backends
 
@@ -30,6 +30,31 @@ def target(request):
     backends.use_backend(name)
     yield TARGETS[name]
     backends.use_backend(None)
+
+
+@pytest.fixture
+def invariant(target):
+    """The targets that make batch-invariant plans."""
+    if reason := invariant_refusal(target):
+        pytest.skip(reason)
+    return target
+
+
+@pytest.fixture
+def uneven_invariant(target):
+    """Those that make them for uneven queries."""
+    if reason := invariant_refusal(target, uneven=True):
+        pytest.skip(reason)
+    return target
+
+
+@pytest.fixture(params=[False, True], ids=["balanced", "invariant"])
+def uneven_plans(request, target) -> dict:
+    """Keywords of get_mla_metadata, for plans of either kind that the target makes of uneven queries."""
+    if not request.param:
+        return {}
+    request.getfixturevalue("uneven_invariant")
+    return {"batch_invariant": True}
 
 
 @pytest.fixture

@@ -451,16 +451,24 @@ class World:
         check_merge(make_merge_case(**sizes, **other))
 
     def capture(self, step: dict) -> None:
-        """A graph of a plan and the call that uses it."""
+        """A graph of a plan, of either kind, and the call that uses it."""
         step = step | {"strided": False} | ({"s_q": 3} if step["queries"] else {})
         q, options = self.packed(self.queries(step), step)
         q = q.to(self.device)
         call = self.decode_call(q, step, None) | {"block_table": self.cache.block_table} | options
+        invariant = step["plan"] == "invariant"
 
         def planned() -> tuple[Tensor, Tensor]:
-            return ops.fwd_kvcache_mla(**call | dict(zip(PLAN, self.plan(step["s_q"], **options), strict=True)))
+            plan = self.plan(step["s_q"], batch_invariant=invariant, **options)
+            return ops.fwd_kvcache_mla(**call | dict(zip(PLAN, plan, strict=True)))
 
-        planned()  # loads the kernels
+        try:
+            planned()  # loads the kernels
+        except NotImplementedError:
+            if not invariant:
+                raise
+            self.refused += 1
+            return
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         try:

@@ -93,7 +93,7 @@ class Nodes:
             self.nodes.append((unit, level + 1, self.merge(left, right)))
 
 
-def by_parts(metadata: Tensor, lengths: list[int], attend_unit, merge) -> tuple[list, int]:
+def by_parts(metadata: Tensor, lengths: list[int], few_heads: bool, attend_unit, merge) -> tuple[list, int]:
     """Executes an invariant plan as a machine's workers do: each part for itself, which leaves the nodes of rows that
     it shares in its places, and then the rows of which nodes were left. Returns each row's value and the places used.
 

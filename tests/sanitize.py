@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from strategies import TARGETS, invariant_refusal
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -128,9 +129,10 @@ def moved_kwargs(case, device: str) -> dict:
 
 def cases_of(backend: str, which: str, device: str) -> list[Case]:
     """Of triton the quick ones, since it compiles for every kind of call, and dimensions that it alone serves."""
+    cases = all_cases(device, backend)
     if backend == "triton":
-        return [case for case in all_cases(device) if case.quick and case.run is not run_paged_stream] + triton_cases()
-    return [case for case in all_cases(device) if which == "all" or case.quick]
+        return [case for case in cases if case.quick and case.run is not run_paged_stream] + triton_cases()
+    return [case for case in cases if which == "all" or case.quick]
 
 
 def triton_cases() -> list[Case]:
@@ -140,11 +142,13 @@ def triton_cases() -> list[Case]:
     return [decode_case(case, plan, True) for case in cases for plan in ("none", 7)]
 
 
-def all_cases(device: str) -> Iterator[Case]:
+def all_cases(device: str, backend: str) -> Iterator[Case]:
     yield from metadata_cases()
     yield from append_cases(device)
     yield from merge_cases()
     yield from decode_cases()
+    if device == "cpu" or invariant_refusal(TARGETS[backend], uneven=True) is None:
+        yield from uneven_invariant_cases()
     if device == "cuda":
         yield from wrong_value_cases()
         yield Case("paged_stream", True, run_paged_stream)
@@ -168,15 +172,16 @@ def run_metadata(b: int, kind: str, device: str) -> None:
     parts = CPU_PARTS
     if device == "cuda":
         parts = max_parts(torch.cuda.get_device_properties(0).multi_processor_count, row_tiles(*heads))
-    options = {}
-    if kind == "uneven":
+    options, invariant, blocks = {}, "invariant" in kind, None
+    if "uneven" in kind:
         cu_seqlens_q = pad((torch.arange(b) * 7 % (most + 1)).cumsum(0), (1, 0)).int()
         options = {"cu_seqlens_q": moved(cu_seqlens_q, device), "max_seqlen_q": most}
-        blocks = row_blocks(cu_seqlens_q, most, heads[0])
+        blocks = row_blocks(cu_seqlens_q, most, heads[0], invariant)
+    if invariant:
+        options |= {"batch_invariant": True}
+        expected = make_invariant_plan(lengths, parts, WORKSPACE_TILES, heads[0], blocks)
+    elif blocks is not None:
         expected = plan_blocks(make_plan, lengths, blocks, parts, row_cost(most * heads[0]))
-    elif kind == "invariant":
-        options = {"batch_invariant": True}
-        expected = make_invariant_plan(lengths, parts, WORKSPACE_TILES, heads[0])
     else:
         expected = make_plan(lengths, parts, row_cost(heads[0]))
     cache_seqlens = moved(lengths, device)
@@ -310,6 +315,17 @@ def uneven_cases(dtype: torch.dtype) -> Iterator[Case]:
         for b, kv_format in zip(batches, (None, "fp8", "fp8_tensor"), strict=True):
             quick = kv_format is None and dtype is torch.bfloat16
             yield uneven_case(b, {"h_q": h_q, "s_q": s_q, "dtype": dtype}, "none" if quick else "own", quick, kv_format)
+
+
+def uneven_invariant_cases() -> Iterator[Case]:
+    """Blocks of 32 and of 128 query rows, of row tiles of 16, 32 and 64; in several parts, and some of one row tile."""
+    for b in (5, 700):
+        name = f"get_mla_metadata uneven invariant b={b}"
+        yield Case(name, b == 5, lambda device, b=b: run_metadata(b, "uneven invariant", device))
+    for dtype in (torch.bfloat16, torch.float16):
+        for h_q, s_q, b in ((4, 4, 5), (16, 5, 3), (20, 5, 2), (128, 2, 3)):
+            call = {"h_q": h_q, "s_q": s_q, "dtype": dtype}
+            yield uneven_case(b, call, "invariant", dtype is torch.bfloat16, None)
 
 
 def uneven_case(b: int, call: dict, plan: str, quick: bool, kv_format: str | None) -> Case:

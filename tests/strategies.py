@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from hypothesis import strategies as st
 
+from flashmla_ops import backends
+
 ALL_DIMS = ((576, 512), (320, 256), (288, 256), (512, 512), (512, 448), (160, 128), (64, 48), (16, 16))  # d_qk, d_v
 
 
@@ -58,6 +60,15 @@ TARGETS = {
         most_queries=40 if INTERPRETED else 512,
     ),
 }
+
+
+def invariant_refusal(target: Target, uneven: bool = False) -> str | None:
+    """Why a backend makes no batch-invariant plans, of uneven queries; None if it does."""
+    lengths = torch.zeros(1, dtype=torch.int32, device=target.device)
+    facts = {"cu_seqlens_q": lengths, "max_seqlen_q": 1} if uneven else {}
+    reason = backends.ALL[target.name].refusal("get_mla_metadata", lengths, batch_invariant=True, **facts)
+    return reason and f"{target.name}: {reason}"
+
 
 seeds = st.integers(0, 2**31)
 head_counts = st.sampled_from([(1, 1), (2, 1), (5, 1), (12, 1), (16, 1), (20, 1), (128, 1), (4, 2), (6, 3), (12, 4)])

@@ -10,29 +10,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import decode_calls, examples, lengths_of_many_rows, seeds
 from torch import Tensor
+from torch.nn.functional import pad
 
 from flashmla_ops import backends, fwd_kvcache_mla, get_mla_metadata, get_mla_metadata_, plan
-from flashmla_ops.testing import DecodeCase, check_decode, make_decode_case, quantized
+from flashmla_ops.testing import DecodeCase, UnevenDecodeCase, check_decode, make_decode_case, quantized, uneven
 
 EXAMPLES = int(os.environ.get("FLASHMLA_EXAMPLES", 12))  # of the test that bits are the same
 LARGE_EXAMPLES = int(os.environ.get("FLASHMLA_LARGE_EXAMPLES", 2))  # of that of large batches and long rows
 
 
-@pytest.fixture
-def invariant(target):
-    """The targets that serve such plans."""
-    lengths = torch.zeros(1, dtype=torch.int32, device=target.device)
-    reason = backends.ALL[target.name].refusal("get_mla_metadata", lengths, batch_invariant=True)
-    if reason:
-        pytest.skip(f"{target.name}: {reason}")
-    return target
-
-
-def attend(case: DecodeCase) -> tuple[Tensor, Tensor]:
-    planned = get_mla_metadata(*case.plan_args, batch_invariant=True)
-    return fwd_kvcache_mla(
-        **case.kwargs(), **dict(zip(("tile_scheduler_metadata", "num_splits"), planned, strict=True))
-    )
+def attend(case: DecodeCase, made: tuple[Tensor, Tensor] | None = None, **more) -> tuple[Tensor, Tensor]:
+    if made is None:
+        made = get_mla_metadata(*case.plan_args, **getattr(case, "plan_options", {}), batch_invariant=True)
+    more |= dict(zip(("tile_scheduler_metadata", "num_splits"), made, strict=True))
+    return fwd_kvcache_mla(**case.kwargs(), **more)
 
 
 def part_of(case: DecodeCase, rows: list[int], before: int = 0) -> DecodeCase:
@@ -68,37 +59,93 @@ def check_surroundings(case: DecodeCase, rng: random.Random, most_rows: int) -> 
             assert not differ.any(), f"row {rows[int(differ.int().argmax())]} among {rows}, {before} queries before"
 
 
-def most_keys(invariant) -> int:
+def check_uneven_surroundings(case: DecodeCase, rng: random.Random, most_rows: int) -> None:
+    """Results of the case's rows against those of rows of other numbers of queries, as check_surroundings has them,
+    under the call's own plan and one of so many parts."""
+    out, lse = attend(case)
+    b, s_q = out.shape[:2]
+    scale = {name: t for name, t in case.kwargs().items() if name == "kv_scale"}
+    for parts in (None, rng.choice([1, 3, 40, 256])):
+        rows = rng.choices([-1, *range(b)], k=rng.randint(1, most_rows))
+        before = rng.choice([0, 0, 1, 20]) if case.causal else 0
+        queries = [rng.choice([0, 1, s_q, before + s_q, rng.randint(0, before + s_q)]) for _ in rows]
+        packed = uneven(part_of(case, rows, before), queries, spare=rng.choice([0, 3]))
+        got_out, got_lse = attend(packed, None if parts is None else plan_of_parts(packed, parts), **scale)
+        padding = torch.tensor(rows, device=out.device) < 0
+        wanted = (
+            pad(out[rows], (0, 0, 0, 0, before, 0)).masked_fill(padding[:, None, None, None], 0),
+            pad(lse[rows], (before, 0)).masked_fill(padding[:, None, None], torch.inf),
+        )
+        own = torch.ones(packed.q.shape[0], dtype=torch.bool, device=out.device)  # and nobody's, which see nothing
+        row, i = packed.places()
+        own[: len(row)] = i >= before
+        want_out, want_lse = packed.packed(*wanted)
+        same = (bits(got_out) == bits(want_out)).flatten(1).all(1) & (bits(got_lse) == bits(want_lse)).all(0)
+        assert same[own].all(), f"{rows} with {queries} queries, {before} before, {parts} parts"
+
+
+def plan_of_parts(case: UnevenDecodeCase, parts: int) -> tuple[Tensor, Tensor]:
+    """For a machine that uses so many."""
+    lengths, group, h_k = case.plan_args
+    blocks = plan.row_blocks(case.cu_seqlens_q, case.max_seqlen_q, group, batch_invariant=True)
+    return plan.make_invariant_plan(lengths, parts, plan.places(plan.row_tiles(group, h_k)), group, blocks)
+
+
+def most_keys(target) -> int:
     """Of all rows of a case together."""
-    if invariant.device == "cpu":
-        return 2**11 if invariant.name == "triton" else 2**15
+    if target.device == "cpu":
+        return 2**11 if target.name == "triton" else 2**15
     return 2**19
 
 
-@given(
-    lengths=st.lists(st.one_of(st.integers(0, 700), st.integers(0, 2**19)), min_size=1, max_size=5),
-    heads=st.sampled_from([(1, 1), (5, 1), (16, 1), (4, 2), (20, 1), (48, 2), (128, 1)]),
-    s_q=st.integers(1, 3),
-    kv_format=st.sampled_from(["plain", "plain", "fp8", "fp8_tensor"]),
-    peaked=st.sampled_from([None, "first", "last"]),
-    causal=st.booleans(),
-    seed=seeds,
-)
-@settings(max_examples=examples(EXAMPLES))
-def test_bits_do_not_depend_on_what_surrounds_a_row(invariant, lengths, heads, s_q, kv_format, peaked, causal, seed):
-    """In the smallest dims, and in DeepSeek's."""
-    rng = random.Random(seed)
-    while sum(lengths) > most_keys(invariant):
+rows_of_any_kind = {
+    "lengths": st.lists(st.one_of(st.integers(0, 700), st.integers(0, 2**19)), min_size=1, max_size=5),
+    "heads": st.sampled_from([(1, 1), (5, 1), (16, 1), (4, 2), (20, 1), (48, 2), (128, 1)]),
+    "s_q": st.integers(1, 3),
+    "kv_format": st.sampled_from(["plain", "plain", "fp8", "fp8_tensor"]),
+    "peaked": st.sampled_from([None, "first", "last"]),
+    "causal": st.booleans(),
+    "seed": seeds,
+}
+
+
+def case_of_rows(target, rng, lengths, heads, s_q, kv_format, peaked, causal, seed) -> DecodeCase:
+    """In the smallest dims, or in DeepSeek's."""
+    while sum(lengths) > most_keys(target):
         lengths[lengths.index(max(lengths))] //= 2
-    kv_format = "plain" if invariant.name == "sm90" else kv_format  # it refuses the others
-    heads = heads if invariant.device == "cuda" else (min(heads[0], 4 * heads[1]), heads[1])  # it takes a CPU too long
-    d_qk, d_v = rng.choice([invariant.dims[0], invariant.dims[-1]]) if kv_format == "plain" else invariant.dims[0]
+    kv_format = "plain" if target.name == "sm90" else kv_format  # it refuses the others
+    heads = heads if target.device == "cuda" else (min(heads[0], 4 * heads[1]), heads[1])  # it takes a CPU too long
+    d_qk, d_v = rng.choice([target.dims[0], target.dims[-1]]) if kv_format == "plain" else target.dims[0]
     sizes = {"s_q": s_q, "h_q": heads[0], "h_k": heads[1], "d_qk": d_qk, "d_v": d_v, "causal": causal, "seed": seed}
-    like = {"dtype": rng.choice(invariant.dtypes), "device": invariant.device, "poison": kv_format == "plain"}
+    like = {"dtype": rng.choice(target.dtypes), "device": target.device, "poison": kv_format == "plain"}
     case = make_decode_case(lengths, **sizes, peaked=peaked, **like)
-    if kv_format != "plain" and heads[1] == 1:
-        case = quantized(case, kv_format)
-    check_surroundings(case, rng, most_rows=8)
+    return quantized(case, kv_format) if kv_format != "plain" and heads[1] == 1 else case
+
+
+@given(**rows_of_any_kind)
+@settings(max_examples=examples(EXAMPLES))
+def test_bits_do_not_depend_on_what_surrounds_a_row(invariant, seed, **drawn):
+    rng = random.Random(seed)
+    check_surroundings(case_of_rows(invariant, rng, seed=seed, **drawn), rng, most_rows=8)
+
+
+@given(**rows_of_any_kind)
+@settings(max_examples=examples(EXAMPLES))
+def test_bits_do_not_depend_on_the_queries_of_other_rows(uneven_invariant, seed, **drawn):
+    """A row of an uneven call has the bits of an even one."""
+    rng = random.Random(seed)
+    most_rows = 3 if uneven_invariant.name == "triton" and uneven_invariant.device == "cpu" else 8
+    check_uneven_surroundings(case_of_rows(uneven_invariant, rng, seed=seed, **drawn), rng, most_rows)
+
+
+def test_bits_of_uneven_queries_of_many_key_heads(uneven_invariant):
+    """More row tiles than are worked on in one launch."""
+    if uneven_invariant.name == "triton" and uneven_invariant.device == "cpu":
+        pytest.skip("triton: too large for Triton's interpreter")
+    d_qk, d_v = min(uneven_invariant.dims)
+    like = {"dtype": uneven_invariant.dtypes[0], "device": uneven_invariant.device, "d_qk": d_qk, "d_v": d_v}
+    case = make_decode_case([70, 300], s_q=2, h_q=180, h_k=180, causal=True, **like)
+    check_uneven_surroundings(case, random.Random(0), most_rows=4)
 
 
 @pytest.mark.parametrize("h_q", [16, 64])
@@ -135,7 +182,7 @@ def test_as_near_to_float64_as_pytorch(invariant, data):
     check_decode(case, *attend(case), invariant.factor)
 
 
-@pytest.mark.parametrize("lengths", [[20_000, 0, 513, 512, 1], [40_000], [64 * 64 * 8 + 1, 64 * 64 * 8]])
+@pytest.mark.parametrize("lengths", [[20_000, 0, 513, 512, 1], [40_000], [2**16 + 1, 2**16]])
 def test_long_rows_are_right(invariant, lengths):
     """Of many units, the last one in part; at the length from which units grow."""
     d_qk, d_v = min(invariant.dims)
@@ -147,12 +194,23 @@ def test_long_rows_are_right(invariant, lengths):
 # ------------------------------------------------------------------------------------------------------------ the plan
 
 part_counts = st.one_of(st.integers(1, plan.MAX_PARTS), st.sampled_from([1, 16, 66, 132, 256]))
+place_counts = st.sampled_from([0, 5, 64, 512, 1024])
+head_counts = st.sampled_from([16, 32, 64])  # s_q * h_q / h_k: rows of either cost, units of either length
 
 
-@given(lengths=lengths_of_many_rows, num_parts=part_counts, places=st.sampled_from([0, 5, 64, 512, 1024]))
+def planned(lengths: list[int], num_parts: int, places: int, heads: int) -> tuple[Tensor, Tensor]:
+    return plan.make_invariant_plan(torch.tensor(lengths, dtype=torch.int32), num_parts, places, heads)
+
+
+def unit_of(length: int, heads: int) -> int:
+    """In tiles, of a row of so many keys."""
+    return plan.unit_tiles(-(-length // plan.TILE), heads <= plan.FEW_HEADS)
+
+
+@given(lengths=lengths_of_many_rows, num_parts=part_counts, places=place_counts, heads=head_counts)
 @settings(max_examples=100)
-def test_a_plan_cuts_between_units_and_leaves_what_there_are_places_for(lengths, num_parts, places):
-    metadata, num_splits = plan.make_invariant_plan(torch.tensor(lengths, dtype=torch.int32), num_parts, places)
+def test_a_plan_cuts_between_units_and_leaves_what_there_are_places_for(lengths, num_parts, places, heads):
+    metadata, num_splits = planned(lengths, num_parts, places, heads)
     metadata, total = metadata[:-1], metadata[-1].tolist()
     tiles = [-(-length // plan.TILE) for length in lengths]
     covered, touched, left = [0] * len(lengths), [0] * len(lengths), 0
@@ -164,7 +222,7 @@ def test_a_plan_cuts_between_units_and_leaves_what_there_are_places_for(lengths,
         assert columns[plan.FIRST_SPLIT] == touched[columns[plan.FIRST_ROW]]
         assert columns[plan.FLAGS] == plan.INVARIANT + 2 * left  # places are dealt in order
         for row, share in part.items():
-            each = plan.unit_tiles(tiles[row])
+            each = unit_of(lengths[row], heads)
             assert share.start == covered[row] and (len(share) > 0 or tiles[row] == 0)
             assert share.start % each == 0 and (share.stop % each == 0 or share.stop == tiles[row])
             left += nodes_of(share.start // each, -(-share.stop // each), -(-tiles[row] // each))
@@ -192,26 +250,25 @@ def nodes_of(begin: int, end: int, units: int) -> int:
     return count
 
 
-@given(
-    lengths=lengths_of_many_rows,
-    num_parts=st.integers(1, plan.MAX_PARTS),
-    places=st.sampled_from([0, 5, 64, 512, 1024]),
-)
+@pytest.mark.parametrize("heads, few_heads", [(16, True), (64, False), (64, True)])
+@given(lengths=lengths_of_many_rows, num_parts=st.integers(1, plan.MAX_PARTS), places=place_counts)
 @settings(max_examples=60)
-def test_every_plan_merges_the_same_tree(lengths, num_parts, places):
+def test_every_plan_merges_the_same_tree(heads, few_heads, lengths, num_parts, places):
     """Executed part by part, with what parts leave in their places: each row becomes the same expression of its units,
-    which is that of one worker who has the row to itself."""
+    which is that of one worker who has the row to itself. Where parts begin and end between long units, as when several
+    queries of few heads are planned, they leave as many nodes of short ones."""
     lengths = lengths[:50]
-    metadata, _ = plan.make_invariant_plan(torch.tensor(lengths, dtype=torch.int32), num_parts, places)
-    results, used = reference.by_parts(metadata, lengths, lambda row, begin, end: (begin, end), lambda a, b: (a, b))
+    metadata, _ = planned(lengths, num_parts, places, heads)
+    units = (lambda row, begin, end: (begin, end)), (lambda a, b: (a, b))
+    results, used = reference.by_parts(metadata, lengths, few_heads, *units)
     assert used == metadata[-1, plan.FLAGS] >> 1 <= places
     for length, result in zip(lengths, results, strict=True):
-        assert result == tree_of(-(-length // plan.TILE))
+        assert result == tree_of(-(-length // plan.TILE), few_heads)
 
 
-def tree_of(tiles: int):
+def tree_of(tiles: int, few_heads: bool):
     """A row's tree by its definition: (left, right) of nodes, (first tile, end tile) of units, None without tiles."""
-    each = plan.unit_tiles(tiles)
+    each = plan.unit_tiles(tiles, few_heads)
 
     def node(level: int, i: int):
         if i * each << level >= tiles:
@@ -224,47 +281,51 @@ def tree_of(tiles: int):
     return node(plan.MAX_UNITS.bit_length() - 1, 0)
 
 
-def test_units_are_even_and_few():
-    """Of an even number of tiles, at most MAX_UNITS of them, by the same rule of a number and of a tensor."""
+def test_units_are_few_and_halves_with_few_heads():
+    """At most MAX_UNITS, by the same rule of a number and of a tensor; with many heads an even number of tiles."""
     tiles = torch.cat([torch.arange(3000), torch.tensor([2**16, 2**16 + 1, 2**25 - 1])])
-    each = plan.unit_tiles(tiles)
-    assert each.tolist() == [plan.unit_tiles(int(t)) for t in tiles]
-    assert (each % 2 == 0).all() and (each >= plan.FEWEST_TILES).all() and (each * plan.MAX_UNITS >= tiles).all()
+    short, long = (plan.unit_tiles(tiles, few_heads) for few_heads in (True, False))
+    for each, few_heads in ((short, True), (long, False)):
+        assert each.tolist() == [plan.unit_tiles(int(t), few_heads) for t in tiles]
+    assert torch.equal(long, 2 * short)
+    assert (long >= plan.FEWEST_TILES).all() and (short * plan.MAX_UNITS >= tiles).all()
 
 
-def test_the_cpu_merges_that_tree():
-    for tiles in range(1, 2 * plan.MAX_UNITS * plan.UNIT_TILES, 3):
-        each, nodes = plan.unit_tiles(tiles), []
+@pytest.mark.parametrize("few_heads", [True, False])
+def test_the_cpu_merges_that_tree(few_heads):
+    for tiles in range(1, plan.MAX_UNITS * plan.UNIT_TILES, 3):
+        each, nodes = plan.unit_tiles(tiles, few_heads), []
         for unit, begin in enumerate(range(0, tiles, each)):
             backends.cpu._push(nodes, unit, (begin, min(begin + each, tiles)), lambda a, b: (a, b))
         result = None
         for _, left in reversed(nodes):
             result = left if result is None else (left, result)
-        assert result == tree_of(tiles)
+        assert result == tree_of(tiles, few_heads)
 
 
-def shares_of_plan(lengths: list[int], num_parts: int, places: int) -> list[dict[int, range]]:
+def shares_of_plan(lengths: list[int], num_parts: int, places: int, heads: int) -> list[dict[int, range]]:
     """The parts that have work, each with the tiles of its rows."""
-    metadata, _ = plan.make_invariant_plan(torch.tensor(lengths, dtype=torch.int32), num_parts, places)
+    metadata, _ = planned(lengths, num_parts, places, heads)
     return [part for part in reference.tiles_of_parts(metadata, lengths) if part]
 
 
-def load(part: dict[int, range]) -> int:
-    return sum(map(len, part.values())) + plan.ROW_COST * len(part)
+def load(part: dict[int, range], heads: int) -> int:
+    return sum(map(len, part.values())) + plan.row_cost(heads) * len(part)
 
 
-def test_loads_are_even_where_places_allow():
+@pytest.mark.parametrize("heads", [16, 64])
+def test_loads_are_even_where_places_allow(heads):
     """128 rows for 132 parts, one for 66, 16 for 132: within a unit and a row's cost of equal. Rows of a few units: as
-    many of them in each part, 4 in rows for 132 parts one by one, 8 for 66 two by two, 2 for 66 together."""
+    many of them in each part, 4 long ones in rows for 132 parts one by one, 8 for 66 two by two, 2 for 66 together."""
+    cost = plan.row_cost(heads)
     for lengths, parts, places in (([8192] * 128, 132, 1024), ([131_072], 66, 512), ([4096] * 16, 132, 1024)):
-        most = max(map(load, shares_of_plan(lengths, parts, places)))
-        mean = (sum(lengths) // plan.TILE + plan.ROW_COST * len(lengths)) / parts
-        longest_unit = plan.unit_tiles(lengths[0] // plan.TILE)
-        assert most <= mean + longest_unit + 2 * plan.ROW_COST, (lengths[0], most, mean)
+        most = max(load(part, heads) for part in shares_of_plan(lengths, parts, places, heads))
+        mean = (sum(lengths) // plan.TILE + cost * len(lengths)) / parts
+        assert most <= mean + unit_of(lengths[0], heads) + 2 * cost, (lengths[0], most, mean)
     for b, units, parts, of_part in ((32, 4, 132, 1), (16, 8, 66, 2), (64, 2, 66, 2)):
         tiles, step = units * plan.UNIT_TILES, of_part * plan.UNIT_TILES
         expected = [{row: range(tile, tile + step)} for row in range(b) for tile in range(0, tiles, step)]
-        assert shares_of_plan([tiles * plan.TILE] * b, parts, 1024) == expected
+        assert shares_of_plan([tiles * plan.TILE] * b, parts, 1024, heads) == expected
 
 
 lengths_of_few_units = st.integers(1, 4 * plan.UNIT_TILES * plan.TILE).flatmap(
@@ -275,69 +336,70 @@ lengths_of_few_units = st.integers(1, 4 * plan.UNIT_TILES * plan.TILE).flatmap(
 @given(
     lengths=st.one_of(lengths_of_many_rows.filter(bool), lengths_of_few_units),
     num_parts=part_counts,
-    places=st.sampled_from([0, 5, 64, 512, 1024]),
+    places=place_counts,
+    heads=head_counts,
 )
 @settings(max_examples=100)
-def test_it_is_the_better_of_two_ways(lengths, num_parts, places):
+def test_it_is_the_better_of_two_ways(lengths, num_parts, places, heads):
     """The loads of either way by plain loops: the lesser greatest one, and by units where they are equal."""
     lengths = lengths[:200]
     made = [
-        shares_between(cuts_within(cuts(lengths, num_parts), lengths, places), lengths)
+        shares_between(cuts_within(cuts(lengths, num_parts, heads), lengths, places, heads), lengths, heads)
         for cuts in (cuts_by_units, cuts_by_cost)
     ]
-    assert shares_of_plan(lengths, num_parts, places) == min(made, key=lambda shares: max(map(load, shares)))
+    best = min(made, key=lambda shares: max(load(part, heads) for part in shares))
+    assert shares_of_plan(lengths, num_parts, places, heads) == best
 
 
-def units_of(tiles: int) -> int:
-    return -(-tiles // plan.unit_tiles(tiles))
+def units_of(length: int, heads: int) -> int:
+    return -(-length // (plan.TILE * unit_of(length, heads)))
 
 
-def cuts_by_cost(lengths: list[int], num_parts: int) -> list[tuple[int, int]]:
+def cuts_by_cost(lengths: list[int], num_parts: int, heads: int) -> list[tuple[int, int]]:
     """(row, unit) where parts begin: of the unit in which each p-th of the line of cost lies."""
-    line = []  # (row, unit) of every tile of cost
+    line, cost = [], plan.row_cost(heads)  # (row, unit) of every tile of cost
     for row, length in enumerate(lengths):
-        tiles = -(-length // plan.TILE)
-        line += [(row, 0)] * plan.ROW_COST + [(row, tile // plan.unit_tiles(tiles)) for tile in range(tiles)]
-    parts = max(1, min(num_parts, len(line) // (plan.MIN_TILES + plan.ROW_COST)))
+        each = unit_of(length, heads)
+        line += [(row, 0)] * cost + [(row, tile // each) for tile in range(-(-length // plan.TILE))]
+    parts = max(1, min(num_parts, len(line) // (plan.MIN_TILES + cost)))
     return [line[p * len(line) // parts] for p in range(parts)]
 
 
-def cuts_by_units(lengths: list[int], num_parts: int) -> list[tuple[int, int]]:
-    line = [(row, unit) for row, n in enumerate(lengths) for unit in range(max(1, units_of(-(-n // plan.TILE))))]
+def cuts_by_units(lengths: list[int], num_parts: int, heads: int) -> list[tuple[int, int]]:
+    line = [(row, unit) for row, length in enumerate(lengths) for unit in range(max(1, units_of(length, heads)))]
     return line[:: -(-len(line) // num_parts)]
 
 
-def cuts_within(cuts: list[tuple[int, int]], lengths: list[int], places: int) -> list[tuple[int, int]]:
+def cuts_within(cuts: list[tuple[int, int]], lengths: list[int], places: int, heads: int) -> list[tuple[int, int]]:
     """The same in order without repetitions, moved down as far as the nodes that parts leave make it necessary."""
     for g in (1 << bit for bit in range(plan.MAX_UNITS.bit_length())):
         moved = sorted({(row, unit // g * g) for row, unit in cuts})
         left = 0
-        for part in shares_between(moved, lengths):
+        for part in shares_between(moved, lengths, heads):
             for row, share in part.items():
-                tiles = -(-lengths[row] // plan.TILE)
-                each = plan.unit_tiles(tiles)
-                left += nodes_of(share.start // each, -(-share.stop // each), units_of(tiles))
+                each = unit_of(lengths[row], heads)
+                left += nodes_of(share.start // each, -(-share.stop // each), units_of(lengths[row], heads))
         if left <= places:
             return moved
     raise AssertionError("rows of which none is split leave nodes")
 
 
-def shares_between(cuts: list[tuple[int, int]], lengths: list[int]) -> list[dict[int, range]]:
+def shares_between(cuts: list[tuple[int, int]], lengths: list[int], heads: int) -> list[dict[int, range]]:
     """The tiles of its rows in each part, from where parts begin."""
     shares = []
     for (row, unit), (last, end) in zip(cuts, [*cuts[1:], (len(lengths), 0)], strict=True):
         part = {}
         for r in range(row, last + (end > 0)):
-            tiles = -(-lengths[r] // plan.TILE)
-            each = plan.unit_tiles(tiles)
+            each, tiles = unit_of(lengths[r], heads), -(-lengths[r] // plan.TILE)
             part[r] = range(unit * each if r == row else 0, end * each if r == last else tiles)
         shares.append(part)
     return shares
 
 
-def test_planning_syncs_nothing():
+@pytest.mark.parametrize("uneven", [False, True])
+def test_planning_syncs_nothing(uneven):
     lengths = torch.zeros(7, dtype=torch.int32, device="meta")
-    metadata, num_splits = plan.make_invariant_plan(lengths, 16, 1024)
+    metadata, num_splits = plan.make_invariant_plan(lengths, 16, 1024, 64, lengths.long() if uneven else None)
     assert metadata.shape == (plan.MAX_PARTS + 1, plan.COLUMNS) and num_splits.shape == (8,)
 
 
@@ -347,7 +409,7 @@ def check_the_op_s_plan(invariant, lengths: Tensor, heads: tuple[int, int]) -> N
     parts, places = plan.CPU_PARTS, plan.CPU_PLACES if invariant.name == "cpu" else plan.places(tiles)
     if invariant.device == "cuda":
         parts = plan.max_parts(torch.cuda.get_device_properties(invariant.device).multi_processor_count, tiles)
-    expected = plan.make_invariant_plan(lengths, parts, places, plan.row_cost(heads[0]))
+    expected = plan.make_invariant_plan(lengths, parts, places, heads[0])
     in_place = [torch.full_like(t, -7, device=invariant.device) for t in expected]
     on_device = dict(zip(("tile_scheduler_metadata", "num_splits"), in_place, strict=True))
     cache_seqlens = lengths.to(invariant.device)
@@ -374,18 +436,18 @@ def test_the_op_makes_that_plan_of_many_rows(invariant, b):
 @given(
     lengths=lengths_of_many_rows,
     num_parts=part_counts,
-    places=st.sampled_from([0, 5, 64, 512, 1024]),
-    rows=st.sampled_from([16, 17, 32, 33]),
+    places=place_counts,
+    heads=head_counts,
 )
 @settings(max_examples=300)
-def test_the_kernel_makes_that_plan_for_any_machine(lengths, num_parts, places, rows):
+def test_the_kernel_makes_that_plan_for_any_machine(lengths, num_parts, places, heads):
     """Of more parts, and with fewer places, than this one has: there cuts move by several units."""
     cache_seqlens = torch.tensor(lengths, dtype=torch.int32, device="cuda")
     if reason := backends.sm90.refusal("get_mla_metadata", cache_seqlens, batch_invariant=True):
         pytest.skip(f"sm90: {reason}")
-    expected = plan.make_invariant_plan(cache_seqlens.cpu(), num_parts, places, rows)
+    expected = plan.make_invariant_plan(cache_seqlens.cpu(), num_parts, places, heads)
     made = [torch.full_like(t, -7, device="cuda") for t in expected]
-    torch.ops.flashmla_sm90.get_mla_metadata_invariant(*made, cache_seqlens, num_parts, places, rows, None, 0)
+    torch.ops.flashmla_sm90.get_mla_metadata_invariant(*made, cache_seqlens, num_parts, places, heads, None, 0)
     assert all(torch.equal(got.cpu(), want) for got, want in zip(made, expected, strict=True))
 
 

@@ -29,10 +29,10 @@ def decode_call(b: int, planned: bool, dtype=torch.float32) -> dict:
     return case.kwargs() | {"tile_scheduler_metadata": metadata, "num_splits": num_splits}
 
 
-def uneven_call(b: int) -> dict:
+def uneven_call(b: int, **options) -> dict:
     case = make_decode_case([70 * b] * b, s_q=3, h_q=3, d_qk=64, d_v=48, page_size=16, causal=True, dtype=torch.float32)
     case = uneven(case, [1 + row % 3 for row in range(b)], spare=b)
-    metadata, num_splits = flashmla_ops.get_mla_metadata(*case.plan_args, **case.plan_options)
+    metadata, num_splits = flashmla_ops.get_mla_metadata(*case.plan_args, **case.plan_options, **options)
     return case.kwargs() | {"tile_scheduler_metadata": metadata, "num_splits": num_splits}
 
 
@@ -59,6 +59,20 @@ CALLS = {
     ),
     "fwd_kvcache_mla uneven": (
         uneven_call,
+        {
+            **{"q": [0], "kv_cache": [0], "block_table": [0, 1], "cache_seqlens": [0], "num_splits": [0]},
+            **{"cu_seqlens_q": [0]},
+        },
+    ),
+    "get_mla_metadata invariant": (
+        lambda b: {
+            **{"cache_seqlens": 1000 * torch.arange(b).int(), "num_heads_per_head_k": 6, "num_heads_k": 1},
+            **{"cu_seqlens_q": 7 * torch.arange(b + 1).int(), "max_seqlen_q": 7, "batch_invariant": True},
+        },
+        {"cache_seqlens": [0], "cu_seqlens_q": [0]},
+    ),
+    "fwd_kvcache_mla invariant": (
+        lambda b: uneven_call(b, batch_invariant=True),
         {
             **{"q": [0], "kv_cache": [0], "block_table": [0, 1], "cache_seqlens": [0], "num_splits": [0]},
             **{"cu_seqlens_q": [0]},

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import append_calls, decode_calls, examples, lengths_of_many_rows, merge_calls
+from strategies import append_calls, decode_calls, examples, invariant_refusal, lengths_of_many_rows, merge_calls
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -21,6 +21,11 @@ def run(op: str, call: dict):
     return getattr(torch.ops.flashmla, op)(**call)
 
 
+def draw_invariant(data, target, uneven: bool) -> bool:
+    """Whether a plan is batch-invariant: sometimes, where the target makes such."""
+    return invariant_refusal(target, uneven) is None and data.draw(st.booleans(), label="batch-invariant")
+
+
 def draw_call(data, op: str, target) -> dict:
     """Good arguments of an op, drawn; without NaN, since opcheck compares values."""
     if op.startswith("get_mla_metadata"):
@@ -30,9 +35,11 @@ def draw_call(data, op: str, target) -> dict:
         if data.draw(st.booleans(), label="uneven"):
             cu_seqlens_q = torch.arange(len(lengths) + 1, dtype=torch.int32, device=target.device)
             call |= {"cu_seqlens_q": cu_seqlens_q, "max_seqlen_q": 2}
+        invariant = draw_invariant(data, target, "cu_seqlens_q" in call)
+        call |= {"batch_invariant": True} if invariant else {}
         if op == "get_mla_metadata":
             return call
-        plan = cache_seqlens.new_zeros(256, 8), cache_seqlens.new_zeros(len(lengths) + 1)
+        plan = cache_seqlens.new_zeros(256 + invariant, 8), cache_seqlens.new_zeros(len(lengths) + 1)
         return call | dict(zip(("tile_scheduler_metadata", "num_splits"), plan, strict=True))
     if op == "concat_and_cache_mla":
         return make_append_case(**data.draw(append_calls(target))).kwargs()
@@ -45,6 +52,8 @@ def draw_call(data, op: str, target) -> dict:
         case = uneven(case, queries)
         options = case.plan_options
     planned = data.draw(st.booleans(), label="with plan")
+    if planned and draw_invariant(data, target, bool(options)):
+        options["batch_invariant"] = True
     plan = get_mla_metadata(*case.plan_args, **options) if planned else (None, None)
     return case.kwargs() | dict(zip(("tile_scheduler_metadata", "num_splits"), plan, strict=True))
 

@@ -8,7 +8,7 @@ import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import decode_calls, examples, head_counts, lengths_of_many_rows, seeds
+from strategies import decode_calls, examples, head_counts, invariant_refusal, lengths_of_many_rows, seeds
 from test_fwd_kvcache_mla import equal, plan_kwargs
 from test_get_mla_metadata import check_plan, most_parts_of, part_counts
 
@@ -22,7 +22,12 @@ from flashmla_ops.testing import (
 )
 
 EXAMPLES = 400 if torch.cuda.is_available() else 60
-plans = st.sampled_from(["none", "own", 1, 2, 16, 132, 256])  # a number: for a machine that uses that many parts
+
+
+def plans_of(target) -> st.SearchStrategy:
+    """Of a number: for a machine that uses that many parts."""
+    invariant = [] if invariant_refusal(target, uneven=True) else ["invariant"]
+    return st.sampled_from(["none", "own", 1, 2, 16, 132, 256, *invariant])
 
 
 @st.composite
@@ -37,7 +42,8 @@ def uneven_cases(draw, target, **fixed) -> UnevenDecodeCase:
 def make(which: str | int, case: UnevenDecodeCase, **options) -> tuple:
     if which == "none":
         return None, None
-    if which == "own":
+    if which in ("own", "invariant"):
+        options |= {"batch_invariant": True} if which == "invariant" else {}
         return get_mla_metadata(*case.plan_args, **case.plan_options, **options)
     group = case.plan_args[1]
     blocks = plan.row_blocks(case.cu_seqlens_q, case.max_seqlen_q, group)
@@ -56,7 +62,7 @@ def run(case: UnevenDecodeCase, which: str | int = "none", **options) -> tuple[t
 def test_as_near_to_float64_as_pytorch(target, data):
     """Any dims, heads and lengths, rows of 0 to 70 queries, with queries of no row, under any plan."""
     case = data.draw(uneven_cases(target))
-    which = data.draw(plans)
+    which = data.draw(plans_of(target))
     results = run(case, which)
     assert results[0].shape == (*case.q.shape[:2], case.head_dim_v) and results[1].shape == case.q.shape[1::-1]
     check_decode(case, *results, target.factor)
@@ -80,7 +86,8 @@ def test_mixed_batches(target, name, causal):
     d_qk, d_v = target.dims[0]
     like = {"dtype": target.dtypes[0], "device": target.device, "d_qk": d_qk, "d_v": d_v, "causal": causal}
     case = uneven(make_decode_case(lengths, max(*queries, 1), h_q, **like), queries, spare=2)
-    for which in ("none", "own", 3, 256):
+    invariant = ["invariant"] if invariant_refusal(target, uneven=True) is None else []
+    for which in ("none", "own", 3, 256, *invariant):
         check_decode(case, *run(case, which), target.factor)
 
 
@@ -120,17 +127,12 @@ def test_queries_in_fp8(target):
 
 @given(data=st.data())
 @settings(max_examples=examples(25))
-def test_the_same_bits_as_padded_in_front_under_an_invariant_plan(target, data):
-    options = {"batch_invariant": True}
-    lengths = torch.zeros(1, dtype=torch.int32, device=target.device)
-    backend = backends.ALL[target.name]
-    if backend.refusal("get_mla_metadata", lengths, **options, cu_seqlens_q=lengths, max_seqlen_q=1):
-        pytest.skip(f"{target.name}: it serves no invariant plans of uneven queries")
-    case = data.draw(uneven_cases(target))
+def test_the_same_bits_as_padded_in_front_under_an_invariant_plan(uneven_invariant, data):
+    case = data.draw(uneven_cases(uneven_invariant))
     padded = case.padded()
-    planned = get_mla_metadata(*padded.plan_args, **options)
+    planned = get_mla_metadata(*padded.plan_args, batch_invariant=True)
     out, lse = fwd_kvcache_mla(**padded.kwargs(), **plan_kwargs(planned))
-    assert equal(run(case, "own", **options), case.packed(out, lse))
+    assert equal(run(case, "invariant"), case.packed(out, lse))
 
 
 # ------------------------------------------------------------------------------------------------------------- the plan
@@ -181,20 +183,61 @@ def test_the_op_plans_blocks_like_rows(target, data, lengths, heads, most):
     assert torch.equal(in_place[0], metadata) and torch.equal(in_place[1], num_splits)
 
 
-@given(lengths=lengths_of_many_rows, data=st.data(), parts=part_counts, places=st.sampled_from([0, 5, 1024]))
-@settings(max_examples=50)
-def test_invariant_plans_of_blocks(lengths, data, parts, places):
+@given(data=st.data(), lengths=lengths_of_many_rows, heads=head_counts, most=st.sampled_from([1, 3, 70, 1000]))
+@settings(max_examples=examples(100))
+def test_the_op_makes_invariant_plans_of_blocks(uneven_invariant, data, lengths, heads, most):
+    """Bit by bit what make_invariant_plan makes, also in place."""
+    group, h_k = heads[0] // heads[1], heads[1]
+    some = st.one_of(st.sampled_from([0, 1, most]), st.integers(0, most))
+    queries = data.draw(st.lists(some, min_size=len(lengths), max_size=len(lengths)), label="queries")
+    lengths = torch.tensor(lengths, dtype=torch.int32)
+    cu_seqlens_q = torch.tensor([0, *accumulate(queries)], dtype=torch.int32)
+    places = plan.CPU_PLACES if uneven_invariant.name == "cpu" else plan.places(plan.row_tiles(group, h_k))
+    how = most_parts_of(uneven_invariant, (group, h_k)), places, group
+    blocks = plan.row_blocks(cu_seqlens_q, most, group, batch_invariant=True)
+    size = plan.FEW_HEADS if group <= plan.FEW_HEADS else -(-group // plan.ROW_TILE) * plan.ROW_TILE
+    assert blocks.tolist() == [-(-n * group // size) for n in queries]
+    expected = plan.make_invariant_plan(lengths, *how, blocks)
+
+    args = lengths.to(uneven_invariant.device), group, h_k
+    options = {"cu_seqlens_q": cu_seqlens_q.to(uneven_invariant.device), "max_seqlen_q": most, "batch_invariant": True}
+    in_place = [torch.full_like(t, -7, device=uneven_invariant.device) for t in expected]
+    get_mla_metadata_(*args, **options, **plan_kwargs(in_place))
+    for made in (get_mla_metadata(*args, **options), in_place):
+        assert all(torch.equal(got.cpu(), want) for got, want in zip(made, expected, strict=True))
+
+
+@given(
+    lengths=lengths_of_many_rows,
+    data=st.data(),
+    parts=part_counts,
+    places=st.sampled_from([0, 5, 64, 1024]),
+    group=st.sampled_from([16, 32, 64]),
+)
+@settings(max_examples=100)
+def test_invariant_plans_of_blocks(lengths, data, parts, places, group):
     """As those of rows; batch_invariance's tests hold for the plan of the blocks."""
-    blocks = data.draw(st.lists(st.integers(0, 3), min_size=len(lengths), max_size=len(lengths)))
-    cache_seqlens = torch.tensor(lengths, dtype=torch.int32)
-    planned = plan.plan_blocks(
-        plan.make_invariant_plan, cache_seqlens, torch.tensor(blocks, dtype=torch.long), parts, places
-    )
-    flat, splits = by_blocks(*planned, blocks)
+    most = data.draw(st.sampled_from([1, 3, 300]), label="most")
+    some = st.one_of(st.sampled_from([0, 1, most]), st.integers(0, most))
+    blocks = data.draw(st.lists(some, min_size=len(lengths), max_size=len(lengths)), label="blocks")
+    cache_seqlens, of_rows = torch.tensor(lengths, dtype=torch.int32), torch.tensor(blocks, dtype=torch.long)
+    made = plan.make_invariant_plan(cache_seqlens, parts, places, group, of_rows)
+    by_rows = plan.plan_blocks(plan.make_invariant_plan, cache_seqlens, of_rows, parts, places, group)
+    assert all(map(torch.equal, made, by_rows))
+    flat, splits = by_blocks(*made, blocks)
     rows = torch.tensor([n for n, count in zip(lengths, blocks, strict=True) for _ in range(count)], dtype=torch.int32)
-    expected, sums = plan.make_invariant_plan(rows, parts, places)
+    expected, sums = plan.make_invariant_plan(rows, parts, places, group)
     assert torch.equal(flat, expected)
     assert torch.equal(splits, sums[[0, *accumulate(blocks)]])
+
+
+@pytest.mark.parametrize("blocks", [2**26, 2**40, -(2**40)])
+@pytest.mark.parametrize("b", [1, 40, 3000])
+def test_numbers_beyond_int64_are_harmless(b, blocks):
+    """What could only be meant by mistake makes no index that is out of range, which would be a fault on a GPU."""
+    rows = torch.full((b,), 2**31 - 1, dtype=torch.int32), torch.full((b,), blocks)
+    metadata, num_splits = plan.make_invariant_plan(rows[0], 256, 1024, 16, rows[1])
+    assert metadata.shape == (plan.MAX_PARTS + 1, plan.COLUMNS) and num_splits.shape == (b + 1,)
 
 
 # ------------------------------------------------------------------------------------------------------- wrong values
@@ -227,7 +270,7 @@ WRONG = {
 
 @pytest.mark.parametrize("debug", [False, True])
 @pytest.mark.parametrize("name", WRONG)
-def test_wrong_numbers_of_queries(target, name, debug, monkeypatch):
+def test_wrong_numbers_of_queries(target, uneven_plans, name, debug, monkeypatch):
     """An error that names them where values are checked; harmless elsewhere."""
     monkeypatch.setattr(backends.values, "DEBUG", debug)
     changed, message = WRONG[name]
@@ -237,20 +280,20 @@ def test_wrong_numbers_of_queries(target, name, debug, monkeypatch):
             run(case)
         if name != "beyond q":  # a plan knows of no q
             with pytest.raises(RuntimeError, match=message):
-                make("own", case)
+                make("own", case, **uneven_plans)
         return
     for which in ("none", "own"):
-        run(case, which)
+        run(case, which, **uneven_plans)
     torch.cuda.synchronize()
     good = small_case(target)
-    check_decode(good, *run(good, "own"), target.factor)
+    check_decode(good, *run(good, "own", **uneven_plans), target.factor)
 
 
-def test_a_plan_for_other_numbers_of_queries(target):
+def test_a_plan_for_other_numbers_of_queries(target, uneven_plans):
     case = small_case(target)
     other = small_case(target, cu_seqlens_q=[0, 3, 3, 3])
-    even = get_mla_metadata(case.cache_seqlens, 120, 1)
-    for planned in (make("own", other), even):
+    even = get_mla_metadata(case.cache_seqlens, 120, 1, **uneven_plans)
+    for planned in (make("own", other, **uneven_plans), even):
         call = case.kwargs() | plan_kwargs(planned)
         if target.device == "cpu" or backends.values.DEBUG:
             with pytest.raises(RuntimeError, match="tile_scheduler_metadata: expected"):
@@ -261,16 +304,19 @@ def test_a_plan_for_other_numbers_of_queries(target):
 
 @given(seed=seeds, high=st.sampled_from([2, 9, 1000, 2**26, 2**31 - 1]), heads=st.sampled_from([16, 40, 128]))
 @settings(max_examples=examples(60))
-def test_noise_for_a_plan_is_harmless(target, seed, high, heads):
+def test_noise_for_a_plan_is_harmless(target, uneven_plans, seed, high, heads):
     """It ends soon, in numbers or an error, and nothing but out and lse is written."""
+    invariant = uneven_plans.get("batch_invariant", False)
     d_qk, d_v = target.dims[0]
     like = {"dtype": target.dtypes[0], "device": target.device, "d_qk": d_qk, "d_v": d_v, "poison": False}
     case = uneven(make_decode_case([70, 1300, 3, 400], 9, heads, **like), [1, 9, 2, 0], spare=1)
     generator = torch.Generator().manual_seed(seed)
-    shapes = (plan.MAX_PARTS, plan.COLUMNS), (5,)
+    shapes = (plan.MAX_PARTS + invariant, plan.COLUMNS), (5,)
     noise = [torch.randint(-3, high, shape, generator=generator).int().to(target.device) for shape in shapes]
     for column, most in ((plan.FIRST_ROW, 4), (plan.LAST_ROW, 4), (plan.LAST_TILE, 9)):  # so that rows are split
         noise[0][:, column] %= most
+    if invariant:
+        noise[0][-1, plan.FLAGS] = seed % 2000  # places: few enough, or it would be executed unsplit
     inputs = [t for t in (*case.kwargs().values(), *noise) if isinstance(t, torch.Tensor)]
     before, begin = [t.clone() for t in inputs], time.perf_counter()
     try:
@@ -327,7 +373,7 @@ def test_q_must_have_as_many_dimensions_as_the_form_has():
 
 
 @pytest.mark.gpu
-def test_a_captured_step_serves_other_numbers_of_queries(target):
+def test_a_captured_step_serves_other_numbers_of_queries(target, uneven_plans):
     """Plan and call in one graph of fixed b, total_q and max_seqlen_q; nobody's queries are the padding."""
     if target.device != "cuda":
         pytest.skip("graphs are CUDA's")
@@ -335,10 +381,10 @@ def test_a_captured_step_serves_other_numbers_of_queries(target):
     case = uneven(base, [1, 40, 0, 7])
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        run(case, "own")
+        run(case, "own", **uneven_plans)
     torch.cuda.synchronize()
     with torch.cuda.graph(graph):
-        out, lse = run(case, "own")
+        out, lse = run(case, "own", **uneven_plans)
     for queries in ([1, 40, 0, 7], [0, 0, 0, 0], [12, 12, 12, 12], [40, 1, 1, 0], [1, 1, 1, 1]):
         other = uneven(base, queries, spare=48 - sum(queries))
         case.q.copy_(other.q)

@@ -59,17 +59,17 @@ def get_mla_metadata(
     max_seqlen_q: int | None = None,
 ) -> None:
     check_lengths(cache_seqlens)
-    rows = num_heads_per_head_k if cu_seqlens_q is None else max_seqlen_q * num_heads_per_head_k
-    if batch_invariant:
-        make, how = make_invariant_plan, (CPU_PARTS, CPU_PLACES, num_heads_per_head_k)
-    else:
-        make, how = make_plan, (CPU_PARTS, row_cost(rows))
-    if cu_seqlens_q is None:
-        plan, splits = make(cache_seqlens, *how)
-    else:
+    rows, blocks = num_heads_per_head_k, None
+    if cu_seqlens_q is not None:
         check_queries(cu_seqlens_q, max_seqlen_q)
+        rows *= max_seqlen_q
         blocks = row_blocks(cu_seqlens_q, max_seqlen_q, num_heads_per_head_k, batch_invariant)
-        plan, splits = plan_blocks(make, cache_seqlens, blocks, *how)
+    if batch_invariant:
+        plan, splits = make_invariant_plan(cache_seqlens, CPU_PARTS, CPU_PLACES, num_heads_per_head_k, blocks)
+    elif blocks is None:
+        plan, splits = make_plan(cache_seqlens, CPU_PARTS, row_cost(rows))
+    else:
+        plan, splits = plan_blocks(make_plan, cache_seqlens, blocks, CPU_PARTS, row_cost(rows))
     tile_scheduler_metadata.copy_(plan)
     num_splits.copy_(splits)
 

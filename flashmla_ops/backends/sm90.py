@@ -37,8 +37,6 @@ def status() -> str:
 
 
 def refusal(op: str, tensor: Tensor, **facts) -> str | None:
-    if facts.get("batch_invariant") and facts.get("cu_seqlens_q") is not None:
-        return "it makes batch-invariant plans of even queries only: the cpu backend does of others"
     if tensor.device.type != "cuda":
         return f"it serves CUDA tensors only, this one is on {tensor.device}"
     if reason := _no_library():

@@ -26,6 +26,7 @@ from ..plan import (
     make_invariant_plan,
     max_parts,
     places,
+    row_blocks,
     row_cost,
     row_tiles,
     rows_of_block,
@@ -55,8 +56,6 @@ def status() -> str:
 
 
 def refusal(op: str, tensor: Tensor, **facts) -> str | None:
-    if facts.get("batch_invariant") and facts.get("cu_seqlens_q") is not None:
-        return "it makes batch-invariant plans of even queries only: the cpu backend does of others"
     if reason := _no_triton():
         return reason
     if tensor.is_cpu and not _interpreted():
@@ -171,8 +170,11 @@ def get_mla_metadata(
             values.check_queries(cu_seqlens_q, max_seqlen_q)
     parts = _parts(cache_seqlens.device, num_heads_per_head_k, num_heads_k)
     if batch_invariant:
-        room = places(row_tiles(num_heads_per_head_k, num_heads_k))
-        plan = make_invariant_plan(cache_seqlens, parts, room, num_heads_per_head_k)
+        blocks, room = None, places(row_tiles(num_heads_per_head_k, num_heads_k))
+        if cu_seqlens_q is not None:
+            most = min(max_seqlen_q, INT32_QUERIES)
+            blocks = row_blocks(cu_seqlens_q, most, num_heads_per_head_k, batch_invariant=True)
+        plan = make_invariant_plan(cache_seqlens, parts, room, num_heads_per_head_k, blocks)
         tile_scheduler_metadata.copy_(plan[0])
         num_splits.copy_(plan[1])
         return
@@ -337,12 +339,15 @@ def fwd_kvcache_mla(
     *batch, queries, h_q, d_qk = q.shape
     num_pages, page_size, h_k, _ = kv_cache.shape
     b, group = cache_seqlens.shape[0], h_q // h_k
+    invariant = plan is not None and is_invariant(plan[0])
+    planned = b  # rows or blocks, at most
     if cu_seqlens_q is None:
         s_q, block_rows = queries, 0
         rows = planned_rows = s_q * group
     else:
-        s_q, block_rows = min(max_seqlen_q, INT32_QUERIES), rows_of_block(group)
+        s_q, block_rows = min(max_seqlen_q, INT32_QUERIES), rows_of_block(group, invariant)
         rows, planned_rows = min(s_q * group, block_rows), group
+        planned += queries * group // block_rows
     parts = _parts(q.device, max(planned_rows, 1), h_k)
     if values.DEBUG or q.is_cpu:
         values.check_fwd_kvcache_mla(
@@ -356,12 +361,11 @@ def fwd_kvcache_mla(
         return out, lse
     q, kv_cache, cache_format = _bytes(q), _bytes(kv_cache), _format(kv_cache, kv_scale)
     # under a batch-invariant plan what a row block is goes by h_q / h_k, never by s_q
-    invariant = plan is not None and is_invariant(plan[0])
     config_rows = group if invariant else rows
     config = config_of(_shared_kb(q.device), d_qk, head_dim_v, config_rows, cache_format != _kernels().PLAIN)
     block_v, block_r = blocks_of(d_qk, head_dim_v)
     blocks_per_head = -(-rows // config.block_m)
-    row_blocks = h_k * blocks_per_head
+    num_row_blocks = h_k * blocks_per_head
     max_len = min(block_table.shape[1] * page_size, INT32_KEYS) if num_pages else 0
 
     shared_rows = config.shared_rows(_is_hopper(q.device))
@@ -376,21 +380,19 @@ def fwd_kvcache_mla(
                 _plan_uneven(metadata, num_splits, cache_seqlens, parts, cu_seqlens_q, max_seqlen_q, group)
         else:
             metadata = plan[0]
-        at_once = row_blocks
+        at_once, tiles = num_row_blocks, row_tiles(planned_rows, h_k)
         if invariant:
             # nodes that the plan leaves, and each program's own
-            split_parts = min(places(row_tiles(rows, h_k)), b * MAX_UNITS)
-            at_once, parts = min(row_blocks, ROW_BLOCKS_AT_ONCE), max(1, parts * row_tiles(rows, h_k) // row_blocks)
-            shares = split_parts * row_blocks + at_once * parts * kernels.OWN_PLACES.value
+            split_parts = min(places(tiles), planned * MAX_UNITS)
+            at_once, parts = min(num_row_blocks, ROW_BLOCKS_AT_ONCE), max(1, parts * tiles // num_row_blocks)
+            shares = split_parts * num_row_blocks + at_once * parts * kernels.OWN_PLACES.value
         else:
-            planned = b if cu_seqlens_q is None else b + queries * group // block_rows  # rows or blocks, at most
-            used_parts = parts if plan is None else MAX_PARTS
-            split_parts = _split_parts(used_parts, planned, max_len, row_tiles(planned_rows, h_k))
-            shares = 2 * split_parts * row_blocks
+            split_parts = _split_parts(parts if plan is None else MAX_PARTS, planned, max_len, tiles)
+            shares = 2 * split_parts * num_row_blocks
         shares, shares_lse = (lse.new_empty(shares * config.block_m, *d) for d in ((head_dim_v,), ()))
         dims = {"D_V": head_dim_v, "BLOCK_V": block_v, "BLOCK_M": config.block_m}
-        for first in range(0, row_blocks, at_once):
-            kernels.fwd_kvcache_mla_kernel[(min(row_blocks - first, at_once), parts)](
+        for first in range(0, num_row_blocks, at_once):
+            kernels.fwd_kvcache_mla_kernel[(min(num_row_blocks - first, at_once), parts)](
                 *(q, kv_cache, q_scale, kv_scale, block_table, cache_seqlens, cu_seqlens_q, metadata),
                 *(out, lse, shares, shares_lse),
                 softmax_scale / math.log(2),
@@ -398,7 +400,7 @@ def fwd_kvcache_mla(
                 *_units(kv_cache, 0, 1, 2),
                 block_table.stride(0),
                 *(b, s_q, queries, group, blocks_per_head, block_rows, num_pages, page_size, max_len, split_parts),
-                *(int(causal), row_blocks, first),
+                *(int(causal), num_row_blocks, first),
                 D_R=d_qk - head_dim_v,
                 BLOCK_R=block_r,
                 BLOCK_N=config.block_n,
@@ -413,17 +415,12 @@ def fwd_kvcache_mla(
             )
         if split_parts > 0:
             grid = rows * h_k, min(parts, split_parts)
-            tensors = metadata, out, lse, shares, shares_lse
-            sizes = blocks_per_head, row_blocks, max_len, split_parts
+            tensors = cache_seqlens, cu_seqlens_q, metadata, out, lse, shares, shares_lse
+            sizes = b, s_q, queries, rows, group, blocks_per_head, num_row_blocks, block_rows, max_len, split_parts
             if invariant:
-                kernels.fwd_kvcache_mla_merge_nodes_kernel[grid](
-                    cache_seqlens, *tensors, b, s_q, group, *sizes, num_warps=4, **dims
-                )
+                kernels.fwd_kvcache_mla_merge_nodes_kernel[grid](*tensors, *sizes, num_warps=4, **dims)
             else:
-                sizes = b, s_q, queries, rows, group, blocks_per_head, row_blocks, block_rows, max_len, split_parts
-                kernels.fwd_kvcache_mla_combine_kernel[grid](
-                    cache_seqlens, cu_seqlens_q, *tensors, *sizes, BLOCK_S=SHARES, num_warps=4, **dims
-                )
+                kernels.fwd_kvcache_mla_combine_kernel[grid](*tensors, *sizes, BLOCK_S=SHARES, num_warps=4, **dims)
     return out, lse
 
 

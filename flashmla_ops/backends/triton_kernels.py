@@ -609,88 +609,6 @@ def _queries_of(cu_seqlens_q, row, max_seqlen_q, total_q):
 
 
 @triton.jit
-def _attend(
-    q,  # this batch row's
-    q_at,  # [BLOCK_M] offsets of the query rows
-    real,  # [BLOCK_M] whether there are such
-    visible,  # [BLOCK_M] keys that each sees
-    kv_cache,
-    page_stride,
-    token_stride,
-    pages,
-    num_pages,
-    page_size,
-    begin,  # tiles, of so many
-    end,
-    tiles,
-    length,
-    scale_log2,
-    value_scale,
-    out,  # where the query rows' results go, if the row is whole
-    out_at,
-    lse,
-    lse_at,
-    shares,  # else
-    shares_lse,
-    part,
-    row_block,
-    num_row_blocks,
-    D_V: tl.constexpr,
-    D_R: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    ONE_PAGE: tl.constexpr,
-    STAGES: tl.constexpr,
-    SHARED_ROWS: tl.constexpr,
-    NARROW: tl.constexpr,
-    FORMAT: tl.constexpr,
-):
-    """One segment, from its queries to its result."""
-    acc, m, l = _segment(  # noqa: E741
-        q,
-        q_at,
-        real,
-        visible,
-        kv_cache,
-        page_stride,
-        token_stride,
-        pages,
-        num_pages,
-        page_size,
-        tl.minimum(begin, tiles) * TILE,
-        tl.minimum(tl.minimum(end * TILE, length), tl.max(visible, 0)),
-        scale_log2,
-        D_V,
-        D_R,
-        BLOCK_V,
-        BLOCK_R,
-        BLOCK_M,
-        BLOCK_N,
-        ONE_PAGE,
-        STAGES,
-        SHARED_ROWS,
-        NARROW,
-        FORMAT,
-    )
-    column = tl.arange(0, BLOCK_V)
-    stored = real[:, None] & (column < D_V)[None, :]
-    nothing = l == 0
-    acc *= (value_scale / tl.where(nothing, 1.0, l))[:, None]
-    lse_log2 = m + tl.log2(tl.where(nothing, 1.0, l))  # -inf of nothing
-    if (begin == 0) & (end == tiles):
-        tl.store(out + out_at, acc.to(out.dtype.element_ty), mask=stored)
-        tl.store(lse + lse_at, tl.where(nothing, INF, lse_log2 * LN2), mask=real)
-    else:
-        place = 2 * part + tl.where(begin > 0, 0, 1)
-        share = (tl.cast(place, tl.int64) * num_row_blocks + row_block) * BLOCK_M
-        share_at = tl.arange(0, BLOCK_M)[:, None] * D_V + column[None, :]
-        tl.store(shares + share * D_V + share_at, acc, mask=stored)
-        tl.store(shares_lse + share + tl.arange(0, BLOCK_M), lse_log2, mask=real)
-
-
-@triton.jit
 def _store_unclaimed(cu_seqlens_q, out, lse, b, total_q, h_q, D_V: tl.constexpr, BLOCK_V: tl.constexpr):
     """The results of queries that are no row's."""
     program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
@@ -797,23 +715,27 @@ def fwd_kvcache_mla_kernel(
         if INVARIANT:
             leaf = tl.minimum(_first_place(plan, part), split_parts)
         for row in range(first_row, last_row + 1):
+            row_64 = tl.cast(row, tl.int64)
             length = _length_of(cache_seqlens, row, max_len)
             tiles = (length + TILE - 1) // TILE
+            first_block, end_block = 0, 1  # a loop that is none
             if UNEVEN:
-                row_64 = tl.cast(row, tl.int64)
                 first_query, queries = _queries_of(cu_seqlens_q, row, s_q, total_q)
                 part_first = tl.maximum(tl.load(plan + part * COLUMNS + FIRST_ROW_TILE), 0)
                 part_last = tl.maximum(tl.load(plan + part * COLUMNS + LAST_ROW_TILE), 0)
                 blocks = (queries * group + block_rows - 1) // block_rows
                 first_block = tl.where(row == first_row, part_first, 0)
                 end_block = tl.where(row == last_row, tl.minimum(part_last + 1, blocks), blocks)
-                for block in range(first_block, end_block):
-                    begin = tl.where((row == first_row) & (block == part_first), first_tile, 0)
-                    ends = split & (row == last_row) & (block == part_last)
-                    end = tl.where(ends, tl.minimum(last_tile, tiles), tiles)
-                    if split | (begin == 0):
+            for block in range(first_block, end_block):
+                starts, ends = row == first_row, split & (row == last_row)
+                if UNEVEN:
+                    starts, ends = starts & (block == part_first), ends & (block == part_last)
+                begin = tl.where(starts, first_tile, 0)
+                end = tl.where(ends, tl.minimum(last_tile, tiles), tiles)
+                if split | (begin == 0):
+                    if UNEVEN:
                         at = block * block_rows + row_block % blocks_per_head * BLOCK_M
-                        block_i, block_real, block_q_at, block_out_at, block_lse_at = _query_rows(
+                        its_i, its, its_q_at, its_out_at, its_lse_at = _query_rows(
                             at,
                             queries,
                             group,
@@ -827,50 +749,15 @@ def fwd_kvcache_mla_kernel(
                             BLOCK_M,
                             UNIT,
                         )
-                        _attend(
-                            q + first_query * q_stride_s * UNIT,
-                            block_q_at,
-                            block_real,
-                            tl.where(block_real, length - causal * (queries - 1 - block_i), 0),
-                            kv_cache,
-                            page_stride,
-                            token_stride,
-                            block_table + row_64 * table_stride,
-                            num_pages,
-                            page_size,
-                            begin,
-                            end,
-                            tiles,
-                            length,
-                            scale_log2,
-                            value_scale,
-                            out + (first_query + at // group) * h_q * D_V,
-                            block_out_at,
-                            lse + first_query,
-                            block_lse_at,
-                            shares,
-                            shares_lse,
-                            part,
-                            row_block,
-                            num_row_blocks,
-                            D_V,
-                            D_R,
-                            BLOCK_V,
-                            BLOCK_R,
-                            BLOCK_M,
-                            BLOCK_N,
-                            ONE_PAGE,
-                            STAGES,
-                            SHARED_ROWS,
-                            NARROW,
-                            FORMAT,
-                        )
-            else:
-                begin = tl.where(row == first_row, first_tile, 0)
-                end = tl.where(split & (row == last_row), tl.minimum(last_tile, tiles), tiles)
-                if split | (begin == 0):
-                    visible = tl.where(real, length - causal * (s_q - 1 - i), 0)
-                    row_64 = tl.cast(row, tl.int64)
+                        visible = tl.where(its, length - causal * (queries - 1 - its_i), 0)
+                        its_stored = its[:, None] & (column < D_V)[None, :]
+                        from_q = q + first_query * q_stride_s * UNIT
+                        to, to_lse = out + (first_query + at // group) * h_q * D_V, lse + first_query
+                    else:
+                        its, its_q_at, its_out_at, its_lse_at, its_stored = real, q_at, out_at, lse_at, stored
+                        visible = tl.where(real, length - causal * (s_q - 1 - i), 0)
+                        from_q = q + row_64 * q_stride_b * UNIT
+                        to, to_lse = out + (row_64 * s_q + first_i) * h_q * D_V, lse + row_64 * h_q * s_q
                     if INVARIANT:
                         each, units = _units_of(tiles, group)
                         first, stop = tl.minimum(begin, tiles) // each, (end + each - 1) // each
@@ -878,6 +765,8 @@ def fwd_kvcache_mla_kernel(
                         leaves = tl.where(whole, 0, _count_nodes(first, _end_of_nodes(first, stop, units)))
                         leaves = tl.minimum(leaves, tl.maximum(split_parts - leaf, 0))  # fewer: a plan of other lengths
                         stop = tl.maximum(stop, first + 1)  # for a row without keys
+                        if UNEVEN:
+                            stop = tl.where(at < queries * group, stop, first)
                     else:
                         whole = (begin == 0) & (end == tiles)
                         first, stop = 0, 1  # a loop that is none
@@ -885,9 +774,9 @@ def fwd_kvcache_mla_kernel(
                         if INVARIANT:
                             begin, end = tl.minimum(unit * each, tiles), tl.minimum((unit + 1) * each, tiles)
                         acc, m, l = _segment(  # noqa: E741
-                            q + row_64 * q_stride_b * UNIT,
-                            q_at,
-                            real,
+                            from_q,
+                            its_q_at,
+                            its,
                             visible,
                             kv_cache,
                             page_stride,
@@ -920,25 +809,24 @@ def fwd_kvcache_mla_kernel(
                             while (nodes >= after) & (nodes > 0):
                                 nodes -= 1
                                 left = _node_at(nodes, leaf, leaves, split_parts, row_block, num_row_blocks) * BLOCK_M
-                                left_out = tl.load(shares + left * D_V + share_at, mask=stored, other=0.0)
-                                left_lse = tl.load(shares_lse + left + tl.arange(0, BLOCK_M), mask=real, other=-INF)
+                                left_out = tl.load(shares + left * D_V + share_at, mask=its_stored, other=0.0)
+                                left_lse = tl.load(shares_lse + left + tl.arange(0, BLOCK_M), mask=its, other=-INF)
                                 weight, own, lse_log2 = _weights(left_lse, lse_log2)
                                 acc = tl.fma(tl.broadcast_to(weight[:, None], acc.shape), left_out, own[:, None] * acc)
                             stays = whole & (unit + 1 == stop)
                             tl.debug_barrier()  # what is stored next may lie where others still read
                         if stays:
-                            to = out + (row_64 * s_q + first_i) * h_q * D_V
-                            tl.store(to + out_at, acc.to(out.dtype.element_ty), mask=stored)
+                            tl.store(to + its_out_at, acc.to(out.dtype.element_ty), mask=its_stored)
                             empty = lse_log2 == -INF
-                            tl.store(lse + row_64 * h_q * s_q + lse_at, tl.where(empty, INF, lse_log2 * LN2), mask=real)
+                            tl.store(to_lse + its_lse_at, tl.where(empty, INF, lse_log2 * LN2), mask=its)
                         else:
                             if INVARIANT:
                                 share = _node_at(nodes, leaf, leaves, split_parts, row_block, num_row_blocks) * BLOCK_M
                             else:
                                 place = 2 * part + tl.where(begin > 0, 0, 1)
                                 share = (tl.cast(place, tl.int64) * num_row_blocks + row_block) * BLOCK_M
-                            tl.store(shares + share * D_V + share_at, acc, mask=stored)
-                            tl.store(shares_lse + share + tl.arange(0, BLOCK_M), lse_log2, mask=real)
+                            tl.store(shares + share * D_V + share_at, acc, mask=its_stored)
+                            tl.store(shares_lse + share + tl.arange(0, BLOCK_M), lse_log2, mask=its)
                             if INVARIANT:
                                 tl.debug_barrier()  # other threads may load it than stored it
                     if INVARIANT:
@@ -955,6 +843,27 @@ def _node_at(node, leaf, leaves, places, row_block, num_row_blocks):
     program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
     own = tl.cast(program, tl.int64) * OWN_PLACES + tl.minimum(node - leaves, OWN_PLACES - 1)
     return tl.where(node < leaves, left, tl.cast(places, tl.int64) * num_row_blocks + own)
+
+
+@triton.jit
+def _place_of_result(cu_seqlens_q, row, block, in_head, head_k, h_q, s_q, total_q, group, block_rows):
+    """Of a query row of a batch row, or of its block, and a key head: whether there is such, its row of out, and where
+    its lse is."""
+    row_64 = tl.cast(row, tl.int64)
+    if cu_seqlens_q is not None:
+        first_query, queries = _queries_of(cu_seqlens_q, row, s_q, total_q)
+        exists = (block >= 0) & (block * tl.cast(block_rows, tl.int64) < queries * group)
+        in_row = tl.where(exists, block, 0) * block_rows + in_head
+        real = exists & (in_row < queries * group)
+        h = head_k * group + in_row % group
+        out_row = (first_query + in_row // group) * h_q + h
+        lse_at = tl.cast(h, tl.int64) * total_q + first_query + in_row // group
+    else:
+        real = in_head < s_q * group  # always
+        h = head_k * group + in_head % group
+        out_row = (row_64 * s_q + in_head // group) * h_q + h
+        lse_at = (row_64 * h_q + h) * s_q + in_head // group
+    return real, out_row, lse_at
 
 
 @triton.jit
@@ -1012,8 +921,8 @@ def fwd_kvcache_mla_combine_kernel(
     UNEVEN: tl.constexpr = cu_seqlens_q is not None
     h_q = num_row_blocks // blocks_per_head * group
     query_row = tl.program_id(0)
-    in_head = query_row % rows_per_head
-    row_block = query_row // rows_per_head * blocks_per_head + in_head // BLOCK_M
+    head_k, in_head = query_row // rows_per_head, query_row % rows_per_head
+    row_block = head_k * blocks_per_head + in_head // BLOCK_M
     column = tl.arange(0, BLOCK_V)
     parts = _parts_used(plan)
     for part in range(tl.program_id(1), tl.where(parts <= split_parts, parts, 0), tl.num_programs(1)):
@@ -1046,47 +955,43 @@ def fwd_kvcache_mla_combine_kernel(
                     weight = tl.exp2(tl.load(shares_lse + at, mask=some_shared, other=-INF) - base_2)
                     acc += tl.sum(weight[:, None] * _values(shares, at * D_V, some_shared, D_V, BLOCK_V), 0)
                 acc = acc / tl.where(nothing, 1.0, total)
-                row_64 = tl.cast(row, tl.int64)
-                if UNEVEN:
-                    first_query, queries = _queries_of(cu_seqlens_q, row, s_q, total_q)
-                    exists = (block >= 0) & (block * tl.cast(block_rows, tl.int64) < queries * group)
-                    in_row = tl.where(exists, block, 0) * block_rows + in_head
-                    real = exists & (in_row < queries * group)
-                    h = query_row // rows_per_head * group + in_row % group
-                    out_row = (first_query + in_row // group) * h_q + h
-                    lse_at = tl.cast(h, tl.int64) * total_q + first_query + in_row // group
-                else:
-                    real = in_head < rows_per_head  # always
-                    h = query_row // rows_per_head * group + in_head % group
-                    out_row = (row_64 * s_q + in_head // group) * h_q + h
-                    lse_at = (row_64 * h_q + h) * s_q + in_head // group
+                real, out_row, lse_at = _place_of_result(
+                    cu_seqlens_q, row, block, in_head, head_k, h_q, s_q, total_q, group, block_rows
+                )
                 tl.store(out + out_row * D_V + column, acc.to(out.dtype.element_ty), mask=real & (column < D_V))
                 tl.store(lse + lse_at, tl.where(nothing, INF, (base_2 + tl.log2(total)) * LN2), mask=real)
 
 
 @triton.jit(
-    do_not_specialize=["b", "s_q", "group", "blocks_per_head", "num_row_blocks", "max_len", "places"],
-    do_not_specialize_on_alignment=["cache_seqlens"],
+    do_not_specialize=[
+        *("b", "s_q", "total_q", "rows_per_head", "group", "blocks_per_head", "num_row_blocks", "block_rows"),
+        *("max_len", "places"),
+    ],
+    do_not_specialize_on_alignment=["cache_seqlens", "cu_seqlens_q"],
 )
 def fwd_kvcache_mla_merge_nodes_kernel(
     cache_seqlens,  # [b]
+    cu_seqlens_q,  # [b + 1] or None
     plan,  # [MAX_PARTS + 1, COLUMNS]
-    out,  # [b, s_q, h_k * group, D_V]
-    lse,  # [b, h_k * group, s_q]
+    out,  # [b, s_q, h_k * group, D_V]; [total_q, ..]
+    lse,  # [b, h_k * group, s_q]; [h_k * group, total_q]
     nodes,  # [places, row blocks, BLOCK_M, D_V]; overwritten
     nodes_lse,  # [places, row blocks, BLOCK_M]
     b,
     s_q,
+    total_q,
+    rows_per_head,  # s_q * group; of uneven queries those of a block
     group,
     blocks_per_head,
     num_row_blocks,
+    block_rows,
     max_len,
     places,
     D_V: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """Merges the nodes that parts left of the rows that a batch-invariant plan split.
+    """Merges the nodes that parts left of the rows that a batch-invariant plan split; of uneven queries, of the blocks.
 
     They lie in places that follow each other, in the order of the row's units; which units are whose follows from where
     the parts begin and end. Those that wait for their right siblings go to the row's first places, whose nodes have
@@ -1095,23 +1000,29 @@ def fwd_kvcache_mla_merge_nodes_kernel(
     Grid: (query rows of a batch row, parts at work at once). For every so manyth part a program has the row that the
     part begins and does not end.
     """
-    rows_per_head = s_q * group
+    UNEVEN: tl.constexpr = cu_seqlens_q is not None
     h_q = num_row_blocks // blocks_per_head * group
     query_row = tl.program_id(0)
-    in_head = query_row % rows_per_head
-    i, h = in_head // group, query_row // rows_per_head * group + in_head % group
-    row_block = query_row // rows_per_head * blocks_per_head + in_head // BLOCK_M
+    head_k, in_head = query_row // rows_per_head, query_row % rows_per_head
+    row_block = head_k * blocks_per_head + in_head // BLOCK_M
     column = tl.arange(0, BLOCK_V)
     parts = tl.where(_first_place(plan, MAX_PARTS) <= places, _parts_used(plan), 0)
     for part in range(tl.program_id(1), parts, tl.num_programs(1)):
         first_row, first_tile = _first_of(plan, part, True)
         row, last_tile = _last_of(plan, part, b)
-        if (row >= first_row) & ((row > first_row) | (first_tile == 0)):
+        block, another = 0, row > first_row  # than the part's first row, or block
+        if UNEVEN:
+            block = tl.load(plan + part * COLUMNS + LAST_ROW_TILE)
+            another = another | (block > tl.load(plan + part * COLUMNS + FIRST_ROW_TILE))
+        if (row >= first_row) & (another | (first_tile == 0)):
             each, units = _units_of((_length_of(cache_seqlens, row, max_len) + TILE - 1) // TILE, group)
             stop = (last_tile + each - 1) // each
-            if stop < units:
+            real, out_row, lse_at = _place_of_result(
+                cu_seqlens_q, row, block, in_head, head_k, h_q, s_q, total_q, group, block_rows
+            )
+            if (stop < units) & real:
                 place = tl.minimum(_first_place(plan, part), places)
-                if (row > first_row) & (first_tile > 0):  # the part's share of its first row comes before
+                if another & (first_tile > 0):  # the part's share of its first row comes before
                     tiles = (_length_of(cache_seqlens, first_row, max_len) + TILE - 1) // TILE
                     first_each, first_units = _units_of(tiles, group)
                     first = first_tile // first_each
@@ -1148,16 +1059,16 @@ def fwd_kvcache_mla_merge_nodes_kernel(
                             tl.debug_barrier()
                             depth += 1
                         else:
-                            row_64 = tl.cast(row, tl.int64)
-                            to = out + ((row_64 * s_q + i) * h_q + h) * D_V + column
-                            tl.store(to, acc.to(out.dtype.element_ty), mask=column < D_V)
-                            empty = lse_log2 == -INF
-                            tl.store(lse + (row_64 * h_q + h) * s_q + i, tl.where(empty, INF, lse_log2 * LN2))
+                            tl.store(out + out_row * D_V + column, acc.to(out.dtype.element_ty), mask=column < D_V)
+                            tl.store(lse + lse_at, tl.where(lse_log2 == -INF, INF, lse_log2 * LN2))
                     else:
                         other += 1
                         if other < parts:
                             last_row, last_tile = _last_of(plan, other, b)
-                            end = tl.where(last_row == row, (last_tile + each - 1) // each, units)
+                            ends = last_row == row
+                            if UNEVEN:
+                                ends = ends & (tl.load(plan + other * COLUMNS + LAST_ROW_TILE) == block)
+                            end = tl.where(ends, (last_tile + each - 1) // each, units)
                             stop = tl.where(end < units, end, 2 * MAX_UNITS)
 
 

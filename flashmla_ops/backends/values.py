@@ -207,14 +207,14 @@ def _check_heads(
     num_heads_k: int,
     uneven: tuple[Tensor, int] | None,  # blocks of the rows, h_q / h_k
 ) -> None:
-    make, how = make_plan, (row_cost(num_heads_per_head_k),)
+    blocks, rows = (None, num_heads_per_head_k) if uneven is None else uneven
+    cost = row_cost(num_heads_per_head_k)
     if is_invariant(metadata):
-        rows = num_heads_per_head_k if uneven is None else uneven[1]
-        make, how = make_invariant_plan, (places(row_tiles(rows, num_heads_k)), rows)
-    if uneven is None:
-        own = make(cache_seqlens, parts, *how)[0]
+        own, _ = make_invariant_plan(cache_seqlens, parts, places(row_tiles(rows, num_heads_k)), rows, blocks)
+    elif blocks is None:
+        own, _ = make_plan(cache_seqlens, parts, cost)
     else:
-        own = plan_blocks(make, cache_seqlens, uneven[0], parts, *how)[0]
+        own, _ = plan_blocks(make_plan, cache_seqlens, blocks, parts, cost)
     expected, got = (int((t[:, LAST_ROW] >= 0).sum()) for t in (own, metadata))
     if expected != got:
         raise RuntimeError(
