@@ -195,7 +195,7 @@ def test_the_op_makes_invariant_plans_of_blocks(uneven_invariant, data, lengths,
     places = plan.CPU_PLACES if uneven_invariant.name == "cpu" else plan.places(plan.row_tiles(group, h_k))
     how = most_parts_of(uneven_invariant, (group, h_k)), places, group
     blocks = plan.row_blocks(cu_seqlens_q, most, group, batch_invariant=True)
-    size = plan.FEW_HEADS if group <= plan.FEW_HEADS else -(-group // plan.ROW_TILE) * plan.ROW_TILE
+    size = plan.FEW_BLOCK if group <= plan.FEW_BLOCK else -(-group // plan.ROW_TILE) * plan.ROW_TILE
     assert blocks.tolist() == [-(-n * group // size) for n in queries]
     expected = plan.make_invariant_plan(lengths, *how, blocks)
 

@@ -58,7 +58,7 @@ struct SharedStorage {
     Part parts[kMaxParts];                                  // the plan
     Parked parked[kConsumerWarps];
     alignas(16) float high[2][4][kRows];  // of each warpgroup's warps: the rows' maxima in the tile
-    alignas(16) float sum[2][4][kRows];   // and their sums in the segment; then a unit's greatest results
+    alignas(16) float sum[2][4][kRows];   // and their sums in the segment
     uint64_t landed[kRing], freed[kRing];
     uint64_t queries_landed, queries_freed;
 };
@@ -488,23 +488,20 @@ __device__ __forceinline__ void greatest_finite(const float (&rO)[kBlocks][kValu
 
 // A unit's result, which is to be multiplied by `factor` to be normalised, becomes a node, whose head this returns.
 template <typename T, int kRows>
-__device__ __forceinline__ Head make_node(SharedStorage<T, kRows>& shared, const Consumer& me, int warpgroup,
-                                          float (&factor)[kRows / 4], const float (&lse_log2)[kRows / 4],
+__device__ __forceinline__ Head make_node(int lane, float (&factor)[kRows / 4], const float (&lse_log2)[kRows / 4],
                                           float (&rO)[kBlocks][kRows / 2]) {
     constexpr int kCount = kRows / 4;
-    Head head = {own(me.lane, lse_log2), 1.f};
+    Head head = {own(lane, lse_log2), 1.f};
     if constexpr (kHalfNodes<T>) {
         float high[kCount], power[kCount];
         greatest_finite(rO, high);
-        const auto greatest = [](float a, float b) { return fmaxf(a, b); };
-        over_lanes(high, greatest);
-        over_warps(me, warpgroup, shared.sum[warpgroup], 0, high, greatest);  // normaliser has done with it
+        over_lanes(high, [](float a, float b) { return fmaxf(a, b); });
 #pragma unroll
         for (int h = 0; h < kCount; ++h) {
             power[h] = greatest_power(fmaxf(high[h] * factor[h], 0.f));  // 0 for NaN
             factor[h] *= inverse_power(power[h]);
         }
-        head.y = own(me.lane, power);
+        head.y = own(lane, power);
     }
     scale(rO, factor);
     return head;
@@ -568,15 +565,15 @@ __device__ __forceinline__ void store_node(const FwdParams& params, const RowTil
 // Of a unit: normalises its result, and merges it with the nodes that it completes. What that gives is the share's last
 // node then, unless it is the whole row. Whether it is.
 template <typename T, int kRows>
-__device__ __forceinline__ bool end_unit(const FwdParams& params, SharedStorage<T, kRows>& shared, const RowTile& rows,
-                                         const Consumer& me, const Unit& unit, int warpgroup,
-                                         float (&factor)[kRows / 4], float (&lse_log2)[kRows / 4],
-                                         float (&rO)[kBlocks][kRows / 2], Node<T, kRows>& last) {
+__device__ __forceinline__ bool end_unit(const FwdParams& params, const RowTile& rows, const Consumer& me,
+                                         const Unit& unit, int warpgroup, float (&factor)[kRows / 4],
+                                         float (&lse_log2)[kRows / 4], float (&rO)[kBlocks][kRows / 2],
+                                         Node<T, kRows>& last) {
     if (makes_row(unit) && unit.merges == 0) {
         scale(rO, factor);
         return true;
     }
-    Head head = make_node(shared, me, warpgroup, factor, lse_log2, rO);
+    Head head = make_node<T, kRows>(me.lane, factor, lse_log2, rO);
     int node = unit.nodes;
 #pragma unroll 1
     for (int left = unit.merges; left > 0; --left) {
@@ -684,7 +681,7 @@ __device__ __forceinline__ void attend(const FwdParams& params, SharedStorage<T,
     if constexpr (!std::is_same_v<Share, Unit>) scale(rO, factor);
     const bool has_lse = warpgroup == 0 && me.warp == 0 && me.lane < 4;
     if constexpr (std::is_same_v<Share, Unit>) {
-        if (!end_unit(params, shared, rows, me, segment, warpgroup, factor, lse_log2, rO, last)) return;
+        if (!end_unit(params, rows, me, segment, warpgroup, factor, lse_log2, rO, last)) return;
     } else if (segment.place >= 0) {
         store_share(params, rows, me, segment.place, warpgroup, rO);
 #pragma unroll

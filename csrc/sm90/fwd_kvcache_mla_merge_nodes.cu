@@ -71,7 +71,8 @@ template <typename T, int kTogether>
 struct SharedStorage {
     static constexpr int kWarps = kTogether == 1 ? 4 : kTogether;
     static constexpr int kDepth = kTogether == 1 ? kOwnPlaces : 3;  // of a stack: log2 of a warp's units
-    static constexpr int kAtOnce = 8;                               // nodes that a warp loads
+    // Nodes that a warp loads; of many warps so few that several CTAs fit.
+    static constexpr int kAtOnce = kTogether == 1 ? 8 : kHalfNodes<T> ? 4 : 2;
 
     Stored<T> landed[kWarps][kAtOnce], stack[kWarps][kDepth];
     int2 row[kMostRows];            // of each row: what is listed in its first place

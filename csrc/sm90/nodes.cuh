@@ -3,7 +3,7 @@
 // one comes from memory and the other may have been there, or in fwd_kvcache_mla_merge_nodes.cu.
 //
 // Of calls in bf16 a node is rounded to fp16, in registers too: stores and loads of nodes are what a unit costs beside
-// its tiles (csrc/NOTES.md). Its values are relative to a power of two for each query row and warpgroup
+// its tiles (csrc/NOTES.md). Its values are relative to a power of two for each query row and warp
 // (greatest_power): by the greatest value of a unit, and of two nodes the greater one. So a rounding is to 11 bits of
 // values down to 2^-28 of the greatest, and those below come out averaged: less than the result's own rounding to 8. In
 // fp16 that would show; there nodes are in fp32, and the power is 1.
