@@ -67,12 +67,12 @@ struct Stored {
     Head heads[16];
 };
 
-template <typename T, int kTogether>
+template <typename T, typename Layout, int kTogether>
 struct SharedStorage {
     static constexpr int kWarps = kTogether == 1 ? 4 : kTogether;
     static constexpr int kDepth = kTogether == 1 ? kOwnPlaces : 3;  // of a stack: log2 of a warp's units
-    // Nodes that a warp loads; of many warps so few that several CTAs fit.
-    static constexpr int kAtOnce = kTogether == 1 ? 8 : kHalfNodes<T> ? 4 : 2;
+    // Nodes that a warp loads. Of many warps for 64 rows, which have 128 items each, so few that several CTAs fit.
+    static constexpr int kAtOnce = kTogether == 1 || Layout::kTileRows < kRowTile ? 8 : kHalfNodes<T> ? 4 : 2;
 
     Stored<T> landed[kWarps][kAtOnce], stack[kWarps][kDepth];
     int2 row[kMostRows];            // of each row: what is listed in its first place
@@ -313,10 +313,10 @@ __device__ __forceinline__ void store_row(const FwdParams& params, int row_tile,
 // ------------------------------------------------------------------------------------------------------------ kernel
 
 template <typename T, typename Layout, int kTogether>
-__global__ void __launch_bounds__(32 * SharedStorage<T, kTogether>::kWarps)
+__global__ void __launch_bounds__(32 * SharedStorage<T, Layout, kTogether>::kWarps)
     fwd_kvcache_mla_merge_nodes_kernel(const FwdParams params) {
     extern __shared__ __align__(16) uint8_t shared_bytes[];
-    using Shared = SharedStorage<T, kTogether>;
+    using Shared = SharedStorage<T, Layout, kTogether>;
     Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
     cudaTriggerProgrammaticLaunchCompletion();  // what is launched early waits for the end of this grid
     cudaGridDependencySynchronize();
@@ -346,7 +346,7 @@ __global__ void __launch_bounds__(32 * SharedStorage<T, kTogether>::kWarps)
 
 template <typename T, typename Layout, int kTogether>
 void launch(const FwdParams& params, cudaStream_t stream) {
-    using Shared = SharedStorage<T, kTogether>;
+    using Shared = SharedStorage<T, Layout, kTogether>;
     constexpr auto kKernel = fwd_kvcache_mla_merge_nodes_kernel<T, Layout, kTogether>;
     constexpr int kThreads = 32 * Shared::kWarps, kSharedBytes = sizeof(Shared);
     static_assert(kSharedBytes <= 227 * 1024);
