@@ -62,9 +62,9 @@ def get_mla_metadata(
         batch_invariant: a plan under which a row's output and lse are the same bits whatever the other rows are, how
             many, in which order, and however many queries stand before its own, eager or in a CUDA graph. Within one
             backend, architecture and version of what compiles its kernels; on the CPU, one number of threads. It holds
-            for calls that are given this plan, which its shape tells from others. `sm90` serves it for bf16 and fp16
-            caches, `triton` and `cpu` for all; for uneven queries `cpu` alone. The price is in the README; planning
-            takes longer, too.
+            for calls that are given this plan, which its shape tells from others, also with cu_seqlens_q. `sm90` serves
+            it for bf16 and fp16 caches, `triton` and `cpu` for all. The price is in the README; planning takes longer,
+            too.
         cu_seqlens_q, max_seqlen_q: as of `fwd_kvcache_mla`, for a call of it that is given them.
     Returns:
         tile_scheduler_metadata [256, 8] int32 ([257, 8] if batch_invariant), num_splits [b + 1] int32.

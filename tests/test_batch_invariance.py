@@ -182,7 +182,9 @@ def test_as_near_to_float64_as_pytorch(invariant, data):
     check_decode(case, *attend(case), invariant.factor)
 
 
-@pytest.mark.parametrize("lengths", [[20_000, 0, 513, 512, 1], [40_000], [2**16 + 1, 2**16]])
+@pytest.mark.parametrize(
+    "lengths", [[20_000, 0, 513, 512, 1], [40_000], pytest.param([2**16 + 1, 2**16], marks=pytest.mark.large)]
+)
 def test_long_rows_are_right(invariant, lengths):
     """Of many units, the last one in part; at the length from which units grow."""
     d_qk, d_v = min(invariant.dims)

@@ -13,7 +13,10 @@ import torch
 from flashmla_ops.backends import triton as backend
 
 TESTS = Path(__file__).parent
-INTERPRETED = ("fwd_kvcache_mla", "get_mla_metadata", "concat_and_cache_mla", "merge_attn_states", "fp8", "opcheck")
+INTERPRETED = (
+    *("fwd_kvcache_mla", "get_mla_metadata", "concat_and_cache_mla", "merge_attn_states"),
+    *("fp8", "opcheck", "batch_invariance"),
+)
 SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 120: 99}  # of a program, by compute capability: CUDA's programming guide
 DIMS = {192: (160, 128), 320: (320, 256), 576: (576, 512), 832: (576, 272)}  # d_qk, d_v of each width in the table
 
