@@ -288,7 +288,7 @@ def decode_cases() -> Iterator[Case]:
             yield decode_case({"lengths": (300,) * b, "h_q": h_q, "dtype": dtype}, "own", True)
         # batch-invariant: rows of several units, in several parts; row tiles of 16, 32 and 64 rows, whose nodes are
         # merged by 16 warps or, of more of them, by one
-        for h_q, s_q, b in ((16, 1, 4), (16, 1, 12), (8, 3, 4), (16, 3, 4), (20, 1, 2), (128, 2, 4)):
+        for h_q, s_q, b in ((16, 1, 4), (16, 1, 12), (8, 3, 4), (16, 3, 4), (20, 1, 2), (40, 1, 2), (128, 2, 4)):
             lengths = ((3000, 300, 0, 65) * 3)[:b]
             call = {"lengths": lengths, "h_q": h_q, "s_q": s_q, "causal": True, "dtype": dtype}
             yield decode_case(call, "invariant", (h_q, s_q) != (16, 3))
