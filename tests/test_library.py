@@ -104,12 +104,12 @@ def test_every_kernel_is_there_for_its_architectures(sass):
 
 def test_decoding_runs_on_the_tensor_cores(sass):
     """wgmma, in each kernel and dtype: 36 instructions for a tile's scores, 8 for its values in a pair of tiles or two
-    warpgroups; of few rows 36 of two warpgroups' shares, and 16. Those of bf16 and fp16 caches are for even and uneven
-    queries and for units; of few rows, of 16 or 32 a row tile, the latter not for uneven ones. The fp8 ones, for even
-    and uneven queries, have two formats; of few rows mma, 36 for a warp's scores and 32 for its values; fp8 queries of
-    more rows are scored by 18 that multiply bytes."""
+    warpgroups; of few rows 36 of two warpgroups' shares, and 16. Those of bf16 and fp16 caches are for segments and for
+    units, of even and of uneven queries; of few rows, of 16 or 32 a row tile, for uneven queries 16 of segments and 32
+    of units. The fp8 ones, for even and uneven queries, have two formats; of few rows mma, 36 for a warp's scores and
+    32 for its values; fp8 queries of more rows are scored by 18 that multiply bytes."""
     many, few, few_fp8 = ("HGMMA", 36 + 8), ("HGMMA", 36 + 16), (r"\bHMMA", 36 + 32)
-    kernels = {"": (6, *many), "_few_rows": (10, *few), "_fp8": (8, *many), "_fp8_few_rows": (10, *few_fp8)}
+    kernels = {"": (8, *many), "_few_rows": (12, *few), "_fp8": (8, *many), "_fp8_few_rows": (10, *few_fp8)}
     kernels["_fp8_queries"] = (2, "QGMMA", 18)
     for variant, (instances, name, least) in kernels.items():
         kernel = f"fwd_kvcache_mla{variant}_kernel"
