@@ -261,19 +261,20 @@ __global__ void __launch_bounds__(kManyThreads) get_mla_metadata_kernel(const Me
 
 // ----------------------------------------------------------------------------------------------------- uneven queries
 
-// Where a cut of the line stands, and the first cut in that block.
+// Where a cut of the line stands, the first cut in that block, and the last row above that has blocks.
 struct Cut {
-    int row, block, tile, first;
+    int row, block, tile, first, above;
 };
 
 struct UnevenStorage {
     int64_t sum[2][32];  // of the warps: cost, blocks
-    int most[32], least[32];
+    int most[32], least[32], last_row[32];
     int parts_of_block;               // if every block is cut alike, else 0
     uint32_t marked[kWords];          // bit p: cut p is the first of its row
     uint32_t starting[kWords];        // and: does not split its block
     int marked_row[kMaxParts];        // at the marks: the row,
-    int64_t marked_begin[kMaxParts];  // and where on the line it begins
+    int marked_above[kMaxParts];      // the last row above that has blocks,
+    int64_t marked_begin[kMaxParts];  // and where on the line the row begins
     Cut cuts[kMaxParts + 1];
 };
 
@@ -303,6 +304,18 @@ __device__ int bits_below(const uint32_t (&words)[kWords], int end) {
     return end % 32 == 0 ? count : count + __popc(words[end / 32] & ((1u << end % 32) - 1));
 }
 
+// The greatest value of the CTA's threads before this one, -1 of none; `greatest` is that of all.
+__device__ int greatest_before(int value, int (&of_warps)[32], int& greatest) {
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    for (int offset = 1; offset < 32; offset *= 2) value = max(value, __shfl_up_sync(~0u, value, offset));
+    if (lane == 31) of_warps[warp] = value;
+    __syncthreads();
+    const int of_warp = lane < blockDim.x / 32 ? of_warps[lane] : -1;
+    greatest = __reduce_max_sync(~0u, of_warp);
+    const int before = __reduce_max_sync(~0u, lane < warp ? of_warp : -1), below = __shfl_up_sync(~0u, value, 1);
+    return lane > 0 ? max(before, below) : before;
+}
+
 __global__ void __launch_bounds__(kManyThreads)
     get_mla_metadata_uneven_kernel(const MetadataParams params, int per_thread) {
     __shared__ UnevenStorage shared;
@@ -310,7 +323,7 @@ __global__ void __launch_bounds__(kManyThreads)
     const int first_row = min(static_cast<int>(threadIdx.x) * per_thread, params.b);
     const int end_row = min(first_row + per_thread, params.b);
     int64_t cost = 0, blocks = 0;
-    int most = 0, least = INT_MAX;
+    int most = 0, least = INT_MAX, last_row = -1;  // of those that have blocks
     for (int row = first_row; row < end_row; ++row) {
         const BlocksOf of(params, row);
         if (of.blocks == 0) continue;
@@ -318,6 +331,7 @@ __global__ void __launch_bounds__(kManyThreads)
         blocks += of.blocks;
         most = max(most, of.tiles);
         least = min(least, of.tiles);
+        last_row = row;
     }
     most = __reduce_max_sync(~0u, most);
     least = __reduce_min_sync(~0u, least);
@@ -329,6 +343,8 @@ __global__ void __launch_bounds__(kManyThreads)
     int64_t total, all_blocks;
     const int64_t begin = sum_before(cost, shared.sum[0], total);
     const int64_t blocks_before = sum_before(blocks, shared.sum[1], all_blocks);
+    int last_of_all;
+    int above = greatest_before(last_row, shared.last_row, last_of_all);
     const Line<int64_t> line(total, params);
 
     if (warp == 0) {
@@ -378,17 +394,20 @@ __global__ void __launch_bounds__(kManyThreads)
             atomicOr(&shared.marked[first / 32], 1u << first % 32);
             shared.marked_row[first] = row;
             shared.marked_begin[first] = at;
+            shared.marked_above[first] = above;
         }
+        if (of.blocks > 0) above = row;
         at = next;
     }
     __syncthreads();
 
     // A thread each: where the cuts stand.
     for (int i = threadIdx.x; i <= kMaxParts; i += blockDim.x) {
-        Cut cut = {params.b, 0, 0, 0};
+        Cut cut = {params.b, 0, 0, 0, last_of_all};
         if (i < line.parts && total > 0) {
             const int mark = last_bit(shared.marked, i);
             cut.row = shared.marked_row[mark];
+            cut.above = shared.marked_above[mark];
             const BlocksOf of(params, cut.row);
             const int64_t in_row = i * total / line.parts - shared.marked_begin[mark];
             const int64_t block = in_row / of.cost, in_block = in_row - block * of.cost;
@@ -410,8 +429,7 @@ __global__ void __launch_bounds__(kManyThreads)
         int last_row = next.row, last_block = next.block, last_tile = next.tile;
         if (next.tile == 0) {  // the next part starts with a block of its own
             if (next.block == 0) {
-                do --last_row;  // rows without queries have none
-                while (BlocksOf(params, last_row).blocks == 0);
+                last_row = next.above;
                 last_block = BlocksOf(params, last_row).blocks;
             }
             --last_block;
