@@ -276,7 +276,11 @@ __device__ __forceinline__ RowTile row_tile_of(const FwdParams& params, int row_
 // Whether the row tile has any of an item's query rows: where it has none, no node has been stored.
 template <typename Layout>
 __device__ __forceinline__ bool has_rows(const FwdParams& params, int row_tile, const Listed& node, int v) {
-    if (node.row() < 0 || node.row() >= params.b) return false;  // a plan of other lengths
+    if (node.row() < 0 || node.row() >= params.b) return false;  // a plan of other lengths: its place is as it was
+    if (params.cu_seqlens_q != nullptr) {
+        const int last = last_block(params, RowQueries(params, node.row()), Layout::kTileRows);
+        if (node.block() < 0 || node.block() > last) return false;
+    }
     return Layout::first_row(v) < row_tile_of<Layout>(params, row_tile, node).count(params);
 }
 
