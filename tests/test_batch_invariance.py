@@ -100,7 +100,7 @@ def most_keys(target) -> int:
 
 rows_of_any_kind = {
     "lengths": st.lists(st.one_of(st.integers(0, 700), st.integers(0, 2**19)), min_size=1, max_size=5),
-    "heads": st.sampled_from([(1, 1), (5, 1), (16, 1), (4, 2), (20, 1), (48, 2), (128, 1)]),
+    "heads": st.sampled_from([(1, 1), (5, 1), (16, 1), (4, 2), (20, 1), (32, 1), (48, 2), (40, 1), (128, 1)]),
     "s_q": st.integers(1, 3),
     "kv_format": st.sampled_from(["plain", "plain", "fp8", "fp8_tensor"]),
     "peaked": st.sampled_from([None, "first", "last"]),
@@ -291,6 +291,14 @@ def test_units_are_few_and_halves_with_few_heads():
         assert each.tolist() == [plan.unit_tiles(int(t), few_heads) for t in tiles]
     assert torch.equal(long, 2 * short)
     assert (long >= plan.FEWEST_TILES).all() and (short * plan.MAX_UNITS >= tiles).all()
+
+
+def test_units_by_the_tiles_of_a_row():
+    """A quarter of a row, from 4 tiles to 8; 16 of a long one; as many as 64 units ask for. With few heads half."""
+    expected = {1: 4, 16: 4, 17: 6, 24: 6, 25: 8, 96: 8, 97: 16, 1024: 16, 1025: 18, 6400: 100}
+    assert {tiles: plan.unit_tiles(tiles, few_heads=False) for tiles in expected} == expected
+    assert plan.unit_tiles(1, few_heads=True) == 2 and plan.unit_tiles(97, few_heads=True) == 8
+    assert (plan.FEW_HEADS, plan.FEW_BLOCK) == (16, 32)  # the README says so
 
 
 @pytest.mark.parametrize("few_heads", [True, False])
