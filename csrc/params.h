@@ -130,7 +130,7 @@ struct FwdParams {
     int tile_rows;       // kRowTile, of few rows kFewRows or twice as many
     int places;          // that the plan may give a row tile; a plan that uses more is executed unsplit
     int first_row_tile;  // of this launch
-    int2* nodes;         // [places]: (row, its units up to the node's end) of what parts leave to be merged
+    int2* nodes;         // [places]: what parts leave to be merged, of which row (Listed, sm90/nodes.cuh)
     DType dtype;         // of out
     CacheFormat format;
 };

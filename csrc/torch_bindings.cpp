@@ -119,8 +119,8 @@ void get_mla_metadata_invariant_op(Tensor tile_scheduler_metadata, Tensor num_sp
                                on.stream);
 }
 
-// A call under a batch-invariant plan (sm90/units.cuh), of which all else is known. Which kernel serves it and what its
-// row tiles are goes by h_q / h_k, never by s_q or the batch.
+// A call under a batch-invariant plan (sm90/units.cuh), of which all else is known. Which kernel serves it goes by
+// h_q / h_k, never by s_q or the batch; row tiles of few rows, of 16 or 32, give the same bits.
 void fwd_kvcache_mla_invariant(FwdParams params, const Tensor& like, cudaStream_t stream) {
     const bool uneven = params.cu_seqlens_q != nullptr;
     const int64_t max_units = std::min(kMaxUnits, params.max_len / (kTile * kFewestTiles / 2) + 1);

@@ -100,7 +100,7 @@ def most_keys(target) -> int:
 
 rows_of_any_kind = {
     "lengths": st.lists(st.one_of(st.integers(0, 700), st.integers(0, 2**19)), min_size=1, max_size=5),
-    "heads": st.sampled_from([(1, 1), (5, 1), (16, 1), (4, 2), (20, 1), (48, 2), (128, 1)]),
+    "heads": st.sampled_from([(1, 1), (5, 1), (16, 1), (4, 2), (20, 1), (32, 1), (48, 2), (40, 1), (128, 1)]),
     "s_q": st.integers(1, 3),
     "kv_format": st.sampled_from(["plain", "plain", "fp8", "fp8_tensor"]),
     "peaked": st.sampled_from([None, "first", "last"]),
@@ -148,17 +148,17 @@ def test_bits_of_uneven_queries_of_many_key_heads(uneven_invariant):
     check_uneven_surroundings(case, random.Random(0), most_rows=4)
 
 
-@pytest.mark.parametrize("h_q", [16, 64])
-def test_bits_do_not_depend_on_many_queries_before_a_row_s_own(invariant, h_q):
-    """So many row tiles that a GPU takes several launches."""
+@pytest.mark.parametrize("h_q, before", [(16, 330), (64, 170)])
+def test_bits_do_not_depend_on_many_queries_before_a_row_s_own(invariant, h_q, before):
+    """So many row tiles, of 32 or of 64 query rows, that a GPU takes several launches."""
     if invariant.name == "triton" and invariant.device == "cpu":
         pytest.skip("triton: too large for Triton's interpreter")
     d_qk, d_v = min(invariant.dims)
     like = {"dtype": invariant.dtypes[0], "device": invariant.device, "d_qk": d_qk, "d_v": d_v}
     case = make_decode_case([1300, 700, 0, 3000], h_q=h_q, causal=True, **like)
     out, lse = attend(case)
-    got_out, got_lse = attend(part_of(case, [0, 1, 2, 3], before=170))
-    assert torch.equal(bits(got_out[:, 170:]), bits(out)) and torch.equal(bits(got_lse[:, :, 170:]), bits(lse))
+    got_out, got_lse = attend(part_of(case, [0, 1, 2, 3], before))
+    assert torch.equal(bits(got_out[:, before:]), bits(out)) and torch.equal(bits(got_lse[:, :, before:]), bits(lse))
 
 
 @pytest.mark.parametrize("b", [512, 3])
@@ -291,6 +291,14 @@ def test_units_are_few_and_halves_with_few_heads():
         assert each.tolist() == [plan.unit_tiles(int(t), few_heads) for t in tiles]
     assert torch.equal(long, 2 * short)
     assert (long >= plan.FEWEST_TILES).all() and (short * plan.MAX_UNITS >= tiles).all()
+
+
+def test_units_by_the_tiles_of_a_row():
+    """A quarter of a row, from 4 tiles to 8; 16 of a long one; as many as 64 units ask for. With few heads half."""
+    expected = {1: 4, 16: 4, 17: 6, 24: 6, 25: 8, 96: 8, 97: 16, 1024: 16, 1025: 18, 6400: 100}
+    assert {tiles: plan.unit_tiles(tiles, few_heads=False) for tiles in expected} == expected
+    assert plan.unit_tiles(1, few_heads=True) == 2 and plan.unit_tiles(97, few_heads=True) == 8
+    assert (plan.FEW_HEADS, plan.FEW_BLOCK) == (16, 32)  # the README says so
 
 
 @pytest.mark.parametrize("few_heads", [True, False])

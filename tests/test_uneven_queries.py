@@ -300,6 +300,7 @@ def test_a_plan_for_other_numbers_of_queries(target, uneven_plans):
                 fwd_kvcache_mla(**call)
         else:
             fwd_kvcache_mla(**call)
+            torch.cuda.synchronize()
 
 
 @given(seed=seeds, high=st.sampled_from([2, 9, 1000, 2**26, 2**31 - 1]), heads=st.sampled_from([16, 40, 128]))
@@ -325,6 +326,29 @@ def test_noise_for_a_plan_is_harmless(target, uneven_plans, seed, high, heads):
         assert "tile_scheduler_metadata: expected" in str(error)
     assert time.perf_counter() - begin < 10
     assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(inputs, before, strict=True))
+
+
+@pytest.mark.parametrize("heads", [16, 40])
+def test_places_that_no_part_fills_are_harmless(uneven_invariant, heads, monkeypatch):
+    """What a plan says is left, and no part leaves, is read as memory was before: here as a block before a row's first
+    one, whose results would go far before out."""
+    if uneven_invariant.device != "cuda":
+        pytest.skip("values are checked on the CPU")
+    monkeypatch.setattr(backends.values, "DEBUG", False)
+    d_qk, d_v = uneven_invariant.dims[0]
+    like = {"dtype": uneven_invariant.dtypes[0], "device": uneven_invariant.device, "d_qk": d_qk, "d_v": d_v}
+    case = uneven(make_decode_case([70, 1300, 3], 9, heads, **like), [1, 9, 2])
+    metadata = torch.zeros(plan.MAX_PARTS + 1, plan.COLUMNS, dtype=torch.int32)
+    metadata[:, plan.LAST_ROW] = -1
+    metadata[-1, plan.FLAGS] = plan.INVARIANT + 2 * 3
+    planned = metadata.to(case.q.device), torch.zeros(4, dtype=torch.int32, device=case.q.device)
+    torch.cuda.empty_cache()
+    stale = torch.zeros(2**26, 2, dtype=torch.int32, device=case.q.device)  # 512 MB, which the workspace is taken from
+    stale[:, 1] = -(2**30)
+    del stale
+    fwd_kvcache_mla(**case.kwargs(), **plan_kwargs(planned))
+    torch.cuda.synchronize()
+    check_decode(case, *run(case, "invariant"), uneven_invariant.factor)
 
 
 REFUSED = [

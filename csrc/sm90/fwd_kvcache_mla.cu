@@ -4,7 +4,7 @@
 //   out = softmax(softmax_scale * q k^T) v,   lse = log(sum(exp(softmax_scale * q k^T)))
 //
 // Up to 32 query rows a key head are fwd_kvcache_mla_few_rows.cu's, of uneven queries up to 16, and under a
-// batch-invariant plan up to 16 heads with any number of queries.
+// batch-invariant plan up to 32 heads a key head with any number of queries.
 //
 // Work. A row tile is 64 query rows of one key head, in the order (s_q, h_q / h_k). The plan's part p of row tile t is
 // one CTA's work: it walks the part's batch rows; of each it sees a segment of tiles of 64 keys.

@@ -327,9 +327,15 @@ __device__ __forceinline__ void store(const FwdParams& params, SharedStorage& sh
     if (segment.place >= 0) {
         store_share(params, rows, me, segment.place, warpgroup, lse_log2, rO);
     } else {
-        // Both are done with V. Not one barrier for both: synccheck knows none that is waited for in two places.
-        ptx::named_barrier_arrive(kDone + warpgroup, kConsumers);
-        ptx::named_barrier(kDone + 1 - warpgroup, kConsumers);
+        // Both are done with V. Not one barrier for both: synccheck knows none that is waited for in two places. One
+        // after the other: who comes to either again knows that the other warpgroup has left it.
+        if (warpgroup == 0) {
+            ptx::named_barrier(kDone + 1, kConsumers);
+            ptx::named_barrier_arrive(kDone, kConsumers);
+        } else {
+            ptx::named_barrier_arrive(kDone + 1, kConsumers);
+            ptx::named_barrier(kDone, kConsumers);
+        }
         store_rows<__nv_bfloat16>(params, rows, me, segment.row, warpgroup, lse_log2, rO,
                                   shared.sV[values.half[warpgroup].slot]);
     }

@@ -273,11 +273,13 @@ __device__ __forceinline__ RowTile row_tile_of(const FwdParams& params, int row_
     return RowTile(params, rows, node.row(), RowQueries(params, node.row()), node.block());
 }
 
-// Whether the row tile has any of an item's query rows: where it has none, no node has been stored.
+// Whether the row tile has any of an item's query rows: where it has none, no node has been stored. Of a plan of other
+// lengths, which lists fewer nodes than it says, neither row nor block may be one.
 template <typename Layout>
 __device__ __forceinline__ bool has_rows(const FwdParams& params, int row_tile, const Listed& node, int v) {
-    if (node.row() < 0 || node.row() >= params.b) return false;  // a plan of other lengths
-    return Layout::first_row(v) < row_tile_of<Layout>(params, row_tile, node).count(params);
+    if (node.row() < 0 || node.row() >= params.b) return false;
+    const RowTile rows = row_tile_of<Layout>(params, row_tile, node);
+    return rows.first_row >= 0 && Layout::first_row(v) < rows.count(params);
 }
 
 // A row's result, by way of `staging`: 512 bytes of the warp's, so that a lane has half of a query row's columns.

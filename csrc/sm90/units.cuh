@@ -99,12 +99,12 @@ __device__ __forceinline__ void for_units_of(const FwdParams& params, bool few_h
         }
         __syncwarp();
         body(parked->unit);
-        __syncwarp();
         unit = parked->unit;
         i = parked->index;
         stop = parked->stop;
         first = parked->first;
         tiles = parked->tiles;
+        __syncwarp();  // before the next unit is written there
     }
     unit.leaf += unit.leaves;
 }
