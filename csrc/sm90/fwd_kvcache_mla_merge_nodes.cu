@@ -360,8 +360,9 @@ void launch(const FwdParams& params, cudaStream_t stream) {
 
 template <typename T, typename Layout>
 void launch(const FwdParams& params, cudaStream_t stream) {
-    // all of a CTA's warps for an item where CTAs then have no more than two
-    const int64_t items = int64_t{std::min(params.b, params.grid_parts)} * params.row_tiles * Layout::kTileRows * 2;
+    // all of a CTA's warps for an item where CTAs then have no more than two; of uneven queries rows have many blocks
+    const int rows = params.cu_seqlens_q != nullptr ? params.grid_parts : std::min(params.b, params.grid_parts);
+    const int64_t items = int64_t{rows} * params.row_tiles * Layout::kTileRows * 2;
     items <= 2 * multiprocessors() ? launch<T, Layout, kMany>(params, stream) : launch<T, Layout, 1>(params, stream);
 }
 
