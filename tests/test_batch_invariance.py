@@ -138,6 +138,24 @@ def test_bits_do_not_depend_on_the_queries_of_other_rows(uneven_invariant, seed,
     check_uneven_surroundings(case_of_rows(uneven_invariant, rng, seed=seed, **drawn), rng, most_rows)
 
 
+@pytest.mark.parametrize(
+    "h_q, lengths, queries", [(16, [700, 1000, 64, 0, 900], [1, 5, 0, 2, 4]), (40, [520, 700], [1, 2])]
+)
+def test_bits_of_blocks_that_parts_share(uneven_invariant, h_q, lengths, queries):
+    """Of rows of one block and of several, in part full, in plans of so many parts that most blocks are split."""
+    d_qk, d_v = min(uneven_invariant.dims)
+    like = {"dtype": uneven_invariant.dtypes[0], "device": uneven_invariant.device, "d_qk": d_qk, "d_v": d_v}
+    case = make_decode_case(lengths, s_q=max(queries), h_q=h_q, causal=True, **like)
+    packed = uneven(case, queries, spare=1)
+    wanted = packed.packed(*attend(case))
+    check_decode(packed, *wanted, uneven_invariant.factor)
+    for parts in (7, 16, 40):
+        made = plan_of_parts(packed, parts)
+        assert made[0][-1, plan.FLAGS] >> 1 > 0
+        for got, want in zip(attend(packed, made), wanted, strict=True):
+            assert torch.equal(bits(got), bits(want)), f"{parts} parts"
+
+
 def test_bits_of_uneven_queries_of_many_key_heads(uneven_invariant):
     """More row tiles than are worked on in one launch."""
     if uneven_invariant.name == "triton" and uneven_invariant.device == "cpu":
