@@ -384,7 +384,9 @@ def fwd_kvcache_mla(
         if invariant:
             # nodes that the plan leaves, and each program's own
             split_parts = min(places(tiles), planned * MAX_UNITS)
-            at_once, parts = min(num_row_blocks, ROW_BLOCKS_AT_ONCE), max(1, parts * tiles // num_row_blocks)
+            at_once = min(num_row_blocks, ROW_BLOCKS_AT_ONCE)
+            # as many programs as there are SMs; of uneven queries most rows may have one, and other row blocks no work
+            parts = max(1, parts * tiles // (h_k * -(-planned_rows // config.block_m)))
             shares = split_parts * num_row_blocks + at_once * parts * kernels.OWN_PLACES.value
         else:
             split_parts = _split_parts(parts if plan is None else MAX_PARTS, planned, max_len, tiles)
