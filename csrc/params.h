@@ -28,7 +28,7 @@ constexpr int kSharesPerTile = 16;
 __host__ __device__ constexpr int rows_of_block(int group, bool batch_invariant = false) {
     return batch_invariant && group <= kFewBlock ? kFewBlock : (group + kRowTile - 1) / kRowTile * kRowTile;
 }
-constexpr int row_cost(int64_t rows) { return rows <= kFewRows ? 2 : 4; }  // by query rows a key head
+constexpr int row_cost(int64_t) { return 4; }  // by query rows a key head
 // Of a unit of a row of so many tiles, also of none.
 __host__ __device__ constexpr int unit_tiles(int tiles, bool few_heads) {
     const auto max = [](int a, int b) { return a > b ? a : b; };

@@ -36,7 +36,7 @@ FIRST_ROW, FIRST_TILE, LAST_ROW, LAST_TILE, FIRST_SPLIT, FLAGS, FIRST_ROW_TILE, 
 MIN_TILES = 1  # of a part
 # What starting a row (its queries) and writing its result cost, in tiles, by measurement (csrc/NOTES.md): with up to
 # FEW_ROWS query rows a key head, and with more, whose results are larger.
-FEW_ROWS, FEW_ROWS_COST, ROW_COST = 16, 2, 4
+FEW_ROWS, FEW_ROWS_COST, ROW_COST = 16, 4, 4
 # One more tile in a part costs as much time as so many more shares in the merge of a row.
 SHARES_PER_TILE = 16
 ROW_TILE = 64  # query rows that one worker holds: s_q * h_q / h_k of them are dealt to row tiles of this size

@@ -103,7 +103,7 @@ HANDOVERS = [
     Handover(DECODE_FP8_FEW_ROWS, "e4m3.cuh:leave_unit", "e4m3.cuh:take_unit", alike="leave_chunk"),
     Handover(DECODE_FP8_FEW_ROWS, "store_query_chunk", "take_query_chunk", alike="leave_chunk"),
     Handover(DECODE_FP8_FEW_ROWS, "e4m3_tile.cuh:zero_tokens", "take_bytes", alike="leave_chunk"),
-    Handover(DECODE_FP8_FEW_ROWS, "e4m3_tile.cuh:copy_bulk", "take_bytes", alike="copy_chunk"),
+    Handover(DECODE_FP8_FEW_ROWS, "ptx.cuh:copy_bulk", "take_bytes", alike="copy_chunk"),
 ]
 PATH = f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin:{os.environ.get('PATH', '')}"
 

@@ -62,14 +62,6 @@ struct Place {
     }
 };
 
-// Not cuda::ptx's: what racecheck reports of it is to name this file (tests/sanitize.py).
-__device__ __forceinline__ void copy_bulk(uint8_t* shared_to, const uint8_t* from, uint32_t bytes, uint64_t* landed) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                     ptx::shared_address(shared_to)),
-                 "l"(from), "r"(bytes), "r"(ptx::shared_address(landed))
-                 : "memory");
-}
-
 // A place in the ring from token `first` on, by one warp.
 template <int kRowBytes>
 __device__ __forceinline__ void zero_tokens(uint8_t* shared_place, int first) {
@@ -96,10 +88,11 @@ __device__ __forceinline__ void load_tokens(const FwdParams& params, const uint8
         }
         __syncwarp();
         if (params.cache_stride_token == kRowBytes) {
-            if (lane == 0) copy_bulk(to, from, count * kRowBytes, landed);
+            if (lane == 0) ptx::copy_bulk(to, from, count * kRowBytes, landed, ptx::evict_first_policy());
         } else {
             for (int token = lane; token < count; token += 32) {
-                copy_bulk(to + token * kRowBytes, from + token * params.cache_stride_token, kRowBytes, landed);
+                ptx::copy_bulk(to + token * kRowBytes, from + token * params.cache_stride_token, kRowBytes, landed,
+                               ptx::evict_first_policy());
             }
         }
     } else if (lane == 0) {

@@ -157,7 +157,7 @@ __device__ __forceinline__ void load(const FwdParams& params, const CacheMaps& c
     const Pages pages(params, segment);
     // Several row tiles read the same keys at about the same time. They take turns in bringing tiles to L2 a pair
     // ahead, so that none waits for memory. Keys that are read once come slower for that (csrc/NOTES.md).
-    const int readers = params.row_tiles / params.h_k, turn = rows.tile;
+    const int readers = readers_of_keys(params), turn = rows.tile;
     int tile = segment.begin + stage, page = pages.page_of(tile);
     start_queries(params, shared, rows, segment, warp, phases);
     bool queries_pending = true;
@@ -169,8 +169,7 @@ __device__ __forceinline__ void load(const FwdParams& params, const CacheMaps& c
                                                  landed, slices * wgmma::kSliceBytes);
             const auto copy = [&](const CUtensorMap& map, int slice) {
                 const int32_t where[5] = {0, pages.token_of(tile), slice, rows.head, page};
-                cuda::ptx::cp_async_bulk_tensor(cuda::ptx::space_cluster, cuda::ptx::space_global,
-                                                shared.sK[stage][slice], &map, where, landed);
+                copy_keys(readers, shared.sK[stage][slice], map, where, landed);
             };
             const auto prefetch = [&](const CUtensorMap& map, int slice) {
                 const int32_t where[5] = {0, pages.token_of(tile + 2), slice, rows.head, next_page};

@@ -1,6 +1,8 @@
 // What the decode kernels and the combine kernel share: dimensions, and how the plan is read.
 #pragma once
 
+#include <cuda.h>
+
 #include <climits>
 #include <cuda/ptx>
 
@@ -142,6 +144,21 @@ struct Pages {
   private:
     __device__ int column_of(int tile) const { return tiles_per_page == 1 ? tile : tile / tiles_per_page; }
 };
+
+// How many row tiles read a key.
+__device__ __forceinline__ int readers_of_keys(const FwdParams& params) { return params.row_tiles / params.h_k; }
+
+// A box of the cache to shared memory, by one thread. Keys that nobody else reads L2 is to give up before others: so
+// they come up to 10 % faster (csrc/NOTES.md, section 12).
+__device__ __forceinline__ void copy_keys(int readers, void* shared_to, const CUtensorMap& map,
+                                          const int32_t (&where)[5], uint64_t* landed) {
+    if (readers == 1) {
+        ptx::copy_box(shared_to, &map, where, landed, ptx::evict_first_policy());
+    } else {  // with a policy at all they would come 2 % slower
+        cuda::ptx::cp_async_bulk_tensor(cuda::ptx::space_cluster, cuda::ptx::space_global, shared_to, &map, where,
+                                        landed);
+    }
+}
 
 // Whether parts a and b, one after the other, are the only ones with tiles of a row.
 __device__ __forceinline__ bool is_pair(const Part& a, const Part& b, int row, int tiles) {

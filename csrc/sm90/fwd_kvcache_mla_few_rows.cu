@@ -89,6 +89,7 @@ __device__ __forceinline__ void load_keys(const FwdParams& params, const CUtenso
                                           SharedStorage<T, kRows>& shared, const RowTile& rows, const Segment& segment,
                                           Place<kRing>& place) {
     const Pages pages(params, segment);
+    const int readers = readers_of_keys(params);
     int page = pages.page_of(segment.begin), next_page = pages.page_of(segment.begin + 1);
     for (int tile = segment.begin; tile < segment.end; ++tile) {
         const int page_after = pages.page_of(tile + 2);  // looked up two tiles ahead
@@ -103,8 +104,7 @@ __device__ __forceinline__ void load_keys(const FwdParams& params, const CUtenso
                 cuda::ptx::mbarrier_arrive_expect_tx(cuda::ptx::sem_release, cuda::ptx::scope_cta,
                                                      cuda::ptx::space_shared, landed, kPortionBytes);
                 const int32_t where[5] = {0, token, portion * kPortionSlices, rows.head, page};
-                cuda::ptx::cp_async_bulk_tensor(cuda::ptx::space_cluster, cuda::ptx::space_global,
-                                                shared.ring[place.slot], &cache, where, landed);
+                copy_keys(readers, shared.ring[place.slot], cache, where, landed);
             }
             __syncwarp();
         }

@@ -87,6 +87,7 @@ __device__ __forceinline__ void load(const FwdParams& params, const CUtensorMap&
                                      const RowTile& rows, const Segment& segment, KeyPlace& place, uint32_t& phase) {
     if (segment.begin == segment.end) return;
     const Pages pages(params, segment);
+    const int readers = readers_of_keys(params);
     const int lane = ptx::lane();
     int page = pages.page_of(segment.begin), next_page = pages.page_of(segment.begin + 1);
     // tiles that several CTAs read are brought to L2 two tiles ahead, by each in turn
@@ -99,8 +100,7 @@ __device__ __forceinline__ void load(const FwdParams& params, const CUtensorMap&
             cuda::ptx::mbarrier_arrive_expect_tx(cuda::ptx::sem_release, cuda::ptx::scope_cta, cuda::ptx::space_shared,
                                                  landed, kSlices * kByteSlice);
             const int32_t where[5] = {0, pages.token_of(tile), 0, rows.head, page};
-            cuda::ptx::cp_async_bulk_tensor(cuda::ptx::space_cluster, cuda::ptx::space_global, shared.sK[place.slot][0],
-                                            &cache, where, landed);
+            copy_keys(readers, shared.sK[place.slot][0], cache, where, landed);
             if (shared_by_row_tiles && page_after >= 0 && tile % params.row_tiles == rows.index()) {
                 ptx::prefetch_box_l2(&cache, {0, pages.token_of(tile + 2), 0, rows.head, page_after});
             }

@@ -127,6 +127,33 @@ __device__ __forceinline__ void prefetch_bulk_l2(const void* pointer, uint32_t b
     asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(pointer), "r"(bytes));
 }
 
+// By which L2 gives up lines before others. "createpolicy"
+__device__ __forceinline__ uint64_t evict_first_policy() {
+    uint64_t policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+
+// Bytes to shared memory, from memory or as a box of a tensor map, by one thread; they count on the barrier `landed`.
+// "cp.async.bulk", "cp.async.bulk.tensor"
+__device__ __forceinline__ void copy_bulk(void* shared_to, const void* from, uint32_t bytes, uint64_t* landed,
+                                          uint64_t policy) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::
+            "r"(shared_address(shared_to)),
+        "l"(from), "r"(bytes), "r"(shared_address(landed)), "l"(policy)
+        : "memory");
+}
+__device__ __forceinline__ void copy_box(void* shared_to, const void* map, const int32_t (&where)[5], uint64_t* landed,
+                                         uint64_t policy) {
+    asm volatile(
+        "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint"
+        " [%0], [%1, {%2, %3, %4, %5, %6}], [%7], %8;" ::"r"(shared_address(shared_to)),
+        "l"(map), "r"(where[0]), "r"(where[1]), "r"(where[2]), "r"(where[3]), "r"(where[4]),
+        "r"(shared_address(landed)), "l"(policy)
+        : "memory");
+}
+
 // 16 bytes, which L2 keeps rather than others. "st", "createpolicy"
 __device__ __forceinline__ void store_evict_last(uint4* to, const uint4& value) {
     uint64_t policy;
