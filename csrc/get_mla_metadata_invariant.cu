@@ -36,6 +36,9 @@ namespace {
 constexpr int kLines = 2, kCost = 0, kUnits = 1;
 constexpr int kThreads = kLines * kMaxParts;                  // a power of two, for the bisection
 constexpr int kLevels = std::bit_width(unsigned{kMaxUnits});  // powers of two for g; with the last all rows are whole
+constexpr int kBounds = 8;                                    // that are tried to fill parts, by a warp each
+constexpr int kFilledRows = kThreads;                         // so that each thread has one at most
+constexpr int kFilledUnits = 4096;                            // so that 32 bits suffice
 constexpr int kInvariant = 1;                                 // bit of the flags
 // A row counts as having kMostQueries / b queries at most (131072 where b is a million), so that no sum overflows
 // whatever cu_seqlens_q holds: cuts would then be looked for where there is no row.
@@ -90,7 +93,10 @@ struct SharedStorage {
     Cuts<kUneven> cuts[kLines];                // as they are before they are rounded
     int left[kLines][kLevels];                 // nodes, by all parts
     int64_t greatest[kLines][kMaxParts / 32];  // load of a part, of the warps
-    int splits_before[kMaxParts + 1];          // cuts before this one that stand inside a block
+    int longest[kThreads / 32];                // load of a unit, of the warps
+    unsigned filled[kBounds][kMaxParts];       // where the parts before these end on the line of cost, see Stretch
+    bool suffices[kBounds];
+    int splits_before[kMaxParts + 1];  // cuts before this one that stand inside a block
 };
 
 // What the last scan sums, in one word.
@@ -155,6 +161,72 @@ __device__ int64_t warp_max(int64_t value) {
     return int64_t{greatest_high} << 32 | __reduce_max_sync(~0u, high == greatest_high ? low : 0);
 }
 
+// What a divisor is known by beforehand, so that a division takes no more than a few products.
+struct Divisor {
+    unsigned by, inverse;
+
+    __device__ explicit Divisor(unsigned by) : by(by), inverse(~0u / by) {}
+    __device__ unsigned multiple_up_to(unsigned value) const {
+        const unsigned multiple = __umulhi(value, inverse) * by;  // that or the one below
+        return value - multiple < by ? multiple : multiple + by;
+    }
+};
+
+// A lane's row on the line of cost while parts are filled, which no thread has more than one of: thread `row` begins
+// there. After the last one, its end.
+template <bool kUneven>
+struct Stretch {
+    unsigned begin, end;
+    unsigned row_cost;
+    Divisor block, unit;
+
+    struct Cut {
+        unsigned begin, stop;  // of a part that begins there, and of one that ends there: a load is their distance
+    };
+
+    __device__ Stretch(const MetadataParams& params, const SharedStorage<kUneven>& shared, unsigned total, int row)
+        : begin(total), end(~0u), row_cost(params.row_cost), block(1), unit(1) {
+        if (row >= params.b) return;
+        const Row<kUneven> here(params, row);
+        begin = static_cast<unsigned>(shared.begin[kCost][row]);
+        end = begin + static_cast<unsigned>(here.length(params, kCost));
+        block = Divisor(here.block_length(params, kCost));
+        unit = Divisor(here.each);
+    }
+    // The last cut where a part that ends stops at `reach` or before it, which is in the row.
+    __device__ Cut last_cut(unsigned reach) const {
+        const unsigned in_row = reach - begin, before = begin + (kUneven ? block.multiple_up_to(in_row) : 0);
+        const unsigned inside = reach - before, units = unit.multiple_up_to(max(inside, row_cost) - row_cost);
+        return {before + units, before + (units > 0 ? row_cost + units : 0)};
+    }
+};
+
+// Fills parts, by a warp: whether num_parts of them suffice with a load of at most `bound`. Each lane has a row and
+// cuts it before it is known whose row it is, so that a part is a chain of few instructions.
+template <bool kUneven>
+__device__ bool fill(const MetadataParams& params, const SharedStorage<kUneven>& shared, unsigned total, unsigned bound,
+                     unsigned (&stops)[kMaxParts]) {
+    const int lane = threadIdx.x % 32;
+    int first_row = 0, part = 0;
+    typename Stretch<kUneven>::Cut cut = {0, 0};
+    Stretch<kUneven> stretch(params, shared, total, lane);
+    for (; part < params.num_parts && cut.stop < total; ++part) {
+        if (lane == 0) stops[part] = cut.stop;
+        const unsigned reach = min(cut.begin + bound, total);
+        unsigned passed;
+        while ((passed = __ballot_sync(~0u, stretch.end <= reach)) == ~0u) {
+            first_row += 32;
+            stretch = Stretch<kUneven>(params, shared, total, first_row + lane);
+        }
+        const int reached = __popc(passed);
+        cut = stretch.last_cut(reach);
+        cut.begin = __shfl_sync(~0u, cut.begin, reached);
+        cut.stop = __shfl_sync(~0u, cut.stop, reached);
+    }
+    for (part += lane; part < kMaxParts; part += 32) stops[part] = total;
+    return cut.stop == total;
+}
+
 // The first of a line's cuts in or after a block, which may be that of row b.
 template <bool kUneven>
 __device__ int first_cut(const Cuts<kUneven>& cuts, int row, int block) {
@@ -203,15 +275,17 @@ __global__ void __launch_bounds__(kThreads)
     const int line = index / kMaxParts, part = index % kMaxParts;  // before cuts become one
     const int first_row = min(index * per_thread, params.b), end_row = min(first_row + per_thread, params.b);
     int64_t cost = 0, units = 0, total_cost, total_units;
-    int blocks = 0, blocks_before = 0, total_blocks = params.b;
+    int blocks = 0, blocks_before = 0, total_blocks = params.b, longest = 0;
 #pragma unroll 4
     for (int row = first_row; row < end_row; ++row) {
         const Row<kUneven> here(params, row);
         blocks += here.blocks;
         cost += here.length(params, kCost);
         units += here.length(params, kUnits);
+        if (here.blocks > 0) longest = max(longest, params.row_cost + min(here.each, here.tiles));
     }
-    if (part < kLevels) shared.left[line][part] = 0;
+    longest = static_cast<int>(__reduce_max_sync(~0u, longest));
+    if (lane == 0) shared.longest[index / 32] = longest;
     shared.begin[kCost][index] = sum_before(cost, shared.line_sums[kCost], total_cost);
     shared.begin[kUnits][index] = sum_before(units, shared.line_sums[kUnits], total_units);
     if constexpr (kUneven) blocks_before = sum_before(blocks, shared.block_sums, total_blocks);
@@ -223,25 +297,56 @@ __global__ void __launch_bounds__(kThreads)
     Cut<kUneven>* const cut = &shared.cuts[line][part];
     *cut = position < total ? find_cut(params, shared, per_thread, line, position) : end_cut;
     if (part == 0) cut[kMaxParts] = end_cut;
-    __syncthreads();
+
+    int chosen = kUnits;  // of equals
+    Cut<kUneven> from, to;
+    for (bool filled = params.b > kFilledRows || total_units > kFilledUnits;; filled = true) {
+        if (part < kLevels) shared.left[line][part] = 0;
+        __syncthreads();
 
 #pragma unroll
-    for (int level = 0; level < kLevels; ++level) {
-        const int left = warp_sum(count_nodes(cut[0].at(level), cut[1].at(level)));
-        if (lane == 0) atomicAdd(&shared.left[line][level], left);
+        for (int level = 0; level < kLevels; ++level) {
+            const int left = warp_sum(count_nodes(cut[0].at(level), cut[1].at(level)));
+            if (lane == 0) atomicAdd(&shared.left[line][level], left);
+            __syncthreads();
+            if (max(shared.left[kCost][level], shared.left[kUnits][level]) <= params.places) break;
+        }
+        int level = 0;  // nodes become fewer from one to the next
+        while (level < kLevels - 1 && shared.left[line][level] > params.places) ++level;
+        from = cut[0].at(level);
+        to = cut[1].at(level);
+        const int64_t load_here = warp_max(load(params, from, to));
+        if (lane == 0) shared.greatest[line][part / 32] = load_here;
         __syncthreads();
-        if (max(shared.left[kCost][level], shared.left[kUnits][level]) <= params.places) break;
-    }
-    int level = 0;  // nodes become fewer from one to the next
-    while (level < kLevels - 1 && shared.left[line][level] > params.places) ++level;
-    const Cut<kUneven> from = cut[0].at(level), to = cut[1].at(level);
-    const int64_t greatest = warp_max(load(params, from, to));
-    if (lane == 0) shared.greatest[line][part / 32] = greatest;
-    __syncthreads();
 
-    const int64_t by_cost = warp_max(shared.greatest[kCost][lane % (kMaxParts / 32)]);
-    const int64_t by_units = warp_max(shared.greatest[kUnits][lane % (kMaxParts / 32)]);
-    const int chosen = by_units <= by_cost ? kUnits : kCost;
+        int64_t least = warp_max(shared.greatest[chosen][lane % (kMaxParts / 32)]);
+        const int64_t other = warp_max(shared.greatest[1 - chosen][lane % (kMaxParts / 32)]);
+        if (other < least) {
+            least = other;
+            chosen = 1 - chosen;
+        }
+        if (filled) break;
+
+        // What is filled takes the place of the worse line.
+        const int longest = static_cast<int>(__reduce_max_sync(~0u, shared.longest[lane % (kThreads / 32)]));
+        const int64_t bound = max((total_cost + params.num_parts - 1) / params.num_parts, int64_t{longest});
+        if (least <= bound) break;
+        const int warp = index / 32;
+        if (warp < kBounds) {
+            const int step = (longest + 2 * (kBounds - 1) - 1) / (2 * (kBounds - 1));
+            const bool suffices = fill(params, shared, static_cast<unsigned>(total_cost),
+                                       static_cast<unsigned>(bound + warp * step), shared.filled[warp]);
+            if (lane == 0) shared.suffices[warp] = suffices;
+        }
+        __syncthreads();
+        const int first = __ffs(__ballot_sync(~0u, lane < kBounds && shared.suffices[lane])) - 1;
+        if (first < 0) break;
+        if (line != chosen) {
+            const int64_t stop = shared.filled[first][part];
+            *cut = stop < total_cost ? find_cut(params, shared, per_thread, kCost, stop) : end_cut;
+        }
+    }
+
     const Cuts<kUneven>& cuts = shared.cuts[chosen];
     const bool is_part = line == chosen && from != to, splits = is_part && from.unit > 0;
     const int nodes = is_part ? count_nodes(from, to) : 0;
