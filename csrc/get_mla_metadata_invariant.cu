@@ -9,6 +9,11 @@
 // which all parts leave at most `places` of them. The plan is that of the line whose greatest load of a part is then
 // less.
 //
+// Parts of a small batch are then filled: from where the last one ended, each takes as many units as a bound on its
+// load allows. Bounds are tried by a warp each, and the cuts of the least one with which num_parts parts suffice take
+// the place of the line that was worse, to be rounded and compared like that. Nothing is tried where a load is at the
+// least bound already, as with few rows.
+//
 // Of uneven queries a row lies on both lines as many times as it has blocks, not at all if it has no queries, and what
 // is said of rows here is then said of blocks. A row may have tens of thousands, so nothing goes through them one by
 // one: a cut is found in its row by a division.
@@ -37,8 +42,8 @@ constexpr int kLines = 2, kCost = 0, kUnits = 1;
 constexpr int kThreads = kLines * kMaxParts;                  // a power of two, for the bisection
 constexpr int kLevels = std::bit_width(unsigned{kMaxUnits});  // powers of two for g; with the last all rows are whole
 constexpr int kBounds = 8;                                    // that are tried to fill parts, by a warp each
-constexpr int kFilledRows = kThreads;                         // so that each thread has one at most
-constexpr int kFilledUnits = 4096;                            // so that 32 bits suffice
+constexpr int kHalves = 2 * (kBounds - 1);                    // so that they reach half a unit further than the least
+constexpr int kFilledBlocks = 512, kFilledUnits = 4096;       // at most; so 32 bits suffice
 constexpr int kInvariant = 1;                                 // bit of the flags
 // A row counts as having kMostQueries / b queries at most (131072 where b is a million), so that no sum overflows
 // whatever cu_seqlens_q holds: cuts would then be looked for where there is no row.
@@ -85,6 +90,12 @@ struct alignas(16) Cut {
 template <bool kUneven>
 using Cuts = Cut<kUneven>[kMaxParts + 1];
 
+// A block on the line of cost, where parts are filled.
+struct Stretch {
+    unsigned begin;
+    int each;
+};
+
 template <bool kUneven>
 struct SharedStorage {
     int64_t line_sums[kLines][32];             // of the warps
@@ -94,7 +105,8 @@ struct SharedStorage {
     int left[kLines][kLevels];                 // nodes, by all parts
     int64_t greatest[kLines][kMaxParts / 32];  // load of a part, of the warps
     int longest[kThreads / 32];                // load of a unit, of the warps
-    unsigned filled[kBounds][kMaxParts];       // where the parts before these end on the line of cost, see Stretch
+    Stretch stretches[kFilledBlocks + 1];      // of all blocks, and the line's end
+    unsigned stops[kBounds][kMaxParts];        // where on that line the parts before these end
     bool suffices[kBounds];
     int splits_before[kMaxParts + 1];  // cuts before this one that stand inside a block
 };
@@ -172,59 +184,47 @@ struct Divisor {
     }
 };
 
-// A lane's row on the line of cost while parts are filled, which no thread has more than one of: thread `row` begins
-// there. After the last one, its end.
-template <bool kUneven>
-struct Stretch {
-    unsigned begin, end;
-    unsigned row_cost;
-    Divisor block, unit;
-
-    struct Cut {
-        unsigned begin, stop;  // of a part that begins there, and of one that ends there: a load is their distance
-    };
-
-    __device__ Stretch(const MetadataParams& params, const SharedStorage<kUneven>& shared, unsigned total, int row)
-        : begin(total), end(~0u), row_cost(params.row_cost), block(1), unit(1) {
-        if (row >= params.b) return;
-        const Row<kUneven> here(params, row);
-        begin = static_cast<unsigned>(shared.begin[kCost][row]);
-        end = begin + static_cast<unsigned>(here.length(params, kCost));
-        block = Divisor(here.block_length(params, kCost));
-        unit = Divisor(here.each);
-    }
-    // The last cut where a part that ends stops at `reach` or before it, which is in the row.
-    __device__ Cut last_cut(unsigned reach) const {
-        const unsigned in_row = reach - begin, before = begin + (kUneven ? block.multiple_up_to(in_row) : 0);
-        const unsigned inside = reach - before, units = unit.multiple_up_to(max(inside, row_cost) - row_cost);
-        return {before + units, before + (units > 0 ? row_cost + units : 0)};
-    }
-};
-
-// Fills parts, by a warp: whether num_parts of them suffice with a load of at most `bound`. Each lane has a row and
-// cuts it before it is known whose row it is, so that a part is a chain of few instructions.
-template <bool kUneven>
-__device__ bool fill(const MetadataParams& params, const SharedStorage<kUneven>& shared, unsigned total, unsigned bound,
+// Fills parts, by a warp: whether num_parts of them suffice with a load of at most `bound`. Each lane has a block and
+// finds the last cut in it before it is known in which one the part ends, so that a part is a chain of few
+// instructions.
+__device__ bool fill(const MetadataParams& params, const Stretch* stretches, int blocks, unsigned bound,
                      unsigned (&stops)[kMaxParts]) {
-    const int lane = threadIdx.x % 32;
-    int first_row = 0, part = 0;
-    typename Stretch<kUneven>::Cut cut = {0, 0};
-    Stretch<kUneven> stretch(params, shared, total, lane);
-    for (; part < params.num_parts && cut.stop < total; ++part) {
-        if (lane == 0) stops[part] = cut.stop;
-        const unsigned reach = min(cut.begin + bound, total);
-        unsigned passed;
-        while ((passed = __ballot_sync(~0u, stretch.end <= reach)) == ~0u) {
-            first_row += 32;
-            stretch = Stretch<kUneven>(params, shared, total, first_row + lane);
+    const unsigned total = stretches[blocks].begin;
+    unsigned begin = 0, stop = 0;  // of a part that begins at a cut, and of one that ends there: a load is the distance
+    int part = 0, block = threadIdx.x % 32;  // this lane's
+    while (part < params.num_parts && stop < total) {
+        const Stretch here = stretches[min(block, blocks)];
+        const unsigned end = block < blocks ? stretches[block + 1].begin : ~0u;
+        const unsigned first_unit = here.begin + params.row_cost;
+        const Divisor each(here.each);
+        for (; part < params.num_parts && stop < total; ++part) {
+            const unsigned reach = min(begin + bound, total);
+            const int before = __popc(__ballot_sync(~0u, end <= reach));  // blocks
+            const unsigned units = each.multiple_up_to(max(reach, first_unit) - first_unit);
+            const unsigned next_begin = __shfl_sync(~0u, here.begin + units, before);
+            const unsigned next_stop = __shfl_sync(~0u, units > 0 ? first_unit + units : here.begin, before);
+            if (before == 32) break;
+            stops[part] = stop;
+            begin = next_begin;
+            stop = next_stop;
         }
-        const int reached = __popc(passed);
-        cut = stretch.last_cut(reach);
-        cut.begin = __shfl_sync(~0u, cut.begin, reached);
-        cut.stop = __shfl_sync(~0u, cut.stop, reached);
+        block += 32;
     }
-    for (part += lane; part < kMaxParts; part += 32) stops[part] = total;
-    return cut.stop == total;
+    for (part += threadIdx.x % 32; part < kMaxParts; part += 32) stops[part] = total;
+    return stop == total;
+}
+
+// The blocks of a thread's rows, of which the first one begins there on the line of cost.
+template <bool kUneven>
+__device__ void lay_out(const MetadataParams& params, Stretch* stretches, int first_row, int end_row, int64_t begin) {
+#pragma unroll 1
+    for (int row = first_row; row < end_row; ++row) {
+        const Row<kUneven> here(params, row);
+        for (int block = 0; block < here.blocks; ++block) {
+            *stretches++ = {static_cast<unsigned>(begin), here.each};
+            begin += here.block_length(params, kCost);
+        }
+    }
 }
 
 // The first of a line's cuts in or after a block, which may be that of row b.
@@ -291,16 +291,15 @@ __global__ void __launch_bounds__(kThreads)
     if constexpr (kUneven) blocks_before = sum_before(blocks, shared.block_sums, total_blocks);
     __syncthreads();
 
-    const int64_t total = line == kUnits ? total_units : total_cost;
-    const int64_t position = cut_position<kUneven>(params, line, total, part);
     const Cut<kUneven> end_cut = {params.b, 0, 0, 1, total_cost, 0};
     Cut<kUneven>* const cut = &shared.cuts[line][part];
-    *cut = position < total ? find_cut(params, shared, per_thread, line, position) : end_cut;
     if (part == 0) cut[kMaxParts] = end_cut;
-
-    int chosen = kUnits;  // of equals
+    int chosen = kUnits, on = line;  // the first of equals; the line that `position` is on
+    int64_t position = cut_position<kUneven>(params, line, line == kUnits ? total_units : total_cost, part);
     Cut<kUneven> from, to;
-    for (bool filled = params.b > kFilledRows || total_units > kFilledUnits;; filled = true) {
+    for (bool filled = total_blocks > kFilledBlocks || total_units > kFilledUnits;; filled = true) {
+        const int64_t total = on == kUnits ? total_units : total_cost;
+        *cut = position < total ? find_cut(params, shared, per_thread, on, position) : end_cut;
         if (part < kLevels) shared.left[line][part] = 0;
         __syncthreads();
 
@@ -327,23 +326,28 @@ __global__ void __launch_bounds__(kThreads)
         }
         if (filled) break;
 
-        // What is filled takes the place of the worse line.
-        const int longest = static_cast<int>(__reduce_max_sync(~0u, shared.longest[lane % (kThreads / 32)]));
-        const int64_t bound = max((total_cost + params.num_parts - 1) / params.num_parts, int64_t{longest});
+        // what is filled takes the place of the worse line
+        const unsigned length = static_cast<unsigned>(total_cost);
+        const unsigned share = (length + params.num_parts - 1) / params.num_parts;
+        const unsigned longest_of_all = __reduce_max_sync(~0u, shared.longest[lane % (kThreads / 32)]);
+        const unsigned bound = max(share, longest_of_all);  // no load can be less
         if (least <= bound) break;
+        lay_out<kUneven>(params, shared.stretches + (kUneven ? blocks_before : first_row), first_row, end_row,
+                         shared.begin[kCost][index]);
+        if (index == 0) shared.stretches[total_blocks] = {length, 1};
+        __syncthreads();
         const int warp = index / 32;
         if (warp < kBounds) {
-            const int step = (longest + 2 * (kBounds - 1) - 1) / (2 * (kBounds - 1));
-            const bool suffices = fill(params, shared, static_cast<unsigned>(total_cost),
-                                       static_cast<unsigned>(bound + warp * step), shared.filled[warp]);
+            const unsigned tried = bound + warp * ((longest_of_all + kHalves - 1) / kHalves);
+            const bool suffices = fill(params, shared.stretches, total_blocks, tried, shared.stops[warp]);
             if (lane == 0) shared.suffices[warp] = suffices;
         }
         __syncthreads();
         const int first = __ffs(__ballot_sync(~0u, lane < kBounds && shared.suffices[lane])) - 1;
         if (first < 0) break;
         if (line != chosen) {
-            const int64_t stop = shared.filled[first][part];
-            *cut = stop < total_cost ? find_cut(params, shared, per_thread, kCost, stop) : end_cut;
+            on = kCost;
+            position = shared.stops[first][part];
         }
     }
 

@@ -167,9 +167,9 @@ MAX_UNITS = 128  # of a row with few heads, half of that with more: as many work
 # Bit of FLAGS; the bits above are the part's first place for the nodes that it leaves. In the plan's row MAX_PARTS,
 # which is empty otherwise, they are the number of places that all parts use.
 INVARIANT = 1
-# Parts of batches of up to so many rows, and units of all of them, may be filled (_cuts_filled). Beyond that a unit is
-# too little of a part's load for it to be worth anything.
-FILLED_ROWS, FILLED_UNITS = 512, 4096
+# Parts of up to so many rows or blocks, with so many units together, may be filled (_cuts_filled). Beyond that a unit
+# is too little of a part's load for it to be worth anything.
+FILLED_BLOCKS, FILLED_UNITS = 512, 4096
 BOUNDS = 8  # that are tried
 WORKSPACE_TILES = 1024  # places in a GPU's workspace, for all row tiles together
 
@@ -266,7 +266,7 @@ def make_invariant_plan(
     line = _Line(tiles + cost, blocks)
     line_of_units = _Line(units.clamp_min(1), blocks)
     ways = [_cuts_by_units(line_of_units, num_parts), _cuts_by_cost(line, each, num_parts, cost)]
-    if b <= FILLED_ROWS:
+    if b <= FILLED_BLOCKS or blocks_of_rows is not None:
         ways.append(_cuts_filled(line, line_of_units, each, num_parts, cost))
     block, unit = (torch.stack(t)[:, None] for t in zip(*ways, strict=True))  # [way, 1, MAX_PARTS + 1]
 
@@ -375,7 +375,7 @@ def _cuts_filled(
 ) -> tuple[Tensor, Tensor]:
     """The same with parts that take as many units as a bound on their load allows: the least of a few bounds with which
     num_parts of them suffice. A single part, which is no better than another way, where none does or there are more
-    than FILLED_UNITS units.
+    blocks or units than may be.
 
     No load can be less than its share of the line, or than that of the longest unit. From the greater of these on,
     BOUNDS bounds reach half a unit further, which mostly suffices.
@@ -398,7 +398,7 @@ def _cuts_filled(
     bound = (cuts[:, num_parts] < end).sum()  # with a greater one a part ends no earlier
     part = torch.arange(MAX_PARTS + 1, device=device)
     cuts = cuts.index_select(0, bound.clamp_max(BOUNDS - 1)[None])[0, part.clamp_max(num_parts)]
-    filled = (bound < BOUNDS) & (end <= FILLED_UNITS)
+    filled = (bound < BOUNDS) & (end <= FILLED_UNITS) & (line.blocks.number <= FILLED_BLOCKS)
     block, _, unit = line_of_units.find(torch.where(filled, cuts, part * end).minimum(end))
     return block, unit
 
