@@ -167,11 +167,11 @@ MAX_UNITS = 128  # of a row with few heads, half of that with more: as many work
 # Bit of FLAGS; the bits above are the part's first place for the nodes that it leaves. In the plan's row MAX_PARTS,
 # which is empty otherwise, they are the number of places that all parts use.
 INVARIANT = 1
+WORKSPACE_TILES = 1024  # places in a GPU's workspace, for all row tiles together
 # Parts of up to so many rows or blocks, with so many units together, may be filled (_cuts_filled). Beyond that a unit
 # is too little of a part's load for it to be worth anything.
 FILLED_BLOCKS, FILLED_UNITS = 512, 4096
 BOUNDS = 8  # that are tried
-WORKSPACE_TILES = 1024  # places in a GPU's workspace, for all row tiles together
 
 
 def is_invariant(metadata: Tensor) -> bool:
