@@ -9,6 +9,11 @@
 // which all parts leave at most `places` of them. The plan is that of the line whose greatest load of a part is then
 // less.
 //
+// Parts of a small batch are then filled: from where the last one ended, each takes as many units as a bound on its
+// load allows. Bounds are tried by a warp each, and the cuts of the least one with which num_parts parts suffice take
+// the place of the line that was worse, to be rounded and compared like that. Nothing is tried where a load is at the
+// least bound already, as with few rows.
+//
 // Of uneven queries a row lies on both lines as many times as it has blocks, not at all if it has no queries, and what
 // is said of rows here is then said of blocks. A row may have tens of thousands, so nothing goes through them one by
 // one: a cut is found in its row by a division.
@@ -36,6 +41,9 @@ namespace {
 constexpr int kLines = 2, kCost = 0, kUnits = 1;
 constexpr int kThreads = kLines * kMaxParts;                  // a power of two, for the bisection
 constexpr int kLevels = std::bit_width(unsigned{kMaxUnits});  // powers of two for g; with the last all rows are whole
+constexpr int kBounds = 8;                                    // that are tried to fill parts, by a warp each
+constexpr int kHalves = 2 * (kBounds - 1);                    // so that they reach half a unit further than the least
+constexpr int kFilledBlocks = 512, kFilledUnits = 4096;       // at most; so 32 bits suffice
 constexpr int kInvariant = 1;                                 // bit of the flags
 // A row counts as having kMostQueries / b queries at most (131072 where b is a million), so that no sum overflows
 // whatever cu_seqlens_q holds: cuts would then be looked for where there is no row.
@@ -82,6 +90,12 @@ struct alignas(16) Cut {
 template <bool kUneven>
 using Cuts = Cut<kUneven>[kMaxParts + 1];
 
+// A block on the line of cost, where parts are filled.
+struct Stretch {
+    unsigned begin;
+    int each;
+};
+
 template <bool kUneven>
 struct SharedStorage {
     int64_t line_sums[kLines][32];             // of the warps
@@ -90,7 +104,11 @@ struct SharedStorage {
     Cuts<kUneven> cuts[kLines];                // as they are before they are rounded
     int left[kLines][kLevels];                 // nodes, by all parts
     int64_t greatest[kLines][kMaxParts / 32];  // load of a part, of the warps
-    int splits_before[kMaxParts + 1];          // cuts before this one that stand inside a block
+    int longest[kThreads / 32];                // load of a unit, of the warps
+    Stretch stretches[kFilledBlocks + 1];      // of all blocks, and the line's end
+    unsigned stops[kBounds][kMaxParts];        // where on that line the parts before these end
+    bool suffices[kBounds];
+    int splits_before[kMaxParts + 1];  // cuts before this one that stand inside a block
 };
 
 // What the last scan sums, in one word.
@@ -155,6 +173,60 @@ __device__ int64_t warp_max(int64_t value) {
     return int64_t{greatest_high} << 32 | __reduce_max_sync(~0u, high == greatest_high ? low : 0);
 }
 
+// What a divisor is known by beforehand, so that a division takes no more than a few products.
+struct Divisor {
+    unsigned by, inverse;
+
+    __device__ explicit Divisor(unsigned by) : by(by), inverse(~0u / by) {}
+    __device__ unsigned multiple_up_to(unsigned value) const {
+        const unsigned multiple = __umulhi(value, inverse) * by;  // that or the one below
+        return value - multiple < by ? multiple : multiple + by;
+    }
+};
+
+// Fills parts, by a warp: whether num_parts of them suffice with a load of at most `bound`. Each lane has a block and
+// finds the last cut in it before it is known in which one the part ends, so that a part is a chain of few
+// instructions.
+__device__ bool fill(const MetadataParams& params, const Stretch* stretches, int blocks, unsigned bound,
+                     unsigned (&stops)[kMaxParts]) {
+    const unsigned total = stretches[blocks].begin;
+    unsigned begin = 0, stop = 0;  // of a part that begins at a cut, and of one that ends there: a load is the distance
+    int part = 0, block = threadIdx.x % 32;  // this lane's
+    while (part < params.num_parts && stop < total) {
+        const Stretch here = stretches[min(block, blocks)];
+        const unsigned end = block < blocks ? stretches[block + 1].begin : ~0u;
+        const unsigned first_unit = here.begin + params.row_cost;
+        const Divisor each(here.each);
+        for (; part < params.num_parts && stop < total; ++part) {
+            const unsigned reach = min(begin + bound, total);
+            const int before = __popc(__ballot_sync(~0u, end <= reach));  // blocks
+            const unsigned units = each.multiple_up_to(max(reach, first_unit) - first_unit);
+            const unsigned next_begin = __shfl_sync(~0u, here.begin + units, before);
+            const unsigned next_stop = __shfl_sync(~0u, units > 0 ? first_unit + units : here.begin, before);
+            if (before == 32) break;
+            stops[part] = stop;
+            begin = next_begin;
+            stop = next_stop;
+        }
+        block += 32;
+    }
+    for (part += threadIdx.x % 32; part < kMaxParts; part += 32) stops[part] = total;
+    return stop == total;
+}
+
+// The blocks of a thread's rows, of which the first one begins there on the line of cost.
+template <bool kUneven>
+__device__ void lay_out(const MetadataParams& params, Stretch* stretches, int first_row, int end_row, int64_t begin) {
+#pragma unroll 1
+    for (int row = first_row; row < end_row; ++row) {
+        const Row<kUneven> here(params, row);
+        for (int block = 0; block < here.blocks; ++block) {
+            *stretches++ = {static_cast<unsigned>(begin), here.each};
+            begin += here.block_length(params, kCost);
+        }
+    }
+}
+
 // The first of a line's cuts in or after a block, which may be that of row b.
 template <bool kUneven>
 __device__ int first_cut(const Cuts<kUneven>& cuts, int row, int block) {
@@ -203,45 +275,82 @@ __global__ void __launch_bounds__(kThreads)
     const int line = index / kMaxParts, part = index % kMaxParts;  // before cuts become one
     const int first_row = min(index * per_thread, params.b), end_row = min(first_row + per_thread, params.b);
     int64_t cost = 0, units = 0, total_cost, total_units;
-    int blocks = 0, blocks_before = 0, total_blocks = params.b;
+    int blocks = 0, blocks_before = 0, total_blocks = params.b, longest = 0;
 #pragma unroll 4
     for (int row = first_row; row < end_row; ++row) {
         const Row<kUneven> here(params, row);
         blocks += here.blocks;
         cost += here.length(params, kCost);
         units += here.length(params, kUnits);
+        if (here.blocks > 0) longest = max(longest, params.row_cost + min(here.each, here.tiles));
     }
-    if (part < kLevels) shared.left[line][part] = 0;
+    longest = static_cast<int>(__reduce_max_sync(~0u, longest));
+    if (lane == 0) shared.longest[index / 32] = longest;
     shared.begin[kCost][index] = sum_before(cost, shared.line_sums[kCost], total_cost);
     shared.begin[kUnits][index] = sum_before(units, shared.line_sums[kUnits], total_units);
     if constexpr (kUneven) blocks_before = sum_before(blocks, shared.block_sums, total_blocks);
     __syncthreads();
 
-    const int64_t total = line == kUnits ? total_units : total_cost;
-    const int64_t position = cut_position<kUneven>(params, line, total, part);
     const Cut<kUneven> end_cut = {params.b, 0, 0, 1, total_cost, 0};
     Cut<kUneven>* const cut = &shared.cuts[line][part];
-    *cut = position < total ? find_cut(params, shared, per_thread, line, position) : end_cut;
     if (part == 0) cut[kMaxParts] = end_cut;
-    __syncthreads();
+    int chosen = kUnits, on = line;  // the first of equals; the line that `position` is on
+    int64_t position = cut_position<kUneven>(params, line, line == kUnits ? total_units : total_cost, part);
+    Cut<kUneven> from, to;
+    for (bool filled = total_blocks > kFilledBlocks || total_units > kFilledUnits;; filled = true) {
+        const int64_t total = on == kUnits ? total_units : total_cost;
+        *cut = position < total ? find_cut(params, shared, per_thread, on, position) : end_cut;
+        if (part < kLevels) shared.left[line][part] = 0;
+        __syncthreads();
 
 #pragma unroll
-    for (int level = 0; level < kLevels; ++level) {
-        const int left = warp_sum(count_nodes(cut[0].at(level), cut[1].at(level)));
-        if (lane == 0) atomicAdd(&shared.left[line][level], left);
+        for (int level = 0; level < kLevels; ++level) {
+            const int left = warp_sum(count_nodes(cut[0].at(level), cut[1].at(level)));
+            if (lane == 0) atomicAdd(&shared.left[line][level], left);
+            __syncthreads();
+            if (max(shared.left[kCost][level], shared.left[kUnits][level]) <= params.places) break;
+        }
+        int level = 0;  // nodes become fewer from one to the next
+        while (level < kLevels - 1 && shared.left[line][level] > params.places) ++level;
+        from = cut[0].at(level);
+        to = cut[1].at(level);
+        const int64_t load_here = warp_max(load(params, from, to));
+        if (lane == 0) shared.greatest[line][part / 32] = load_here;
         __syncthreads();
-        if (max(shared.left[kCost][level], shared.left[kUnits][level]) <= params.places) break;
-    }
-    int level = 0;  // nodes become fewer from one to the next
-    while (level < kLevels - 1 && shared.left[line][level] > params.places) ++level;
-    const Cut<kUneven> from = cut[0].at(level), to = cut[1].at(level);
-    const int64_t greatest = warp_max(load(params, from, to));
-    if (lane == 0) shared.greatest[line][part / 32] = greatest;
-    __syncthreads();
 
-    const int64_t by_cost = warp_max(shared.greatest[kCost][lane % (kMaxParts / 32)]);
-    const int64_t by_units = warp_max(shared.greatest[kUnits][lane % (kMaxParts / 32)]);
-    const int chosen = by_units <= by_cost ? kUnits : kCost;
+        int64_t least = warp_max(shared.greatest[chosen][lane % (kMaxParts / 32)]);
+        const int64_t other = warp_max(shared.greatest[1 - chosen][lane % (kMaxParts / 32)]);
+        if (other < least) {
+            least = other;
+            chosen = 1 - chosen;
+        }
+        if (filled) break;
+
+        // what is filled takes the place of the worse line
+        const unsigned length = static_cast<unsigned>(total_cost);
+        const unsigned share = (length + params.num_parts - 1) / params.num_parts;
+        const unsigned longest_of_all = __reduce_max_sync(~0u, shared.longest[lane % (kThreads / 32)]);
+        const unsigned bound = max(share, longest_of_all);  // no load can be less
+        if (least <= bound) break;
+        lay_out<kUneven>(params, shared.stretches + (kUneven ? blocks_before : first_row), first_row, end_row,
+                         shared.begin[kCost][index]);
+        if (index == 0) shared.stretches[total_blocks] = {length, 1};
+        __syncthreads();
+        const int warp = index / 32;
+        if (warp < kBounds) {
+            const unsigned tried = bound + warp * ((longest_of_all + kHalves - 1) / kHalves);
+            const bool suffices = fill(params, shared.stretches, total_blocks, tried, shared.stops[warp]);
+            if (lane == 0) shared.suffices[warp] = suffices;
+        }
+        __syncthreads();
+        const int first = __ffs(__ballot_sync(~0u, lane < kBounds && shared.suffices[lane])) - 1;
+        if (first < 0) break;
+        if (line != chosen) {
+            on = kCost;
+            position = shared.stops[first][part];
+        }
+    }
+
     const Cuts<kUneven>& cuts = shared.cuts[chosen];
     const bool is_part = line == chosen && from != to, splits = is_part && from.unit > 0;
     const int nodes = is_part ? count_nodes(from, to) : 0;

@@ -168,6 +168,10 @@ MAX_UNITS = 128  # of a row with few heads, half of that with more: as many work
 # which is empty otherwise, they are the number of places that all parts use.
 INVARIANT = 1
 WORKSPACE_TILES = 1024  # places in a GPU's workspace, for all row tiles together
+# Parts of up to so many rows or blocks, with so many units together, may be filled (_cuts_filled). Beyond that a unit
+# is too little of a part's load for it to be worth anything.
+FILLED_BLOCKS, FILLED_UNITS = 512, 4096
+BOUNDS = 8  # that are tried
 
 
 def is_invariant(metadata: Tensor) -> bool:
@@ -222,16 +226,19 @@ def make_invariant_plan(
     num_heads_per_head_k: int = ROW_TILE,
     blocks_of_rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Deals rows of the given lengths to at most `num_parts` parts, cut between units only, in the better of two ways.
+    """Deals rows of the given lengths to at most `num_parts` parts, cut between units only, in the best of three ways.
 
     By cost: the cuts are those of make_plan on its line, at equal distances.
 
     By units: every part has as many, ceil(units of all rows / num_parts); a row without tiles counts as one. Where
     parts have only a few that is more even, and often puts cuts where the nodes between them are large.
 
-    Cuts of either way move to a multiple of g units in their row, at or before where they stand; g is for each way the
+    Filled: each part takes as many units, from where the last one ended, as a bound on its load allows. The others'
+    cuts move back to where a unit begins, so that a part may have a unit more than it need have.
+
+    Cuts of each way move to a multiple of g units in their row, at or before where they stand; g is for each way the
     least power of two with which parts leave at most `places` nodes. It is the way whose greatest load of a part, its
-    tiles + a row's cost for each row it touches, is then less, by units where they are equal.
+    tiles + a row's cost for each row it touches, is then least; of equals by units, then by cost.
 
     Whether there are few heads cannot be told from s_q * h_q / h_k if that is more than FEW_HEADS. Units are then taken
     to be long: a short unit begins wherever a long one does, and where parts begin and end between long ones they leave
@@ -257,9 +264,11 @@ def make_invariant_plan(
     units = (tiles + each - 1) // each
     cost, blocks = row_cost(num_heads_per_head_k), _Blocks(b, blocks_of_rows, device)
     line = _Line(tiles + cost, blocks)
-    by_cost = _cuts_by_cost(line, each, num_parts, cost)
-    by_units = _cuts_by_units(_Line(units.clamp_min(1), blocks), num_parts)
-    block, unit = (torch.stack(t)[:, None] for t in zip(by_cost, by_units, strict=True))  # [way, 1, MAX_PARTS + 1]
+    line_of_units = _Line(units.clamp_min(1), blocks)
+    ways = [_cuts_by_units(line_of_units, num_parts), _cuts_by_cost(line, each, num_parts, cost)]
+    if b <= FILLED_BLOCKS or blocks_of_rows is not None:
+        ways.append(_cuts_filled(line, line_of_units, each, num_parts, cost))
+    block, unit = (torch.stack(t)[:, None] for t in zip(*ways, strict=True))  # [way, 1, MAX_PARTS + 1]
 
     # as (block, unit), for every g: [way, of g, MAX_PARTS + 1]
     coarse = (2 ** torch.arange(MAX_UNITS.bit_length(), device=device))[:, None]
@@ -275,8 +284,9 @@ def make_invariant_plan(
     finest = (leaves.sum(-1) > places).sum(1)  # of each way; nodes become fewer as g grows, to 0
     begin = line.begin(block, row) + unit * each[row.clamp_max(b - 1)]  # but for the cost of its row
     load = (begin[..., 1:] + cost * (unit[..., 1:] > 0) - begin[..., :-1]).amax(-1)
-    load_by_cost, load_by_units = load.gather(1, finest[:, None])[:, 0]
-    chosen = torch.where(load_by_units <= load_by_cost, len(coarse) + finest[1], finest[0])
+    way = torch.arange(len(ways), device=device)
+    way = (load.gather(1, finest[:, None])[:, 0] * len(ways) + way).argmin()  # the first of equals
+    chosen = way * len(coarse) + finest.index_select(0, way[None])[0]
     made = (*first, *last, leaves)
     block, unit, last_block, last_unit, leaves = (t.flatten(0, 1).index_select(0, chosen[None])[0] for t in made)
 
@@ -357,6 +367,39 @@ def _cuts_by_units(line: _Line, num_parts: int) -> tuple[Tensor, Tensor]:
     apart = _ceil_div(line.end, num_parts)
     position = (torch.arange(MAX_PARTS + 1, device=line.end.device) * apart).minimum(line.end)
     block, _, unit = line.find(position)
+    return block, unit
+
+
+def _cuts_filled(
+    line: _Line, line_of_units: _Line, each: Tensor, num_parts: int, row_cost: int
+) -> tuple[Tensor, Tensor]:
+    """The same with parts that take as many units as a bound on their load allows: the least of a few bounds with which
+    num_parts of them suffice. A single part, which is no better than another way, where none does or there are more
+    blocks or units than may be.
+
+    No load can be less than its share of the line, or than that of the longest unit. From the greater of these on,
+    BOUNDS bounds reach half a unit further, which mostly suffices.
+    """
+    end, device = line_of_units.end, each.device
+    # cut i stands before unit i of all, the last ones at the end
+    block, row, unit = line_of_units.find(torch.arange(FILLED_UNITS + 1, device=device).minimum(end))
+    begin = line.begin(block, row) + unit * each[row.clamp_max(len(each) - 1)]  # of a part that begins there
+    stop = begin + row_cost * (unit > 0)  # of one that ends there; a load is the distance
+    longest = (stop[1:] - begin[:-1]).amax()
+    least = _ceil_div(line.end, num_parts).maximum(longest)
+    bounds = least + torch.arange(BOUNDS, device=device)[:, None] * _ceil_div(longest, 2 * (BOUNDS - 1))
+
+    # where 1, 2, 4, ... parts end, from each cut on; so the first 1, 2, 4, ... cuts give twice as many
+    further = torch.searchsorted(stop, begin + bounds, right=True) - 1
+    cuts = torch.zeros(BOUNDS, 1, dtype=torch.long, device=device)
+    for _ in range(num_parts.bit_length()):
+        cuts = torch.cat([cuts, further.gather(1, cuts)], 1)
+        further = further.gather(1, further)
+    bound = (cuts[:, num_parts] < end).sum()  # with a greater one a part ends no earlier
+    part = torch.arange(MAX_PARTS + 1, device=device)
+    cuts = cuts.index_select(0, bound.clamp_max(BOUNDS - 1)[None])[0, part.clamp_max(num_parts)]
+    filled = (bound < BOUNDS) & (end <= FILLED_UNITS) & (line.blocks.number <= FILLED_BLOCKS)
+    block, _, unit = line_of_units.find(torch.where(filled, cuts, part * end).minimum(end))
     return block, unit
 
 

@@ -13,7 +13,15 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from flashmla_ops import backends, fwd_kvcache_mla, get_mla_metadata, get_mla_metadata_, plan
-from flashmla_ops.testing import DecodeCase, UnevenDecodeCase, check_decode, make_decode_case, quantized, uneven
+from flashmla_ops.testing import (
+    DecodeCase,
+    UnevenDecodeCase,
+    check_decode,
+    make_decode_case,
+    quantized,
+    uneven,
+    varied_lengths,
+)
 
 EXAMPLES = int(os.environ.get("FLASHMLA_EXAMPLES", 12))  # of the test that bits are the same
 LARGE_EXAMPLES = int(os.environ.get("FLASHMLA_LARGE_EXAMPLES", 2))  # of that of large batches and long rows
@@ -216,6 +224,17 @@ def test_long_rows_are_right(invariant, lengths):
 part_counts = st.one_of(st.integers(1, plan.MAX_PARTS), st.sampled_from([1, 16, 66, 132, 256]))
 place_counts = st.sampled_from([0, 5, 64, 512, 1024])
 head_counts = st.sampled_from([16, 32, 64])  # s_q * h_q / h_k: rows of either cost, units of either length
+lengths_of_few_units = st.integers(1, 4 * plan.UNIT_TILES * plan.TILE).flatmap(
+    lambda most: st.lists(st.one_of(st.just(most), st.integers(0, most)), min_size=1, max_size=70)
+)
+lengths_as_in_serving = st.builds(
+    lambda *drawn: varied_lengths(*drawn).tolist(),
+    st.integers(8, 150),
+    st.sampled_from([500, 2000, 8000]),
+    st.just(1),
+    seeds,
+)
+lengths_of_units = st.one_of(lengths_of_many_rows, lengths_of_few_units, lengths_as_in_serving)
 
 
 def planned(lengths: list[int], num_parts: int, places: int, heads: int) -> tuple[Tensor, Tensor]:
@@ -227,8 +246,8 @@ def unit_of(length: int, heads: int) -> int:
     return plan.unit_tiles(-(-length // plan.TILE), heads <= plan.FEW_HEADS)
 
 
-@given(lengths=lengths_of_many_rows, num_parts=part_counts, places=place_counts, heads=head_counts)
-@settings(max_examples=100)
+@given(lengths=lengths_of_units, num_parts=part_counts, places=place_counts, heads=head_counts)
+@settings(max_examples=300)
 def test_a_plan_cuts_between_units_and_leaves_what_there_are_places_for(lengths, num_parts, places, heads):
     metadata, num_splits = planned(lengths, num_parts, places, heads)
     metadata, total = metadata[:-1], metadata[-1].tolist()
@@ -271,7 +290,7 @@ def nodes_of(begin: int, end: int, units: int) -> int:
 
 
 @pytest.mark.parametrize("heads, few_heads", [(16, True), (64, False), (64, True)])
-@given(lengths=lengths_of_many_rows, num_parts=st.integers(1, plan.MAX_PARTS), places=place_counts)
+@given(lengths=lengths_of_units, num_parts=st.integers(1, plan.MAX_PARTS), places=place_counts)
 @settings(max_examples=60)
 def test_every_plan_merges_the_same_tree(heads, few_heads, lengths, num_parts, places):
     """Executed part by part, with what parts leave in their places: each row becomes the same expression of its units,
@@ -356,27 +375,52 @@ def test_loads_are_even_where_places_allow(heads):
         assert shares_of_plan([tiles * plan.TILE] * b, parts, 1024, heads) == expected
 
 
-lengths_of_few_units = st.integers(1, 4 * plan.UNIT_TILES * plan.TILE).flatmap(
-    lambda most: st.lists(st.one_of(st.just(most), st.integers(0, most)), min_size=1, max_size=70)
-)
-
-
-@given(
-    lengths=st.one_of(lengths_of_many_rows.filter(bool), lengths_of_few_units),
-    num_parts=part_counts,
-    places=place_counts,
-    heads=head_counts,
-)
-@settings(max_examples=100)
-def test_it_is_the_better_of_two_ways(lengths, num_parts, places, heads):
-    """The loads of either way by plain loops: the lesser greatest one, and by units where they are equal."""
+@given(lengths=lengths_of_units.filter(bool), num_parts=part_counts, places=place_counts, heads=head_counts)
+@settings(max_examples=400)
+def test_it_is_the_best_of_three_ways(lengths, num_parts, places, heads):
+    """The loads of each way by plain loops: the least greatest one; of equals by units, then by cost."""
     lengths = lengths[:200]
+    ways = cuts_by_units, cuts_by_cost, cuts_filled
+    assert shares_of_plan(lengths, num_parts, places, heads) == best_shares(ways, lengths, num_parts, places, heads)
+
+
+def best_shares(ways, lengths: list[int], num_parts: int, places: int, heads: int) -> list[dict[int, range]]:
+    """Of several functions that cut; of equals the first one's."""
     made = [
         shares_between(cuts_within(cuts(lengths, num_parts, heads), lengths, places, heads), lengths, heads)
-        for cuts in (cuts_by_units, cuts_by_cost)
+        for cuts in ways
     ]
-    best = min(made, key=lambda shares: max(load(part, heads) for part in shares))
-    assert shares_of_plan(lengths, num_parts, places, heads) == best
+    return min(made, key=lambda shares: greatest_load(shares, heads))
+
+
+def greatest_load(shares: list[dict[int, range]], heads: int) -> int:
+    return max(load(part, heads) for part in shares)
+
+
+@pytest.mark.parametrize("b, keys, num_parts, heads", [(32, 4096, 132, 16), (32, 4096, 132, 64), (128, 2048, 132, 64)])
+def test_filled_parts_are_as_even_as_units_allow(b, keys, num_parts, heads):
+    """No lesser load has parts enough, whether it is a bound that is tried or not; the other ways' is greater."""
+    lengths, cost = varied_lengths(b, keys).tolist(), plan.row_cost(heads)
+    sizes = [unit_sizes(length, heads) for length in lengths]
+    most = greatest_load(shares_of_plan(lengths, num_parts, 1024, heads), heads)
+    enough = [len(filled_up_to(bound, sizes, cost)) <= num_parts for bound in range(cost + max(map(max, sizes)), most)]
+    assert enough and not any(enough)
+    others = best_shares((cuts_by_units, cuts_by_cost), lengths, num_parts, 1024, heads)
+    assert most < greatest_load(others, heads)
+
+
+def test_only_small_batches_are_filled():
+    """Of up to FILLED_BLOCKS rows and FILLED_UNITS units. One more, and it is the better of the two other ways."""
+    ways = cuts_by_units, cuts_by_cost, cuts_filled
+    many_rows = varied_lengths(plan.FILLED_BLOCKS, 600).tolist()
+    many_units = varied_lengths(215, 8192).tolist()
+    left = plan.FILLED_UNITS - sum(units_of(length, 16) for length in many_units)
+    assert 0 < left < 128
+    for lengths in (many_rows, many_units + [1] * left):
+        for more in ([], [1]):
+            made = [best_shares(some, lengths + more, 132, 1024, 16) for some in (ways, ways[:2])]
+            assert greatest_load(made[0], 16) < greatest_load(made[1], 16)
+            assert shares_of_plan(lengths + more, 132, 1024, 16) == made[len(more)]
 
 
 def units_of(length: int, heads: int) -> int:
@@ -396,6 +440,36 @@ def cuts_by_cost(lengths: list[int], num_parts: int, heads: int) -> list[tuple[i
 def cuts_by_units(lengths: list[int], num_parts: int, heads: int) -> list[tuple[int, int]]:
     line = [(row, unit) for row, length in enumerate(lengths) for unit in range(max(1, units_of(length, heads)))]
     return line[:: -(-len(line) // num_parts)]
+
+
+def unit_sizes(length: int, heads: int) -> list[int]:
+    """Tiles of a row's units; a row without tiles counts as one without."""
+    each, tiles = unit_of(length, heads), -(-length // plan.TILE)
+    return [min(each, tiles - tile) for tile in range(0, tiles, each)] or [0]
+
+
+def cuts_filled(lengths: list[int], num_parts: int, heads: int) -> list[tuple[int, int]]:
+    """Of the bounds that are tried the least with which there are parts enough; a single part if there is none."""
+    cost, sizes = plan.row_cost(heads), [unit_sizes(length, heads) for length in lengths]
+    longest = cost + max(map(max, sizes))
+    least = max(-(-(sum(map(sum, sizes)) + cost * len(lengths)) // num_parts), longest)
+    step = -(-longest // (2 * (plan.BOUNDS - 1)))
+    for bound in range(least, least + plan.BOUNDS * step, step):
+        if len(cuts := filled_up_to(bound, sizes, cost)) <= num_parts:
+            return cuts
+    return [(0, 0)]
+
+
+def filled_up_to(bound: int, sizes: list[list[int]], cost: int) -> list[tuple[int, int]]:
+    """Where parts begin that take one unit after the other as long as their load stays within the bound."""
+    cuts, load = [], bound
+    for row, of_row in enumerate(sizes):
+        for unit, size in enumerate(of_row):
+            load += size + cost * (unit == 0)
+            if load > bound:
+                cuts.append((row, unit))
+                load = size + cost
+    return cuts
 
 
 def cuts_within(cuts: list[tuple[int, int]], lengths: list[int], places: int, heads: int) -> list[tuple[int, int]]:
@@ -452,7 +526,7 @@ def test_the_op_makes_that_plan(invariant, lengths, heads):
     check_the_op_s_plan(invariant, torch.tensor(lengths, dtype=torch.int32), heads)
 
 
-@pytest.mark.parametrize("b", [1023, 1024, 1025, 2048, 70_000])
+@pytest.mark.parametrize("b", [511, 512, 513, 1023, 1024, 1025, 2048, 70_000])
 def test_the_op_makes_that_plan_of_many_rows(invariant, b):
     """Short ones, all of one length of many tiles, none with keys, and a long one among such."""
     row = torch.arange(b)
@@ -461,13 +535,8 @@ def test_the_op_makes_that_plan_of_many_rows(invariant, b):
 
 
 @pytest.mark.gpu
-@given(
-    lengths=lengths_of_many_rows,
-    num_parts=part_counts,
-    places=place_counts,
-    heads=head_counts,
-)
-@settings(max_examples=300)
+@given(lengths=lengths_of_units, num_parts=part_counts, places=place_counts, heads=head_counts)
+@settings(max_examples=400)
 def test_the_kernel_makes_that_plan_for_any_machine(lengths, num_parts, places, heads):
     """Of more parts, and with fewer places, than this one has: there cuts move by several units."""
     cache_seqlens = torch.tensor(lengths, dtype=torch.int32, device="cuda")
@@ -537,7 +606,7 @@ def check_the_kernel_s_plan_of_blocks(
 
 @pytest.mark.gpu
 @given(
-    lengths=lengths_of_many_rows,
+    lengths=lengths_of_units,
     most=st.sampled_from([1, 4, 70, 3000]),
     group=st.sampled_from([1, 16, 17, 32, 33, 64, 96, 128, 130]),
     num_parts=part_counts,
