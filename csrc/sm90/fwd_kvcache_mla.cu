@@ -155,8 +155,9 @@ __device__ __forceinline__ void load(const FwdParams& params, const CacheMaps& c
     const int slices = kHalfSlices + (portion == kOtherHalf);
     uint64_t* landed = &shared.landed[stage][portion];
     const Pages pages(params, segment);
-    // Several row tiles read the same keys at about the same time. They take turns in bringing tiles to L2 a pair
-    // ahead, so that none waits for memory. Keys that are read once come slower for that (csrc/NOTES.md).
+    // Two row tiles that read the same keys, at about the same time, take turns in bringing tiles to L2 a pair ahead,
+    // so that neither waits for memory. Keys that are read once come slower for that, and those with more readers,
+    // whose reads meet on their way to L2 (csrc/NOTES.md, section 12).
     const int readers = readers_of_keys(params), turn = rows.tile;
     int tile = segment.begin + stage, page = pages.page_of(tile);
     start_queries(params, shared, rows, segment, warp, phases);
@@ -177,7 +178,7 @@ __device__ __forceinline__ void load(const FwdParams& params, const CacheMaps& c
             };
             copy(cache.half, half * kHalfSlices);
             if (portion == kOtherHalf) copy(cache.rope, kRope);
-            if (readers > 1 && tile / 2 % readers == turn && next_page >= 0) {
+            if (readers == 2 && tile / 2 % 2 == turn && next_page >= 0) {
                 prefetch(cache.half, half * kHalfSlices);
                 if (portion == kOtherHalf) prefetch(cache.rope, kRope);
             }
