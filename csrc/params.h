@@ -15,7 +15,6 @@ constexpr int kColumns = 8;
 constexpr int kWorkspaceTiles = 1024;  // of 64 x 512 fp32, for the shares of all row tiles: 128 MiB
 constexpr int kFewestTiles = 4;        // and these for batch-invariant plans
 constexpr int kUnitTiles = 8;
-constexpr int kLongTiles = 96;
 constexpr int kFewHeads = 16;
 constexpr int kFewBlock = 32;  // query rows of a block of uneven queries, with as many heads or fewer
 constexpr int kMaxUnits = 128;
@@ -35,7 +34,8 @@ __host__ __device__ constexpr int unit_tiles(int tiles, bool few_heads) {
     const auto min = [](int a, int b) { return a < b ? a : b; };
     constexpr int kMost = kMaxUnits / 2;
     const int of_short = max(kFewestTiles, min(kUnitTiles, (tiles + 3) / 4));
-    const int each = max(tiles > kLongTiles ? 2 * kUnitTiles : of_short, (tiles + kMost - 1) / kMost);
+    const int eighth = ((tiles + 8 * kFewestTiles - 1) / (8 * kFewestTiles) - 1) * kFewestTiles;
+    const int each = max(max(of_short, min(2 * kUnitTiles, eighth)), (tiles + kMost - 1) / kMost);
     const int half = (each + 1) / 2;
     return few_heads ? half : 2 * half;
 }

@@ -158,10 +158,11 @@ def _on_line(tiles: Tensor, total: Tensor, parts: Tensor, row_cost: int) -> tupl
 # be no such tree: then a part that goes on with a row could merge nothing, and would leave every unit.
 
 # The tiles of a unit, from those of its row: a quarter of them, from FEWEST_TILES to UNIT_TILES, so that short rows too
-# keep a few workers busy; of rows of more than LONG_TILES twice UNIT_TILES, since each unit costs its merge; or what
-# MAX_UNITS asks for. Two sizes for most rows rather than one for each: then parts of as many units are about as long.
-# With up to FEW_HEADS = h_q / h_k a result is small, and units are half as long.
-FEWEST_TILES, UNIT_TILES, LONG_TILES = 4, 8, 96
+# keep a few workers busy; since each unit costs its merge, FEWEST_TILES less than an eighth of longer rows (beyond 96
+# and 128 tiles: 12 and 16), up to twice UNIT_TILES; or what MAX_UNITS asks for. Few sizes rather than one for each row:
+# then parts of as many units are about as long. With up to FEW_HEADS = h_q / h_k a result is small, and units are half
+# as long.
+FEWEST_TILES, UNIT_TILES = 4, 8
 FEW_HEADS = 16
 MAX_UNITS = 128  # of a row with few heads, half of that with more: as many workers as one row keeps busy
 # Bit of FLAGS; the bits above are the part's first place for the nodes that it leaves. In the plan's row MAX_PARTS,
@@ -186,11 +187,12 @@ def places(num_row_tiles: int) -> int:
 def unit_tiles(tiles, few_heads: bool):
     """C, the tiles of a unit of a row of so many (an int or a tensor of them). Even with many heads, since the sm90
     backend's tiles alternate between two places in shared memory there."""
-    quarter, least = (-(-tiles // n) for n in (4, MAX_UNITS // 2))
+    quarter, fours, least = (-(-tiles // n) for n in (4, 8 * FEWEST_TILES, MAX_UNITS // 2))
+    eighth = (fours - 1) * FEWEST_TILES
     if isinstance(tiles, Tensor):
-        each = torch.where(tiles > LONG_TILES, 2 * UNIT_TILES, quarter.clamp(FEWEST_TILES, UNIT_TILES)).maximum(least)
+        each = quarter.clamp(FEWEST_TILES, UNIT_TILES).maximum(eighth.clamp_max(2 * UNIT_TILES)).maximum(least)
     else:
-        each = max(2 * UNIT_TILES if tiles > LONG_TILES else max(FEWEST_TILES, min(UNIT_TILES, quarter)), least)
+        each = max(FEWEST_TILES, min(UNIT_TILES, quarter), min(2 * UNIT_TILES, eighth), least)
     half = (each + 1) // 2
     return half if few_heads else 2 * half
 

@@ -331,10 +331,10 @@ def test_units_are_few_and_halves_with_few_heads():
 
 
 def test_units_by_the_tiles_of_a_row():
-    """A quarter of a row, from 4 tiles to 8; 16 of a long one; as many as 64 units ask for. With few heads half."""
-    expected = {1: 4, 16: 4, 17: 6, 24: 6, 25: 8, 96: 8, 97: 16, 1024: 16, 1025: 18, 6400: 100}
+    """A quarter of a row, from 4 tiles to 8; 12 and 16 of long ones; as many as 64 units ask for. With few heads half."""
+    expected = {1: 4, 16: 4, 17: 6, 24: 6, 25: 8, 96: 8, 97: 12, 128: 12, 129: 16, 1024: 16, 1025: 18, 6400: 100}
     assert {tiles: plan.unit_tiles(tiles, few_heads=False) for tiles in expected} == expected
-    assert plan.unit_tiles(1, few_heads=True) == 2 and plan.unit_tiles(97, few_heads=True) == 8
+    assert plan.unit_tiles(1, few_heads=True) == 2 and plan.unit_tiles(129, few_heads=True) == 8
     assert (plan.FEW_HEADS, plan.FEW_BLOCK) == (16, 32)  # the README says so
 
 
@@ -397,7 +397,7 @@ def greatest_load(shares: list[dict[int, range]], heads: int) -> int:
     return max(load(part, heads) for part in shares)
 
 
-@pytest.mark.parametrize("b, keys, num_parts, heads", [(32, 4096, 132, 16), (32, 4096, 132, 64), (128, 2048, 132, 64)])
+@pytest.mark.parametrize("b, keys, num_parts, heads", [(32, 4096, 132, 16), (32, 3584, 132, 64), (128, 2048, 132, 64)])
 def test_filled_parts_are_as_even_as_units_allow(b, keys, num_parts, heads):
     """No lesser load has parts enough, whether it is a bound that is tried or not; the other ways' is greater."""
     lengths, cost = varied_lengths(b, keys).tolist(), plan.row_cost(heads)
@@ -413,9 +413,11 @@ def test_only_small_batches_are_filled():
     """Of up to FILLED_BLOCKS rows and FILLED_UNITS units. One more, and it is the better of the two other ways."""
     ways = cuts_by_units, cuts_by_cost, cuts_filled
     many_rows = varied_lengths(plan.FILLED_BLOCKS, 600).tolist()
-    many_units = varied_lengths(215, 8192).tolist()
-    left = plan.FILLED_UNITS - sum(units_of(length, 16) for length in many_units)
-    assert 0 < left < 128
+    many_units, left = [], plan.FILLED_UNITS
+    for length in varied_lengths(300, 8192).tolist():
+        if (units := units_of(length, 16)) < left:
+            many_units, left = [*many_units, length], left - units
+    assert left < 128
     for lengths in (many_rows, many_units + [1] * left):
         for more in ([], [1]):
             made = [best_shares(some, lengths + more, 132, 1024, 16) for some in (ways, ways[:2])]

@@ -28,7 +28,6 @@ LAST_ROW_TILE = tl.constexpr(_plan.LAST_ROW_TILE)
 MIN_TILES = tl.constexpr(_plan.MIN_TILES)
 FEWEST_TILES = tl.constexpr(_plan.FEWEST_TILES)
 UNIT_TILES = tl.constexpr(_plan.UNIT_TILES)
-LONG_TILES = tl.constexpr(_plan.LONG_TILES)
 FEW_HEADS = tl.constexpr(_plan.FEW_HEADS)
 MAX_UNITS = tl.constexpr(_plan.MAX_UNITS)
 OWN_PLACES = tl.constexpr(_plan.MAX_UNITS.bit_length() - 1)  # nodes of a row that wait at once for one that is to come
@@ -357,7 +356,8 @@ def _length_of(cache_seqlens, row, max_len):
 def _units_of(tiles, group):
     """Of a row: the tiles of a unit, and the units."""
     each = tl.maximum(tl.minimum((tiles + 3) // 4, UNIT_TILES), FEWEST_TILES)
-    each = tl.where(tiles > LONG_TILES, 2 * UNIT_TILES, each)
+    eighth = ((tiles + 8 * FEWEST_TILES - 1) // (8 * FEWEST_TILES) - 1) * FEWEST_TILES
+    each = tl.maximum(each, tl.minimum(eighth, 2 * UNIT_TILES))
     half = (tl.maximum(each, (tiles + MAX_UNITS // 2 - 1) // (MAX_UNITS // 2)) + 1) // 2
     each = tl.where(group <= FEW_HEADS, half, 2 * half)
     return each, (tiles + each - 1) // each
