@@ -21,13 +21,13 @@ constexpr int kMaxUnits = 128;
 constexpr int kLaunchRowTiles = 160;  // so that the workspace stays bounded (units.cuh)
 constexpr int kOwnPlaces = 7;         // log2(kMaxUnits): nodes of a row that wait at once for one that is to come
 constexpr int kMinTiles = 1;
+constexpr int kRowCost = 4;
 constexpr int kFewRows = 16;
 constexpr int kSharesPerTile = 16;
 // Of uneven queries: query rows of a key head in a block, group = h_q / h_k.
 __host__ __device__ constexpr int rows_of_block(int group, bool batch_invariant = false) {
     return batch_invariant && group <= kFewBlock ? kFewBlock : (group + kRowTile - 1) / kRowTile * kRowTile;
 }
-constexpr int row_cost(int64_t) { return 4; }  // by query rows a key head
 // Of a unit of a row of so many tiles, also of none.
 __host__ __device__ constexpr int unit_tiles(int tiles, bool few_heads) {
     const auto max = [](int a, int b) { return a > b ? a : b; };

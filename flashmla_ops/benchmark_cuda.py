@@ -44,7 +44,7 @@ from .benchmark_timing import (
 )
 from .functional import concat_and_cache_mla, fwd_kvcache_mla, get_mla_metadata, merge_attn_states
 from .kv_cache import named_format
-from .plan import make_plan, max_parts, row_cost, row_tiles
+from .plan import make_plan, max_parts, row_tiles
 from .testing import (
     KV_SCALE,
     DecodeCase,
@@ -180,7 +180,7 @@ def _plan(b: int, seed: int) -> OpCase:
 
     def check(*plan: Tensor) -> float:
         multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
-        wanted = make_plan(lengths, max_parts(multiprocessors, row_tiles(128, 1)), row_cost(128))
+        wanted = make_plan(lengths, max_parts(multiprocessors, row_tiles(128, 1)))
         assert all(torch.equal(x.cpu(), y) for x, y in zip(plan, wanted, strict=True)), "not the plan of make_plan"
         return 0.0
 

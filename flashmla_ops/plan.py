@@ -34,9 +34,7 @@ COLUMNS = 8
 FIRST_ROW, FIRST_TILE, LAST_ROW, LAST_TILE, FIRST_SPLIT, FLAGS, FIRST_ROW_TILE, LAST_ROW_TILE = range(COLUMNS)
 
 MIN_TILES = 1  # of a part
-# What starting a row (its queries) and writing its result cost, in tiles, by measurement (csrc/NOTES.md): with up to
-# FEW_ROWS query rows a key head, and with more, whose results are larger.
-FEW_ROWS, FEW_ROWS_COST, ROW_COST = 16, 4, 4
+ROW_COST = 4  # what starting a row (its queries) and writing its result cost, in tiles, by measurement (csrc/NOTES.md)
 # One more tile in a part costs as much time as so many more shares in the merge of a row.
 SHARES_PER_TILE = 16
 ROW_TILE = 64  # query rows that one worker holds: s_q * h_q / h_k of them are dealt to row tiles of this size
@@ -55,11 +53,6 @@ def max_parts(num_workers: int, num_row_tiles: int) -> int:
     return min(MAX_PARTS, max(1, num_workers // num_row_tiles))
 
 
-def row_cost(num_heads_per_head_k: int) -> int:
-    """What a row costs beside its tiles, in tiles, num_heads_per_head_k = s_q * h_q / h_k."""
-    return FEW_ROWS_COST if num_heads_per_head_k <= FEW_ROWS else ROW_COST
-
-
 def make_plan(cache_seqlens: Tensor, num_parts: int, row_cost: int = ROW_COST) -> tuple[Tensor, Tensor]:
     """Deals rows of the given lengths to at most `num_parts` parts, in the better of two ways.
 
@@ -75,7 +68,7 @@ def make_plan(cache_seqlens: Tensor, num_parts: int, row_cost: int = ROW_COST) -
     Args:
         cache_seqlens: [b] int32, keys in each row; negative counts as 0.
         num_parts: 1 to MAX_PARTS.
-        row_cost: see row_cost().
+        row_cost: what a row costs beside its tiles, in tiles.
     Returns:
         tile_scheduler_metadata [MAX_PARTS, 8] int32, num_splits [b + 1] int32.
     """
@@ -264,7 +257,7 @@ def make_invariant_plan(
     tiles = (cache_seqlens.clamp_min(0).long() + (TILE - 1)) // TILE
     each = unit_tiles(tiles, num_heads_per_head_k <= FEW_HEADS)
     units = (tiles + each - 1) // each
-    cost, blocks = row_cost(num_heads_per_head_k), _Blocks(b, blocks_of_rows, device)
+    cost, blocks = ROW_COST, _Blocks(b, blocks_of_rows, device)
     line = _Line(tiles + cost, blocks)
     line_of_units = _Line(units.clamp_min(1), blocks)
     ways = [_cuts_by_units(line_of_units, num_parts), _cuts_by_cost(line, each, num_parts, cost)]

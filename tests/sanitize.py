@@ -51,7 +51,6 @@ from flashmla_ops.plan import (
     max_parts,
     plan_blocks,
     row_blocks,
-    row_cost,
     row_tiles,
 )
 from flashmla_ops.testing import (
@@ -181,9 +180,9 @@ def run_metadata(b: int, kind: str, device: str) -> None:
         options |= {"batch_invariant": True}
         expected = make_invariant_plan(lengths, parts, WORKSPACE_TILES, heads[0], blocks)
     elif blocks is not None:
-        expected = plan_blocks(make_plan, lengths, blocks, parts, row_cost(most * heads[0]))
+        expected = plan_blocks(make_plan, lengths, blocks, parts)
     else:
-        expected = make_plan(lengths, parts, row_cost(heads[0]))
+        expected = make_plan(lengths, parts)
     cache_seqlens = moved(lengths, device)
     planned = get_mla_metadata(cache_seqlens, *heads, **options)
     in_place = [moved(torch.full_like(t, -7), device) for t in expected]

@@ -357,14 +357,14 @@ def shares_of_plan(lengths: list[int], num_parts: int, places: int, heads: int) 
 
 
 def load(part: dict[int, range], heads: int) -> int:
-    return sum(map(len, part.values())) + plan.row_cost(heads) * len(part)
+    return sum(map(len, part.values())) + plan.ROW_COST * len(part)
 
 
 @pytest.mark.parametrize("heads", [16, 64])
 def test_loads_are_even_where_places_allow(heads):
     """128 rows for 132 parts, one for 66, 16 for 132: within a unit and a row's cost of equal. Rows of a few units: as
     many of them in each part, 4 long ones in rows for 132 parts one by one, 8 for 66 two by two, 2 for 66 together."""
-    cost = plan.row_cost(heads)
+    cost = plan.ROW_COST
     for lengths, parts, places in (([8192] * 128, 132, 1024), ([131_072], 66, 512), ([4096] * 16, 132, 1024)):
         most = max(load(part, heads) for part in shares_of_plan(lengths, parts, places, heads))
         mean = (sum(lengths) // plan.TILE + cost * len(lengths)) / parts
@@ -400,7 +400,7 @@ def greatest_load(shares: list[dict[int, range]], heads: int) -> int:
 @pytest.mark.parametrize("b, keys, num_parts, heads", [(32, 4096, 132, 16), (32, 3584, 132, 64), (128, 2048, 132, 64)])
 def test_filled_parts_are_as_even_as_units_allow(b, keys, num_parts, heads):
     """No lesser load has parts enough, whether it is a bound that is tried or not; the other ways' is greater."""
-    lengths, cost = varied_lengths(b, keys).tolist(), plan.row_cost(heads)
+    lengths, cost = varied_lengths(b, keys).tolist(), plan.ROW_COST
     sizes = [unit_sizes(length, heads) for length in lengths]
     most = greatest_load(shares_of_plan(lengths, num_parts, 1024, heads), heads)
     enough = [len(filled_up_to(bound, sizes, cost)) <= num_parts for bound in range(cost + max(map(max, sizes)), most)]
@@ -431,7 +431,7 @@ def units_of(length: int, heads: int) -> int:
 
 def cuts_by_cost(lengths: list[int], num_parts: int, heads: int) -> list[tuple[int, int]]:
     """(row, unit) where parts begin: of the unit in which each p-th of the line of cost lies."""
-    line, cost = [], plan.row_cost(heads)  # (row, unit) of every tile of cost
+    line, cost = [], plan.ROW_COST  # (row, unit) of every tile of cost
     for row, length in enumerate(lengths):
         each = unit_of(length, heads)
         line += [(row, 0)] * cost + [(row, tile // each) for tile in range(-(-length // plan.TILE))]
@@ -452,7 +452,7 @@ def unit_sizes(length: int, heads: int) -> list[int]:
 
 def cuts_filled(lengths: list[int], num_parts: int, heads: int) -> list[tuple[int, int]]:
     """Of the bounds that are tried the least with which there are parts enough; a single part if there is none."""
-    cost, sizes = plan.row_cost(heads), [unit_sizes(length, heads) for length in lengths]
+    cost, sizes = plan.ROW_COST, [unit_sizes(length, heads) for length in lengths]
     longest = cost + max(map(max, sizes))
     least = max(-(-(sum(map(sum, sizes)) + cost * len(lengths)) // num_parts), longest)
     step = -(-longest // (2 * (plan.BOUNDS - 1)))

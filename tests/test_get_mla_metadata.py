@@ -70,7 +70,7 @@ def test_rows_of_like_lengths_are_cut_alike(lengths, num_parts, per_row):
 @given(lengths=lengths_of_many_rows, num_parts=part_counts, heads=st.sampled_from([16, 64]))
 @settings(max_examples=400)
 def test_a_plan_covers_every_tile_once_in_equal_shares(lengths, num_parts, heads):
-    cost = plan.row_cost(heads)
+    cost = plan.ROW_COST
     check_plan(*make_plan(torch.tensor(lengths, dtype=torch.int32), num_parts, cost), lengths, num_parts, cost)
 
 
@@ -79,7 +79,7 @@ def test_a_plan_covers_every_tile_once_in_equal_shares(lengths, num_parts, heads
 def test_the_op_makes_such_a_plan(target, lengths, heads):
     cache_seqlens = torch.tensor(lengths, dtype=torch.int32, device=target.device)
     metadata, num_splits = get_mla_metadata(cache_seqlens, *heads)
-    check_plan(metadata.cpu(), num_splits.cpu(), lengths, most_parts_of(target, heads), plan.row_cost(heads[0]))
+    check_plan(metadata.cpu(), num_splits.cpu(), lengths, most_parts_of(target, heads), plan.ROW_COST)
     again = get_mla_metadata(cache_seqlens, *heads)
     assert torch.equal(again[0], metadata) and torch.equal(again[1], num_splits)
     in_place = torch.full_like(metadata, -7), torch.full_like(num_splits, -7)
@@ -97,7 +97,9 @@ def test_extreme_batches(target):
     for lengths in (torch.arange(70_000) % 700, torch.full((3000,), 1_000_000), torch.zeros(70_000)):
         cache_seqlens = lengths.int().to(target.device)
         metadata, num_splits = get_mla_metadata(cache_seqlens, 16, 1)
-        check_plan(metadata.cpu(), num_splits.cpu(), lengths.int().tolist(), most_parts_of(target, (16, 1)), plan.row_cost(16))
+        check_plan(
+            metadata.cpu(), num_splits.cpu(), lengths.int().tolist(), most_parts_of(target, (16, 1)), plan.ROW_COST
+        )
 
 
 def test_parts_of_a_machine():

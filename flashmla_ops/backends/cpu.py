@@ -25,7 +25,6 @@ from ..plan import (
     make_plan,
     plan_blocks,
     row_blocks,
-    row_cost,
     unit_tiles,
 )
 from .values import check_concat_and_cache_mla, check_fwd_kvcache_mla, check_lengths, check_queries
@@ -67,9 +66,9 @@ def get_mla_metadata(
     if batch_invariant:
         plan, splits = make_invariant_plan(cache_seqlens, CPU_PARTS, CPU_PLACES, num_heads_per_head_k, blocks)
     elif blocks is None:
-        plan, splits = make_plan(cache_seqlens, CPU_PARTS, row_cost(rows))
+        plan, splits = make_plan(cache_seqlens, CPU_PARTS)
     else:
-        plan, splits = plan_blocks(make_plan, cache_seqlens, blocks, CPU_PARTS, row_cost(rows))
+        plan, splits = plan_blocks(make_plan, cache_seqlens, blocks, CPU_PARTS)
     tile_scheduler_metadata.copy_(plan)
     num_splits.copy_(splits)
 

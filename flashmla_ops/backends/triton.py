@@ -21,13 +21,13 @@ from ..plan import (
     CPU_PARTS,
     MAX_PARTS,
     MAX_UNITS,
+    ROW_COST,
     TILE,
     is_invariant,
     make_invariant_plan,
     max_parts,
     places,
     row_blocks,
-    row_cost,
     row_tiles,
     rows_of_block,
 )
@@ -181,7 +181,7 @@ def get_mla_metadata(
     plan = tile_scheduler_metadata, num_splits
     with _launching("get_mla_metadata", cache_seqlens.device):
         if cu_seqlens_q is None:
-            _plan(*plan, cache_seqlens, parts, row_cost(num_heads_per_head_k))
+            _plan(*plan, cache_seqlens, parts, ROW_COST)
         else:
             _plan_uneven(*plan, cache_seqlens, parts, cu_seqlens_q, max_seqlen_q, num_heads_per_head_k)
 
@@ -197,7 +197,7 @@ def _plan_uneven(
 ) -> None:
     b = cache_seqlens.shape[0]
     scratch = cache_seqlens.new_empty(2 * b + MAX_PARTS + 1, dtype=torch.int64).split([b, b, MAX_PARTS + 1])
-    sizes = b, min(max_seqlen_q, INT32_QUERIES), group, rows_of_block(group), parts, row_cost(max_seqlen_q * group)
+    sizes = b, min(max_seqlen_q, INT32_QUERIES), group, rows_of_block(group), parts, ROW_COST
     _kernels().get_mla_metadata_uneven_kernel[(1,)](
         *(metadata, num_splits, *scratch, cache_seqlens, cu_seqlens_q),
         *sizes,
@@ -375,7 +375,7 @@ def fwd_kvcache_mla(
             metadata = cache_seqlens.new_empty(MAX_PARTS, COLUMNS)
             num_splits = cache_seqlens.new_empty(b + 1)
             if cu_seqlens_q is None:
-                _plan(metadata, num_splits, cache_seqlens, parts, row_cost(rows))
+                _plan(metadata, num_splits, cache_seqlens, parts, ROW_COST)
             else:
                 _plan_uneven(metadata, num_splits, cache_seqlens, parts, cu_seqlens_q, max_seqlen_q, group)
         else:

@@ -31,7 +31,6 @@ from ..plan import (
     places,
     plan_blocks,
     row_blocks,
-    row_cost,
     row_tiles,
 )
 
@@ -208,13 +207,12 @@ def _check_heads(
     uneven: tuple[Tensor, int] | None,  # blocks of the rows, h_q / h_k
 ) -> None:
     blocks, rows = (None, num_heads_per_head_k) if uneven is None else uneven
-    cost = row_cost(num_heads_per_head_k)
     if is_invariant(metadata):
         own, _ = make_invariant_plan(cache_seqlens, parts, places(row_tiles(rows, num_heads_k)), rows, blocks)
     elif blocks is None:
-        own, _ = make_plan(cache_seqlens, parts, cost)
+        own, _ = make_plan(cache_seqlens, parts)
     else:
-        own, _ = plan_blocks(make_plan, cache_seqlens, blocks, parts, cost)
+        own, _ = plan_blocks(make_plan, cache_seqlens, blocks, parts)
     expected, got = (int((t[:, LAST_ROW] >= 0).sum()) for t in (own, metadata))
     if expected != got:
         raise RuntimeError(
