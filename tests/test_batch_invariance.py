@@ -331,7 +331,7 @@ def test_units_are_few_and_halves_with_few_heads():
 
 
 def test_units_by_the_tiles_of_a_row():
-    """A quarter of a row, from 4 tiles to 8; 12 and 16 of long ones; as many as 64 units ask for. With few heads half."""
+    """A quarter of a row, from 4 tiles to 8; 12 and 16 of long ones; what 64 units ask for. With few heads half."""
     expected = {1: 4, 16: 4, 17: 6, 24: 6, 25: 8, 96: 8, 97: 12, 128: 12, 129: 16, 1024: 16, 1025: 18, 6400: 100}
     assert {tiles: plan.unit_tiles(tiles, few_heads=False) for tiles in expected} == expected
     assert plan.unit_tiles(1, few_heads=True) == 2 and plan.unit_tiles(129, few_heads=True) == 8
