@@ -60,7 +60,7 @@ struct MetadataParams {
     // of batch-invariant plans
     int places;      // what a row tile has in the workspace
     bool few_heads;  // units are half as long
-    int block_rows;  // of uneven queries, see rows_of_block: what the launcher makes of group and few_heads
+    int block_rows;  // of uneven queries, rows_of_block: the launcher fills it in
 };
 
 struct AppendParams {
