@@ -69,8 +69,9 @@ __device__ __forceinline__ void zero_tokens(uint8_t* shared_place, int first) {
     for (int i = threadIdx.x % 32; i < (kTile - first) * kRowBytes / 16; i += 32) zeros[i] = {};
 }
 
-// One warp: a tile's tokens to a place in the ring, as one piece if they lie together. What is not there becomes zeros:
-// a page that does not exist, and with one scale for all what lies past the length, where e4m3's NaN would show.
+// One warp: a tile's tokens to a place in the ring, as one piece if they lie together; no other row tile reads them
+// (copy_keys in fwd_kvcache_mla.cuh says what L2 is told for that). What is not there becomes zeros: a page that does
+// not exist, and with one scale for all what lies past the length, where e4m3's NaN would show.
 template <CacheFormat kFormat>
 __device__ __forceinline__ void load_tokens(const FwdParams& params, const uint8_t* from, bool there, int count,
                                             uint8_t* to, uint64_t* landed) {

@@ -148,8 +148,8 @@ struct Pages {
 // How many row tiles read a key.
 __device__ __forceinline__ int readers_of_keys(const FwdParams& params) { return params.row_tiles / params.h_k; }
 
-// A box of the cache to shared memory, by one thread. Keys that nobody else reads L2 is to give up before others: so
-// they come up to 10 % faster (csrc/NOTES.md, section 12).
+// A box of the cache to shared memory, by one thread. Keys that no other row tile reads L2 is to give up before others:
+// so they come up to 8 % faster (csrc/NOTES.md, section 12). Other blocks of uneven queries read them at other times.
 __device__ __forceinline__ void copy_keys(int readers, void* shared_to, const CUtensorMap& map,
                                           const int32_t (&where)[5], uint64_t* landed) {
     if (readers == 1) {
