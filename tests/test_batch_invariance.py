@@ -223,7 +223,7 @@ def test_long_rows_are_right(invariant, lengths):
 
 part_counts = st.one_of(st.integers(1, plan.MAX_PARTS), st.sampled_from([1, 16, 66, 132, 256]))
 place_counts = st.sampled_from([0, 5, 64, 512, 1024])
-head_counts = st.sampled_from([16, 32, 64])  # s_q * h_q / h_k: rows of either cost, units of either length
+head_counts = st.sampled_from([16, 32, 64])  # s_q * h_q / h_k: units of either length
 lengths_of_few_units = st.integers(1, 4 * plan.UNIT_TILES * plan.TILE).flatmap(
     lambda most: st.lists(st.one_of(st.just(most), st.integers(0, most)), min_size=1, max_size=70)
 )
@@ -356,7 +356,7 @@ def shares_of_plan(lengths: list[int], num_parts: int, places: int, heads: int) 
     return [part for part in reference.tiles_of_parts(metadata, lengths) if part]
 
 
-def load(part: dict[int, range], heads: int) -> int:
+def load(part: dict[int, range]) -> int:
     return sum(map(len, part.values())) + plan.ROW_COST * len(part)
 
 
@@ -366,7 +366,7 @@ def test_loads_are_even_where_places_allow(heads):
     many of them in each part, 4 long ones in rows for 132 parts one by one, 8 for 66 two by two, 2 for 66 together."""
     cost = plan.ROW_COST
     for lengths, parts, places in (([8192] * 128, 132, 1024), ([131_072], 66, 512), ([4096] * 16, 132, 1024)):
-        most = max(load(part, heads) for part in shares_of_plan(lengths, parts, places, heads))
+        most = greatest_load(shares_of_plan(lengths, parts, places, heads))
         mean = (sum(lengths) // plan.TILE + cost * len(lengths)) / parts
         assert most <= mean + unit_of(lengths[0], heads) + 2 * cost, (lengths[0], most, mean)
     for b, units, parts, of_part in ((32, 4, 132, 1), (16, 8, 66, 2), (64, 2, 66, 2)):
@@ -390,11 +390,11 @@ def best_shares(ways, lengths: list[int], num_parts: int, places: int, heads: in
         shares_between(cuts_within(cuts(lengths, num_parts, heads), lengths, places, heads), lengths, heads)
         for cuts in ways
     ]
-    return min(made, key=lambda shares: greatest_load(shares, heads))
+    return min(made, key=greatest_load)
 
 
-def greatest_load(shares: list[dict[int, range]], heads: int) -> int:
-    return max(load(part, heads) for part in shares)
+def greatest_load(shares: list[dict[int, range]]) -> int:
+    return max(map(load, shares))
 
 
 @pytest.mark.parametrize("b, keys, num_parts, heads", [(32, 4096, 132, 16), (32, 3584, 132, 64), (128, 2048, 132, 64)])
@@ -402,11 +402,11 @@ def test_filled_parts_are_as_even_as_units_allow(b, keys, num_parts, heads):
     """No lesser load has parts enough, whether it is a bound that is tried or not; the other ways' is greater."""
     lengths, cost = varied_lengths(b, keys).tolist(), plan.ROW_COST
     sizes = [unit_sizes(length, heads) for length in lengths]
-    most = greatest_load(shares_of_plan(lengths, num_parts, 1024, heads), heads)
+    most = greatest_load(shares_of_plan(lengths, num_parts, 1024, heads))
     enough = [len(filled_up_to(bound, sizes, cost)) <= num_parts for bound in range(cost + max(map(max, sizes)), most)]
     assert enough and not any(enough)
     others = best_shares((cuts_by_units, cuts_by_cost), lengths, num_parts, 1024, heads)
-    assert most < greatest_load(others, heads)
+    assert most < greatest_load(others)
 
 
 def test_only_small_batches_are_filled():
@@ -421,7 +421,7 @@ def test_only_small_batches_are_filled():
     for lengths in (many_rows, many_units + [1] * left):
         for more in ([], [1]):
             made = [best_shares(some, lengths + more, 132, 1024, 16) for some in (ways, ways[:2])]
-            assert greatest_load(made[0], 16) < greatest_load(made[1], 16)
+            assert greatest_load(made[0]) < greatest_load(made[1])
             assert shares_of_plan(lengths + more, 132, 1024, 16) == made[len(more)]
 
 
